@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flora (arXiv 2402.03293) for sharded training: optimizer states as random projections.
+
+Importing this package loads no torch; the names below load what they need when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flora_dist.optimizer.flora import Flora
+    from flora_dist.optimizer.report import Report
+
+__version__ = "0.1.0"
+__all__ = ["Flora", "Report", "__version__"]
+
+_HOMES = {"Flora": "flora_dist.optimizer.flora", "Report": "flora_dist.optimizer.report"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flora_dist' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

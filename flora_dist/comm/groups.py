@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who sums with whom: the ranks of some axes of a device mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshReducer:
+    """Sums over the given axes of a mesh, one all-reduce each; compares by value."""
+
+    mesh: DeviceMesh
+    axes: tuple[int, ...]
+
+    def sum_(self, message_S: Tensor) -> None:
+        """Replace a flat message by its sum; every rank gets the same bits."""
+        # With CPU offload the step runs on the CPU while the mesh's groups may only know the
+        # accelerator; the message is small.
+        device = self.mesh.device_type
+        there = message_S if message_S.device.type == device else message_S.to(device)
+        for axis in self.axes:
+            dist.all_reduce(there, group=self.mesh.get_group(axis))
+        if there is not message_S:
+            message_S.copy_(there)
+
+
+def process_rank() -> int:
+    """This process's rank in the default group; 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

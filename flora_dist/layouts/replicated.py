@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain tensors: one process, or DDP, where every rank holds everything and equal gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.part import Part
+from flora_dist.optim.spec import StateTensor, matrix_sizes
+from flora_dist.tiles import Cuts, Tile, find_cuts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplicatedPart:
+    """A whole parameter."""
+
+    tensor: Tensor
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        return whole(self.shape)
+
+    @property
+    def reducer(self) -> None:
+        return None
+
+    def cuts(self, block: int) -> Cuts:
+        matrices, rows, columns = matrix_sizes(self.shape)
+        return find_cuts((), num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
+
+    def weight(self) -> Tensor:
+        return self.tensor.detach()
+
+    def gradient(self) -> Tensor | None:
+        return self.tensor.grad
+
+    def local_state_shape(self, entry: StateTensor) -> tuple[int, ...]:
+        return entry.shape
+
+    def allocate(self, entry: StateTensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(entry.shape, dtype=dtype, device=self.tensor.device)
+
+    def local(self, state: Tensor) -> Tensor:
+        return state
+
+
+class ReplicatedLayout:
+    """Claims every plain tensor."""
+
+    def claims(self, tensor: Tensor) -> bool:
+        return type(tensor) in {Tensor, torch.nn.Parameter}
+
+    def parts(self, tensor: Tensor, name: str) -> tuple[Part, ...]:
+        return (ReplicatedPart(tensor, name),)
+
+    def state_of(self, state: dict[str, Any], part: Part) -> dict[str, Any]:
+        del part
+        return state
+
+
+def whole(shape: tuple[int, ...]) -> tuple[Tile, ...]:
+    """One tile of everything; none of an empty parameter."""
+    matrices, rows, columns = matrix_sizes(shape)
+    if matrices * rows * columns == 0:
+        return ()
+    return (Tile(matrices=(0, matrices), rows=(0, rows), columns=(0, columns)),)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a momentum lives: in a sketch that changes with the window, or dense.
+
+Shape suffixes: E matrices, N rows, W columns here, K blocks here, B block, R rank of the sketch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.config import FloraConfig
+from flora_dist.optim.spec import Geometry
+from flora_dist.sketch import keys, matrices, ops
+from flora_dist.tiles import Interval, Tile
+
+# Sketches of at most this many numbers (1 MiB of fp32) are kept between steps. Larger ones, such
+# as whole rows at rank 256, would add up to more than the momentum they stand for.
+CACHED_NUMBERS = 1 << 18
+
+
+class Basis(Protocol):
+    """Goes between rows of a tile and the numbers kept for them."""
+
+    @property
+    def gain(self) -> float:
+        """Rank / block; 1 where dense."""
+
+    def read(self, momentum: Tensor, tile: Tile) -> Tensor:
+        """M A_old: the stored momentum as elements (E, N, W)."""
+
+    def compress(self, x_ENW: Tensor, tile: Tile) -> Tensor:
+        """X A_new^T."""
+
+    def expand(self, compressed: Tensor, tile: Tile) -> Tensor:
+        """C A_new as elements (E, N, W)."""
+
+    def move(self, momentum: Tensor, tile: Tile) -> Tensor:
+        """M in the new window: s M A_old A_new^T where the window changed, M where not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SketchedBasis:
+    """Blocks of a row times a sketch matrix; old and new window."""
+
+    old_ERB: Tensor
+    new_ERB: Tensor
+    scale: float | None
+    """s of a window change (0: reset); None: the window stays."""
+    gain: float
+    first_matrix: int
+
+    def _of(self, sketch_ERB: Tensor, tile: Tile) -> Tensor:
+        start, stop = tile.matrices
+        return sketch_ERB[start - self.first_matrix : stop - self.first_matrix]
+
+    def read(self, momentum: Tensor, tile: Tile) -> Tensor:
+        return self._expand(momentum, self.old_ERB, tile)
+
+    def compress(self, x_ENW: Tensor, tile: Tile) -> Tensor:
+        sketch_ERB = self._of(self.new_ERB, tile)
+        return ops.compress(x_ENW, sketch_ERB, first_column=tile.columns[0])
+
+    def expand(self, compressed: Tensor, tile: Tile) -> Tensor:
+        return self._expand(compressed, self.new_ERB, tile)
+
+    def _expand(self, compressed_ENKR: Tensor, sketch_ERB: Tensor, tile: Tile) -> Tensor:
+        return ops.expand(
+            compressed_ENKR,
+            self._of(sketch_ERB, tile),
+            num_columns=tile.sizes[2],
+            first_column=tile.columns[0],
+        )
+
+    def move(self, momentum: Tensor, tile: Tile) -> Tensor:
+        if self.scale is None:
+            return momentum
+        if self.scale == 0.0:
+            return torch.zeros_like(momentum)
+        # M <- s M (A_old A_new^T)
+        old_ERB, new_ERB = self._of(self.old_ERB, tile), self._of(self.new_ERB, tile)
+        return self.scale * ops.change_basis(momentum, old_ERB, new_ERB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseBasis:
+    """A = I: the momentum is kept element by element and never changes its basis."""
+
+    gain: float = 1.0
+
+    def read(self, momentum: Tensor, tile: Tile) -> Tensor:
+        del tile
+        return momentum
+
+    def compress(self, x_ENW: Tensor, tile: Tile) -> Tensor:
+        del tile
+        return x_ENW
+
+    def expand(self, compressed: Tensor, tile: Tile) -> Tensor:
+        del tile
+        return compressed
+
+    def move(self, momentum: Tensor, tile: Tile) -> Tensor:
+        del tile
+        return momentum
+
+
+class Sketches:
+    """The sketch matrices of one part, by window; a pure function of seed, name and window."""
+
+    def __init__(
+        self, *, name: str, geometry: Geometry, config: FloraConfig, held: Interval
+    ) -> None:
+        """``held``: the matrices of the batch that this rank touches."""
+        assert geometry.rank is not None
+        self._name_key = keys.name_key(name)
+        self._rank, self._block = geometry.rank, geometry.block
+        self._config, self._held = config, held
+        self._kept: dict[int, Tensor] = {}
+
+    def change(
+        self, old_window: int, new_window: int, *, dtype: torch.dtype, device: torch.device
+    ) -> SketchedBasis:
+        """The basis of a step that starts in ``old_window`` and ends in ``new_window``."""
+        old_ERB = self._at(old_window, dtype, device)
+        moved = old_window != new_window
+        new_ERB = self._at(new_window, dtype, device) if moved else old_ERB
+        for window in [w for w in self._kept if w not in {old_window, new_window}]:
+            del self._kept[window]
+        return SketchedBasis(
+            old_ERB=old_ERB,
+            new_ERB=new_ERB,
+            scale=self._scale() if moved else None,
+            gain=self._rank / self._block,
+            first_matrix=self._held[0],
+        )
+
+    def _scale(self) -> float:
+        if self._config.transfer == "shrink":
+            kind = self._config.sketch
+            return matrices.shrink_factor(kind, rank=self._rank, block=self._block)
+        return 1.0 if self._config.transfer == "paper" else 0.0
+
+    def _at(self, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        kept = self._kept.get(window)
+        if kept is not None and kept.dtype == dtype and kept.device == device:
+            return kept
+        if self._held[0] == self._held[1]:  # an empty shard
+            return torch.zeros(0, self._rank, self._block, dtype=dtype, device=device)
+        sketch_ERB = torch.stack(
+            [self._matrix(window, e, dtype, device) for e in range(*self._held)]
+        )
+        if sketch_ERB.numel() <= CACHED_NUMBERS:
+            self._kept[window] = sketch_ERB
+        return sketch_ERB
+
+    def _matrix(self, window: int, matrix: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = keys.derive_key(
+            seed=self._config.seed,
+            name_key=self._name_key,
+            purpose=keys.Purpose.MOMENTUM,
+            window=window,
+            matrix=matrix,
+        )
+        return matrices.sketch_matrix(
+            self._config.sketch,
+            key=key,
+            rank=self._rank,
+            block=self._block,
+            dtype=dtype,
+            device=device,
+        )

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of one parameter group, checked once. Standard library only."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+SKETCHES = ("hadamard", "gaussian", "rademacher")
+MOMENTA = ("flora", "flora_strict", "blend", "none")
+TRANSFERS = ("shrink", "paper", "reset")
+STATE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloraConfig:
+    """Everything that decides a group's arithmetic except ``lr`` and ``weight_decay``.
+
+    Those two change at every step of a schedule and may be tensors, so they stay in the group.
+    """
+
+    rank: int | None = 8
+    """Numbers kept per block; None keeps the group dense."""
+    block: int | str = 64
+    """Consecutive row elements compressed together, a power of two; "full": the smaller of rows
+    and columns, as in the paper."""
+    sketch: str = "hadamard"
+    """Law of the projection: hadamard, gaussian (the paper) or rademacher."""
+    momentum: str = "flora"
+    """Rule: flora (the authors' code), flora_strict (Algorithm 2), blend or none."""
+    blend_gain: float = 2.0
+    """blend only: weight of the sketched momentum, 1 (projection) to block/rank (unbiased)."""
+    beta1: float = 0.9
+    """Decay of the momentum per step."""
+    kappa: int = 1000
+    """Steps between projections (paper, Algorithm 2)."""
+    transfer: str = "shrink"
+    """Momentum at a window change: shrink (least squares), paper (scale 1) or reset."""
+    beta2: float | None = None
+    """Decay of the second moment, bias-corrected; None: 1 - t^-0.8 (Adafactor)."""
+    eps: float = 1e-30
+    """Added to the squared gradient; 1-D parameters use at least 1e-12."""
+    clip: float | None = 1.0
+    """Largest root mean square of an update; None: no clipping."""
+    scale_parameter: bool = False
+    """Multiply lr by max(1e-3, RMS(weight)), as Adafactor does."""
+    state_dtype: str = "float32"
+    """Momentum's dtype: float32 (float64 for float64 parameters) or bfloat16."""
+    stochastic_rounding: bool = True
+    """Round low-precision weights and momentum stochastically, from our own random bits."""
+    skip_nonfinite: bool = False
+    """Skip a step whose gradients hold NaN or inf; costs one device-to-host copy per step."""
+    strict: bool = False
+    """Raise where a matrix expected to be compressed would be dense."""
+    seed: int = 0
+    """One per run, equal on all ranks."""
+
+    def __post_init__(self) -> None:
+        _check_whole("rank", self.rank, smallest=1, none_means="keep the group dense")
+        self._check_block()
+        _check_choice("sketch", self.sketch, SKETCHES)
+        self._check_momentum()
+        _check_choice("transfer", self.transfer, TRANSFERS)
+        _check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
+        _check_whole("kappa", self.kappa, smallest=1)
+        _check_range("beta1", self.beta1, 0.0, 1.0)
+        _check_range("blend_gain", self.blend_gain, 0.0, math.inf)
+        _check_range("eps", self.eps, 0.0, math.inf)
+        if self.beta2 is not None:
+            _check_range("beta2", self.beta2, 0.0, 1.0)
+        if self.clip is not None:
+            _check_range("clip", self.clip, 0.0, math.inf)
+            if self.clip == 0.0:
+                raise ValueError("clip must be above 0; got 0. Pass None to switch clipping off.")
+        for name in ("scale_parameter", "stochastic_rounding", "skip_nonfinite", "strict"):
+            if getattr(self, name) not in {True, False}:
+                raise ValueError(
+                    f"{name} must be True or False; got {getattr(self, name)!r}. Pass a bool."
+                )
+        if not _is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 64 bits; got {self.seed!r}.")
+        self._check_pairs()
+
+    def _check_block(self) -> None:
+        if self.block == "full":
+            return
+        if not _is_whole(self.block) or int(self.block) < 1 or int(self.block).bit_count() != 1:
+            raise ValueError(
+                f"block must be a power of two or 'full'; got {self.block!r}. "
+                "Pass 16, 32, 64, 128 or 256."
+            )
+
+    def _check_momentum(self) -> None:
+        if self.momentum not in MOMENTA and not isinstance(self.momentum, str):
+            raise ValueError(
+                f"momentum names a rule, one of {', '.join(MOMENTA)}; got {self.momentum!r}, as "
+                "OneCycleLR and CyclicLR write it. Pass them cycle_momentum=False."
+            )
+        _check_choice("momentum", self.momentum, MOMENTA)
+
+    def _check_pairs(self) -> None:
+        if self.rank is not None and self.block != "full" and self.rank >= int(self.block):
+            raise ValueError(
+                f"rank must be below block; got rank={self.rank}, block={self.block}. "
+                "Lower rank, or set rank=None to keep the group dense."
+            )
+        if self.momentum == "blend" and self.sketch != "hadamard":
+            raise ValueError(
+                f"momentum='blend' needs A A^T = (block/rank) I; got sketch={self.sketch!r}. "
+                "Use sketch='hadamard'."
+            )
+        if self.momentum == "blend" and self.transfer == "paper":
+            raise ValueError(
+                "momentum='blend' does not go with transfer='paper', which amplifies noise at "
+                "every window change; got both. Use transfer='shrink' or 'reset'."
+            )
+
+
+KNOBS = tuple(field.name for field in fields(FloraConfig))
+"""Names of a group's settings, in order."""
+
+
+def config_of(group: Mapping[str, Any]) -> FloraConfig:
+    """The checked settings of a parameter group (a dict of torch.optim)."""
+    return FloraConfig(**{knob: group[knob] for knob in KNOBS})
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Refuse a negative, infinite or NaN ``lr`` or ``weight_decay``; tensors pass unread."""
+    if isinstance(value, (int, float)):
+        _check_range(name, value, 0.0, math.inf)
+    elif not hasattr(value, "device"):
+        raise ValueError(f"{name} must be a number or a tensor; got {value!r}.")
+
+
+def check_group_keys(keys: Collection[str], known: Collection[str]) -> None:
+    """Refuse a group key that is nearly a setting's name: a typo would be ignored silently.
+
+    Other unknown keys are the user's own tags, which torch allows.
+    """
+    for key in keys:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        if near:
+            raise ValueError(
+                f"a parameter group has the unknown key {key!r}. Did you mean {near[0]!r}?"
+            )
+
+
+def beta2_at(step: int, beta2: float | None) -> float:
+    """Decay of the second moment at the ``step``-th real step, counted from 1.
+
+    None: 1 - t^-0.8 (Adafactor, arXiv 1804.04235, section 7.2). A constant: Adam's bias
+    correction written as a moving rate, beta2 (1 - beta2^(t-1)) / (1 - beta2^t).
+
+    >>> beta2_at(1, None), beta2_at(1, 0.99)
+    (0.0, 0.0)
+    """
+    if beta2 is None:
+        return float(1.0 - step**-0.8)
+    return beta2 * (1.0 - beta2 ** (step - 1)) / (1.0 - beta2**step)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_whole(
+    name: str, value: Any, *, smallest: int, none_means: Literal["keep the group dense", ""] = ""
+) -> None:
+    if value is None and none_means:
+        return
+    if not _is_whole(value) or value < smallest:
+        remedy = f", or None to {none_means}" if none_means else ""
+        raise ValueError(
+            f"{name} must be a whole number of at least {smallest}; got {value!r}. "
+            f"Pass {smallest} or more{remedy}."
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value < high:
+        raise ValueError(
+            f"{name} must be a number in [{low:g}, {high:g}); got {value!r}. "
+            "Pass a finite number in that range."
+        )

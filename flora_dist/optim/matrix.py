@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step of a matrix, or of a batch of them, from whatever tiles this rank holds.
+
+    R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
+    X = G / sqrt(R C / mean(R));  U from the rule;  W <- (1 - lr wd) W - lr U / max(1, RMS(U)/clip)
+
+RMS looks as if it needed C first, so a message more; but mean(R) = mean(C), and with S1_j the sum
+over rows of G_ij^2 / R_i (R is local), |X|^2 = mean(R) sum_j S1_j / C_j: S1 travels with the
+column sums. The same holds for <X, M A>. Rows that several ranks hold pieces of know R only
+after message 1; their share of RMS, and the sketches of their cut blocks, are message 2.
+
+Shape suffixes: E matrices (of the batch; H: those this rank touches), N rows, M columns, W columns
+of a piece, K blocks of a piece, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.basis import Basis, DenseBasis
+from flora_dist.optim.cut_blocks import CutBlocks
+from flora_dist.optim.job import Job, arithmetic_dtype
+from flora_dist.optim.part import Terms
+from flora_dist.optim.pieces import Piece, as_batches, build_pieces
+from flora_dist.optim.rules import Squares, rule_of
+from flora_dist.sketch.keys import Purpose
+from flora_dist.tiles import Tile
+
+
+class MatrixUpdate:
+    """One matrix parameter's step; see the module's docstring."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._weight = job.part.weight()
+        self._dtype = arithmetic_dtype(self._weight.dtype)
+        tiles = job.part.tiles
+        self._held = slice(*job.held)
+        self._rule = rule_of(job.config, dense=job.sketches is None)
+        self._basis: Basis = DenseBasis()
+        if job.sketches is not None and self._rule is not None:
+            self._basis = job.sketches.change(
+                int(job.state["window"]), job.window, dtype=self._dtype, device=self._weight.device
+            )
+        self._cuts = job.part.cuts(job.geometry.block)
+        self._cut_blocks = CutBlocks(job.geometry, self._cuts) if job.sketches else None
+        self._weights = as_batches(self._weight, tiles)
+        self._pieces = build_pieces(job, self._weights)
+        self._new_rows: list[Tensor | None] = [None] * len(self._pieces)
+
+    # ---- message 1
+
+    def measure(self) -> Terms:
+        """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
+        job, size = self.job, self.job.geometry
+        present = job.part.gradient() is not None
+        terms = {
+            "presence": self._zeros(1) + float(present),
+            "columns": self._zeros(size.num_matrices, size.num_columns),
+        }
+        if self._sums_known_early():
+            terms["squares"] = torch.zeros_like(terms["columns"])
+            if self._asks_history():
+                terms["cross"] = torch.zeros_like(terms["columns"])
+                terms["history"] = self._zeros(size.num_matrices)
+        if job.config.scale_parameter:
+            terms["weight"] = self._zeros(size.num_matrices)
+        if len(self._cuts.rows):
+            terms["rows"] = self._zeros(len(self._cuts.rows))
+        for index, piece in enumerate(self._pieces):
+            self._measure_piece(index, piece, terms)
+        return terms
+
+    def _measure_piece(self, index: int, piece: Piece, terms: Terms) -> None:
+        matrices, columns = slice(*piece.tile.matrices), slice(*piece.tile.columns)
+        gradient_ENW = piece.read_gradient(self._dtype, self.job.sign)
+        square_ENW = gradient_ENW.square()
+        old_ENW = None
+        if "history" in terms:
+            assert piece.momentum is not None
+            old_ENW = self._basis.read(piece.momentum.to(self._dtype), piece.tile)
+            terms["history"][matrices] += old_ENW.square().sum((1, 2))
+        if "weight" in terms:
+            weight_ENW = piece.weight_ENW.to(self._dtype)
+            terms["weight"][matrices] += weight_ENW.square().sum((1, 2))
+        if self._is_cut(piece.tile):
+            terms["columns"][matrices, columns] += square_ENW.sum(1)
+            terms["rows"][self._row_slots(piece.tile)] += square_ENW.sum((0, 2))
+            return
+        row_EN = self._new_rows[index] = self._advance_row(piece, square_ENW.sum(2))
+        if "squares" not in terms:
+            terms["columns"][matrices] += square_ENW.sum(1)
+            return
+        # columns: sum_i G^2; squares: sum_i G^2 / R_i: one pass over the squares for both
+        scales_E2N = torch.stack([torch.ones_like(row_EN), 1 / row_EN], dim=1)
+        sums_E2M = scales_E2N @ square_ENW
+        terms["columns"][matrices] += sums_E2M[:, 0]
+        terms["squares"][matrices] += sums_E2M[:, 1]
+        if old_ENW is not None:
+            # cross: sum_i G (M A) / sqrt(R_i)
+            product_ENM = gradient_ENW * old_ENW
+            terms["cross"][matrices] += (row_EN.rsqrt().unsqueeze(1) @ product_ENM).squeeze(1)
+
+    # ---- between the messages
+
+    def couple(self, totals: Terms) -> Terms:
+        """Normalisation is known now; what cut rows, cut blocks and the strict rule still need."""
+        self._settle(totals)
+        job, size = self.job, self.job.geometry
+        cut_rows = len(self._cuts.rows) > 0
+        terms: Terms = {}
+        if cut_rows and self._sums_known_early():
+            terms["squares"] = self._zeros(size.num_matrices)
+            if self._asks_history():
+                terms["cross"] = self._zeros(size.num_matrices)
+        if self._asks_update():
+            terms["update"] = self._zeros(size.num_matrices)
+        if self._cut_blocks is not None and self._rule is not None and len(self._cuts.blocks):
+            assert job.geometry.rank is not None
+            terms["blocks"] = self._zeros(len(self._cuts.blocks), job.geometry.rank)
+        if terms:
+            for index, piece in enumerate(self._pieces):
+                self._couple_piece(index, piece, terms)
+        return terms
+
+    def _settle(self, totals: Terms) -> None:
+        """C, X's column factor sqrt(mean(R) / C), R of cut rows, and the sums over whole rows."""
+        job, size = self.job, self.job.geometry
+        self._totals = totals
+        column_HM = job.local("column").view(-1, size.num_columns)
+        mean_HM = totals["columns"][self._held] / size.num_rows + job.config.eps
+        self._new_column_HM = job.beta2 * column_HM + (1 - job.beta2) * mean_HM
+        # mean(R) = mean(C): both are the moving mean of all of G^2 + eps
+        mean_H1 = self._new_column_HM.mean(1, keepdim=True)
+        self._column_factor_HM = (mean_H1 / self._new_column_HM).sqrt()
+        for index, piece in enumerate(self._pieces):
+            if self._is_cut(piece.tile):
+                sums_EN = totals["rows"][self._row_slots(piece.tile)].unsqueeze(0)
+                self._new_rows[index] = self._advance_row(piece, sums_EN)
+        zeros_H = self._zeros(self._new_column_HM.shape[0])
+        self._squares = Squares(x2=zeros_H, cross=zeros_H, history=zeros_H)
+        if "squares" in totals:
+            # |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
+            factor_HM = self._column_factor_HM
+            x2_H = (totals["squares"][self._held] * factor_HM.square()).sum(1)
+            self._squares = Squares(x2=x2_H, cross=zeros_H, history=zeros_H)
+            if "cross" in totals:
+                cross_H = (totals["cross"][self._held] * factor_HM).sum(1)
+                history_H = totals["history"][self._held]
+                self._squares = Squares(x2=x2_H, cross=cross_H, history=history_H)
+
+    def _couple_piece(self, index: int, piece: Piece, terms: Terms) -> None:
+        matrices = slice(*piece.tile.matrices)
+        is_cut = self._is_cut(piece.tile)
+        if not is_cut and "update" not in terms:
+            return
+        x_ENW = self._normalise(index, piece)
+        if is_cut and "squares" in terms:
+            terms["squares"][matrices] += x_ENW.square().sum((1, 2))
+            if "cross" in terms:
+                assert piece.momentum is not None
+                old_ENW = self._basis.read(piece.momentum.to(self._dtype), piece.tile)
+                terms["cross"][matrices] += (x_ENW * old_ENW).sum((1, 2))
+        if self._rule is None or self._cut_blocks is None:
+            return
+        compressed = self._basis.compress(x_ENW, piece.tile)
+        if is_cut and "blocks" in terms:
+            self._cut_blocks.add_partial_(terms["blocks"], compressed, piece.tile)
+        if "update" in terms:
+            assert piece.momentum is not None
+            beta = self.job.config.beta1
+            moved = beta * self._basis.move(piece.momentum.to(self._dtype), piece.tile)
+            terms["update"][matrices] += self._cut_blocks.partial_square_sum(
+                moved, (1 - beta) * compressed, self._basis, piece.tile
+            )
+
+    # ---- the step itself
+
+    def finish(self, totals: Terms) -> None:
+        """Clip, update weights and state, count the step."""
+        job, num_elements = self.job, self.job.geometry.num_rows * self.job.geometry.num_columns
+        factor_H = job.clip_factor(self._square_sum(totals), num_elements)
+        weight_H = self._totals["weight"][self._held] if "weight" in self._totals else None
+        rate = job.rate(weight_H, num_elements)
+        for index, piece in enumerate(self._pieces):
+            start, stop = (m - self._held.start for m in piece.tile.matrices)
+            factor_E11 = factor_H[start:stop].view(-1, 1, 1)
+            rate_E11 = rate
+            if isinstance(rate, Tensor) and rate.ndim == 1:
+                rate_E11 = rate[start:stop].view(-1, 1, 1)
+            update_ENW = self._advance(index, piece, factor_E11, totals)
+            self._write_weight_(piece, rate_E11 * update_ENW)
+            new_row = self._new_rows[index]
+            assert new_row is not None
+            piece.row_EN.copy_(new_row)
+        if self._weights and not _shares_memory(self._weights[0], self._weight):
+            self._weight.copy_(self._weights[0].view(self._weight.shape))
+        job.local("column").view(-1, job.geometry.num_columns).copy_(self._new_column_HM)
+        job.count_step()
+
+    def _square_sum(self, totals: Terms) -> Tensor:
+        """Squared norm (H,) of what is clipped, over all ranks."""
+        if self._asks_update():
+            return self._strict_square_sum(totals)
+        squares = self._squares
+        if "squares" in totals:
+            cross = totals.get("cross")
+            squares = Squares(
+                x2=squares.x2 + totals["squares"][self._held],
+                cross=squares.cross + (0.0 if cross is None else cross[self._held]),
+                history=squares.history,
+            )
+        return squares.x2 if self._rule is None else self._rule.square_sum(squares)
+
+    def _strict_square_sum(self, totals: Terms) -> Tensor:
+        square_sum_H = totals["update"][self._held]
+        if "blocks" in totals:
+            assert self._cut_blocks is not None
+            added = (1 - self.job.config.beta1) * totals["blocks"]
+            square_sum_H = square_sum_H + self._cut_blocks.square_sum(
+                added, self._basis, self._held
+            )
+        return square_sum_H
+
+    def _advance(self, index: int, piece: Piece, factor_E11: Tensor, totals: Terms) -> Tensor:
+        """The clipped update of a piece; writes its momentum."""
+        x_ENW = self._normalise(index, piece)
+        if self._rule is None:
+            return x_ENW * factor_E11
+        if self._rule.clips_input:
+            x_ENW = x_ENW * factor_E11
+        compressed = self._basis.compress(x_ENW, piece.tile)
+        if self._cut_blocks is not None and "blocks" in totals:
+            factor = factor_E11 if self._rule.clips_input else None
+            self._cut_blocks.fill_(compressed, totals["blocks"], piece.tile, factor)
+        assert piece.momentum is not None
+        momentum = piece.momentum.to(self._dtype)
+        update_ENW, momentum = self._rule.advance(
+            x_ENW, compressed, momentum, self._basis, piece.tile
+        )
+        self._write_momentum_(piece, momentum)
+        return update_ENW if self._rule.clips_input else update_ENW * factor_E11
+
+    def _normalise(self, index: int, piece: Piece) -> Tensor:
+        # X = G / sqrt(R C / mean(R))
+        row_EN = self._new_rows[index]
+        assert row_EN is not None
+        start, stop = (m - self._held.start for m in piece.tile.matrices)
+        factor_EW = self._column_factor_HM[start:stop, slice(*piece.tile.columns)]
+        gradient_ENW = piece.read_gradient(self._dtype, self.job.sign)
+        return gradient_ENW * row_EN.rsqrt().unsqueeze(2) * factor_EW.unsqueeze(1)
+
+    def _advance_row(self, piece: Piece, square_sum_EN: Tensor) -> Tensor:
+        # R <- b2 R + (1-b2) rowmean(G^2 + eps)
+        job = self.job
+        mean_EN = square_sum_EN / job.geometry.num_columns + job.config.eps
+        return job.beta2 * piece.row_EN + (1 - job.beta2) * mean_EN
+
+    def _write_weight_(self, piece: Piece, step_ENW: Tensor) -> None:
+        # W <- (1 - lr wd) W - lr U
+        job = self.job
+        weight_ENW = piece.weight_ENW.to(self._dtype) * (1 - job.lr * job.weight_decay) - step_ENW
+        job.store.write_(
+            piece.weight_ENW,
+            weight_ENW,
+            purpose=Purpose.ROUND_WEIGHT,
+            tile=piece.tile,
+            columns=piece.tile.columns,
+            num_columns=job.geometry.num_columns,
+        )
+
+    def _write_momentum_(self, piece: Piece, momentum: Tensor) -> None:
+        assert piece.momentum is not None
+        size, tile = self.job.geometry, piece.tile
+        columns, num_columns = tile.columns, size.num_columns
+        if size.rank is not None:  # numbers of a row in order: rank of them per block
+            first, last = tile.blocks(size.block)
+            columns, num_columns = (first * size.rank, last * size.rank), size.blocks_per_row
+            num_columns *= size.rank
+        self.job.store.write_(
+            piece.momentum.flatten(2),
+            momentum.flatten(2),
+            purpose=Purpose.ROUND_MOMENTUM,
+            tile=tile,
+            columns=columns,
+            num_columns=num_columns,
+        )
+
+    # ---- what is here
+
+    def _is_cut(self, tile: Tile) -> bool:
+        return tile.columns != (0, self.job.geometry.num_columns)
+
+    def _row_slots(self, tile: Tile) -> slice:
+        line = tile.matrices[0] * self.job.geometry.num_rows + tile.rows[0]
+        start = self._cuts.row_slot(line)
+        return slice(start, start + tile.sizes[1])
+
+    def _asks_update(self) -> bool:
+        clips = self.job.config.clip is not None
+        return clips and self._rule is not None and self._rule.asks_update
+
+    def _sums_known_early(self) -> bool:
+        return self.job.config.clip is not None and not self._asks_update()
+
+    def _asks_history(self) -> bool:
+        return self._rule is not None and self._rule.asks_history
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self._weight.device)
+
+
+def _shares_memory(batch: Tensor, weight: Tensor) -> bool:
+    return batch.data_ptr() == weight.data_ptr()

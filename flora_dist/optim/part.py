@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the optimizer asks of the framework that holds the parameters."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.spec import StateTensor
+from flora_dist.tiles import Cuts, Tile
+
+Terms = dict[str, Tensor]
+"""Named plain tensors that one parameter contributes to a message; a sum over ranks keeps them."""
+
+
+class Reducer(Protocol):
+    """Sums a message over the ranks that hold the other parts of the same parameters.
+
+    Parameters whose reducers are equal travel in one message, so reducers compare by value.
+    """
+
+    def __hash__(self) -> int: ...
+
+    def sum_(self, message_S: Tensor) -> None:
+        """Replace a flat message by its sum over the ranks; every rank gets the same bits."""
+
+
+class Part(Protocol):
+    """The part of one named parameter that this rank holds, as plain local tensors."""
+
+    @property
+    def name(self) -> str:
+        """Canonical name, equal on all ranks."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """What of it is here, in the memory order of ``weight``; empty if nothing is."""
+
+    @property
+    def reducer(self) -> Reducer | None:
+        """None: every rank holds the whole parameter and the same gradient."""
+
+    def cuts(self, block: int) -> Cuts:
+        """Rows, and blocks of ``block`` columns, of which several ranks hold pieces."""
+
+    def weight(self) -> Tensor:
+        """The local elements, sharing memory with the parameter."""
+
+    def gradient(self) -> Tensor | None:
+        """The local elements of the gradient, shaped like ``weight``; None if there is none."""
+
+    def local_state_shape(self, entry: StateTensor) -> tuple[int, ...]:
+        """Shape of this rank's piece of a state tensor."""
+
+    def allocate(self, entry: StateTensor, dtype: torch.dtype) -> Tensor:
+        """A state tensor of zeros for this part, as the host framework wants to see it."""
+
+    def local(self, state: Tensor) -> Tensor:
+        """The plain local tensor inside a state tensor, sharing its memory."""
+
+
+class Layout(Protocol):
+    """One way of holding parameters."""
+
+    def claims(self, tensor: Tensor) -> bool:
+        """Whether this layout knows how ``tensor`` is held."""
+
+    def parts(self, tensor: Tensor, name: str) -> tuple[Part, ...]:
+        """The parameters in ``tensor``: itself, or those whose spans a flat partition holds."""
+
+    def state_of(self, state: dict[str, Any], part: Part) -> dict[str, Any]:
+        """Where ``part``'s state stands in the state of its tensor: that itself, or nested."""

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A part cut into pieces small enough that a step's temporaries stay small.
+
+Shape suffixes: E matrices, N rows, W columns of the piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.job import Job
+from flora_dist.optim.spec import Geometry
+from flora_dist.tiles import Tile, split
+
+# Elements per piece. On a CPU a piece of fp32 stays in the second-level cache through the ten or
+# so passes of a step; on a GPU a piece must be large enough to fill the device.
+CPU_ELEMENTS = 1 << 17
+GPU_ELEMENTS = 1 << 25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Some rows of a matrix part, as views of its local tensors."""
+
+    tile: Tile
+    weight_ENW: Tensor
+    gradient_ENW: Tensor | None
+    """None: this rank has no gradient; it counts as zero."""
+    momentum: Tensor | None
+    """(E, N, blocks touched, R), or (E, N, W) where dense; None without momentum."""
+    row_EN: Tensor
+
+    def read_gradient(self, dtype: torch.dtype, sign: float) -> Tensor:
+        """The gradient (E, N, W), contiguous and in the arithmetic's dtype, times ``sign``."""
+        if self.gradient_ENW is None:
+            return torch.zeros(self.tile.sizes, dtype=dtype, device=self.weight_ENW.device)
+        gradient_ENW = self.gradient_ENW.to(dtype).contiguous()
+        return gradient_ENW if sign > 0 else -gradient_ENW
+
+
+def build_pieces(job: Job, weights: Sequence[Tensor]) -> list[Piece]:
+    """Cut a matrix part; ``weights`` are its batches, as ``as_batches`` gave them."""
+    tiles, size = job.part.tiles, job.geometry
+    gradient = job.part.gradient()
+    gradients: list[Tensor | None] = [None] * len(tiles)
+    if gradient is not None:
+        gradients = [*as_batches(gradient, tiles)]
+    momenta: list[Tensor | None] = [None] * len(tiles)
+    if "momentum" in job.state:
+        shapes = [_momentum_shape(size, tile) for tile in tiles]
+        momenta = [*carve(job.local("momentum"), shapes)]
+    rows = carve(job.local("row"), [tile.sizes[:2] for tile in tiles])
+    return [
+        Piece(
+            tile=piece,
+            weight_ENW=_window(weight, tile, piece),
+            gradient_ENW=None if gradient is None else _window(gradient, tile, piece),
+            momentum=None if momentum is None else _window(momentum, tile, piece),
+            row_EN=_window(row, tile, piece),
+        )
+        for tile, weight, gradient, momentum, row in zip(
+            tiles, weights, gradients, momenta, rows, strict=True
+        )
+        for piece in _cut_tile(tile, num_columns=size.num_columns, device=weight.device)
+    ]
+
+
+def as_batches(local: Tensor, tiles: Sequence[Tile]) -> list[Tensor]:
+    """View a part's local elements as one (E, N, W) batch per tile; a copy where none is possible.
+
+    A single tile keeps its strides; several tiles follow each other in a flat tensor.
+    """
+    if len(tiles) == 1 and local.ndim >= 2:
+        return [local if local.ndim == 3 else local.flatten(1).unsqueeze(0)]
+    return carve(local, [tile.sizes for tile in tiles])
+
+
+def carve(local: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of consecutive stretches of a tensor's elements, one per shape."""
+    flat = local.reshape(-1)
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    ends = itertools.accumulate(sizes)
+    return [
+        flat[end - size : end].view(shape)
+        for shape, size, end in zip(shapes, sizes, ends, strict=True)
+    ]
+
+
+def _cut_tile(tile: Tile, *, num_columns: int, device: torch.device) -> Iterator[Tile]:
+    """Cut a tile into smaller ones; where its rows are cut, each stays inside one matrix."""
+    limit = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
+    if tile.columns == (0, num_columns):
+        yield from split(tile, max_elements=limit)
+        return
+    for matrix in range(*tile.matrices):
+        single = Tile(matrices=(matrix, matrix + 1), rows=tile.rows, columns=tile.columns)
+        yield from split(single, max_elements=limit)
+
+
+def _window(batch: Tensor, tile: Tile, piece: Tile) -> Tensor:
+    """The matrices and rows of ``piece`` in a batch that stands for ``tile``."""
+    matrices = slice(piece.matrices[0] - tile.matrices[0], piece.matrices[1] - tile.matrices[0])
+    rows = slice(piece.rows[0] - tile.rows[0], piece.rows[1] - tile.rows[0])
+    return batch[matrices, rows]
+
+
+def _momentum_shape(size: Geometry, tile: Tile) -> tuple[int, ...]:
+    if size.rank is None:
+        return tile.sizes
+    first, last = tile.blocks(size.block)
+    return (*tile.sizes[:2], last - first, size.rank)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The momentum rules, one formula each. X is the normalised gradient, M the momentum, b = beta1.
+
+Sources: Flora (arXiv 2402.03293) Algorithm 2 and its authors' torch code; ``blend`` is ours.
+
+Shape suffixes: E matrices, N rows, W columns of the piece.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from flora_dist.optim.basis import Basis
+from flora_dist.optim.config import FloraConfig
+from flora_dist.tiles import Tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Squares:
+    """Sums over a whole matrix, (E,) each, from which RMS(U) follows."""
+
+    x2: Tensor
+    """|X|^2."""
+    cross: Tensor
+    """<X, M A_old>; 0 where the rule does not ask for history."""
+    history: Tensor
+    """|M A_old|^2; 0 likewise."""
+
+
+class Rule(Protocol):
+    """How a normalised gradient and a momentum make an update."""
+
+    clips_input: ClassVar[bool]
+    """X is clipped before the rule; otherwise U after it."""
+    asks_history: ClassVar[bool]
+    """RMS(U) needs the sums that hold M A_old."""
+    asks_update: ClassVar[bool]
+    """RMS(U) does not follow from sums known before the normalisation: a second message."""
+
+    def advance(
+        self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
+    ) -> tuple[Tensor, Tensor]:
+        """U and the new M, from X, its sketch in the new window, and the stored M."""
+
+    def square_sum(self, squares: Squares) -> Tensor:
+        """Squared norm (E,) of what is clipped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloraRule:
+    """The authors' torch code: read in the old window, then move, then add."""
+
+    beta: float
+    clips_input: ClassVar[bool] = False
+    asks_history: ClassVar[bool] = True
+    asks_update: ClassVar[bool] = False
+
+    def advance(
+        self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
+    ) -> tuple[Tensor, Tensor]:
+        b = self.beta
+        # U = (1-b) X + b M A_old
+        update_ENW = (1 - b) * x_ENW + b * basis.read(momentum, tile)
+        # M <- b move(M) + (1-b) X A_new^T
+        return update_ENW, b * basis.move(momentum, tile) + (1 - b) * compressed
+
+    def square_sum(self, squares: Squares) -> Tensor:
+        # |(1-b) X + b M A|^2, term by term
+        b = self.beta
+        cross = 2 * b * (1 - b) * squares.cross
+        return (1 - b) ** 2 * squares.x2 + cross + b**2 * squares.history
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloraStrictRule:
+    """Algorithm 2: move, add, read in the new window."""
+
+    beta: float
+    clips_input: ClassVar[bool] = False
+    asks_history: ClassVar[bool] = False
+    asks_update: ClassVar[bool] = True
+
+    def advance(
+        self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
+    ) -> tuple[Tensor, Tensor]:
+        del x_ENW
+        # M <- b move(M) + (1-b) X A_new^T;  U = M A_new
+        new = self.beta * basis.move(momentum, tile) + (1 - self.beta) * compressed
+        return basis.expand(new, tile), new
+
+    def square_sum(self, squares: Squares) -> Tensor:
+        raise AssertionError(f"RMS(U) comes with the second message; asked from {squares}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendRule:
+    """Momentum inside the sketched subspace, the gradient itself outside.
+
+    Needs A A^T = (block/rank) I. ``gain`` 1 is the projection; block/rank the unbiased estimate of
+    full momentum with the gradient as control variate. A dense momentum is exact: its gain is 1.
+    """
+
+    beta: float
+    gain: float
+    clips_input: ClassVar[bool] = True
+    asks_history: ClassVar[bool] = False
+    asks_update: ClassVar[bool] = False
+
+    def advance(
+        self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
+    ) -> tuple[Tensor, Tensor]:
+        # M <- b move(M) + (1-b) c
+        new = self.beta * basis.move(momentum, tile) + (1 - self.beta) * compressed
+        # U = X + gain (rank/block) (M - c) A_new
+        correction_ENW = basis.expand(new - compressed, tile)
+        return x_ENW + self.gain * basis.gain * correction_ENW, new
+
+    def square_sum(self, squares: Squares) -> Tensor:
+        return squares.x2
+
+
+def rule_of(config: FloraConfig, *, dense: bool) -> Rule | None:
+    """The rule of a group's parameters; None: no momentum, U = X with X clipped.
+
+    Dense momentum changes no basis, so there ``flora_strict`` is ``flora`` and needs one message.
+    """
+    match config.momentum:
+        case "none":
+            return None
+        case "blend":
+            return BlendRule(beta=config.beta1, gain=1.0 if dense else config.blend_gain)
+        case "flora_strict" if not dense:
+            return FloraStrictRule(beta=config.beta1)
+        case _:
+            return FloraRule(beta=config.beta1)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch optimizer: groups, state and report, assembled from the layers below."""

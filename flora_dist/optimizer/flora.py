@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Flora optimizer."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from flora_dist.comm.groups import process_rank
+from flora_dist.layouts.dtensor import DTensorLayout
+from flora_dist.layouts.replicated import ReplicatedLayout
+from flora_dist.optim.config import KNOBS, check_group_keys, check_rate, config_of
+from flora_dist.optim.part import Layout
+from flora_dist.optim.spec import LEVELS, geometry_of
+from flora_dist.optimizer import loading, naming
+from flora_dist.optimizer.report import Report
+from flora_dist.optimizer.slots import Group, Slot, make_slots
+from flora_dist.optimizer.stepping import run_step
+from flora_dist.sketch.matrices import smallest_stable_kappa
+
+# Keys that torch itself and its schedulers write into groups.
+_TORCH_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr")
+
+
+class Flora(torch.optim.Optimizer):
+    """Adafactor's second moment with momentum kept as random projections (arXiv 2402.03293).
+
+    Each row of a matrix is cut in blocks; a block's momentum is ``rank`` numbers, its product with
+    a random matrix A regenerated from ``seed``, the parameter's name and the step's window. Every
+    rank keeps only the state of its own shard, and the same seed gives the same run on one
+    process, DDP, FSDP2 and HSDP, to float rounding.
+
+    ``step()`` sends one all-reduce of sums per sharded mesh axis, two with ``flora_strict``, none
+    on plain tensors; their number does not depend on the number of parameters.
+
+    Args:
+        params: parameters, groups, or ``model.named_parameters()`` (preferred: projections hang
+            on names; without names on positions).
+        lr: step size; a number or a tensor.
+        rank: numbers kept per block; None keeps a group dense.
+        block: consecutive row elements per block, a power of two, or "full": the smaller of rows
+            and columns.
+        sketch: "hadamard" (least noise), "gaussian" (the paper) or "rademacher".
+        momentum: "flora" (the authors' code), "flora_strict" (Algorithm 2), "blend" or "none".
+        blend_gain: weight of the sketched momentum under "blend", 1 to block/rank.
+        beta1: decay of the momentum.
+        kappa: steps between projections.
+        transfer: momentum at a new projection: "shrink" (least squares), "paper" or "reset".
+        beta2: decay of the second moment, bias-corrected as in Adam; None: 1 - t^-0.8.
+        eps: added to squared gradients; 1-D parameters use at least 1e-12.
+        clip: largest root mean square of an update, per matrix; None: no clipping.
+        weight_decay: decoupled, times lr.
+        scale_parameter: multiply lr by max(1e-3, RMS(weight)), per matrix.
+        state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
+        stochastic_rounding: round low-precision weights and momentum stochastically, with bits
+            that are equal wherever the inputs are.
+        skip_nonfinite: skip the whole step if a gradient holds NaN or inf; in any group, for all.
+        strict: raise where a matrix expected to be compressed would be dense.
+        seed: one per run, equal on all ranks.
+        maximize: step uphill.
+
+    Each setting may stand in a parameter group. A parameter without gradient is skipped; if only
+    some ranks have one, the others count as zero.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(64, 64)
+    >>> optimizer = Flora(model.named_parameters(), lr=1e-3, rank=8, block=64)
+    >>> report = optimizer.report()
+    >>> report.state_bytes, report.adamw_bytes
+    (3072, 33280)
+
+    Raises:
+        ValueError: a setting, a shape or a name that cannot be right; nothing has changed then.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        rank: int | None = 8,
+        block: int | str = 64,
+        sketch: str = "hadamard",
+        momentum: str = "flora",
+        blend_gain: float = 2.0,
+        beta1: float = 0.9,
+        kappa: int = 1000,
+        transfer: str = "shrink",
+        beta2: float | None = None,
+        eps: float = 1e-30,
+        clip: float | None = 1.0,
+        weight_decay: float | Tensor = 0.0,
+        scale_parameter: bool = False,
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = True,
+        skip_nonfinite: bool = False,
+        strict: bool = False,
+        seed: int = 0,
+        maximize: bool = False,
+    ) -> None:
+        given = locals()
+        defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
+        config_of(defaults)
+        # Frameworks put other tensors into the groups before the first step (accelerate's FSDP2,
+        # DeepSpeed): nothing is kept per parameter here except weak marks of who was given.
+        self._given: Any = WeakIdKeyDictionary()
+        self._layouts: list[Layout] = [DTensorLayout(), ReplicatedLayout()]
+        self._reset()
+        super().__init__(naming.as_groups(params), defaults)
+
+    @classmethod
+    def paper(
+        cls, params: Any, lr: float | Tensor = 1e-3, *, rank: int = 256, **settings: Any
+    ) -> Flora:
+        """The authors' algorithm: whole rows, Gaussian, transfer without scale, parameter scale.
+
+        Not their random numbers, and no rule by aspect ratio; their projection exactly where a
+        matrix has at least as many rows as columns. ``settings`` override the preset.
+        """
+        preset = {
+            "block": "full",
+            "sketch": "gaussian",
+            "momentum": "flora",
+            "transfer": "paper",
+            "kappa": 1000,
+            "scale_parameter": True,
+        }
+        return cls(params, lr, rank=rank, **{**preset, **settings})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with any settings of their own; their steps count from 1."""
+        group = naming.tidy_group(param_group)
+        known = (*self.defaults, *_TORCH_KEYS)
+        check_group_keys(group.keys(), known)
+        merged = {**self.defaults, **group}
+        _check_group(merged)
+        naming.check_unique(naming.names_of([*self.param_groups, group]))
+        super().add_param_group(group)
+        for tensor in self.param_groups[-1]["params"]:
+            self._given[tensor] = True
+        self._reset()
+
+    def attach_layout(self, layout: Layout) -> None:
+        """Let an integration say how tensors are held; the last one attached is asked first."""
+        self._layouts.insert(0, layout)
+        self._reset()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters; returns what ``closure`` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            slots = self._ready_slots()
+            self._announce()
+            run_step(slots, self.state)
+        return loss
+
+    def report(self) -> Report:
+        """What is compressed and what is dense and why, with bytes, on this rank.
+
+        Before the first step too; parameters that need no gradient are left out.
+        """
+        slots = [slot for slot in self._configured_slots() if _takes_part(slot)]
+        return Report(
+            level=LEVELS[0],
+            rows=tuple(slot.report_row() for slot in slots),
+            unnamed=sum("param_names" not in slot.group for slot in slots),
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` gave: dtypes bit for bit, settings as saved.
+
+        Raises:
+            ValueError: state of another model, seed, level or optimizer; nothing has changed then.
+        """
+        taken: dict[str, Any] = {}
+
+        def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            # After the user's own hooks. The states stay here, since torch would cast them.
+            taken["states"] = self._checked_states(final)
+            return {**final, "state": {}}
+
+        def give(_: torch.optim.Optimizer) -> None:
+            for tensor, state, _group in taken["states"]:
+                self.state[tensor] = loading.copy_in(state, tensor)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(give, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_given" not in self.__dict__:  # unpickled or deep-copied
+            self._layouts = [DTensorLayout(), ReplicatedLayout()]
+            self._announced = True
+            self._given = WeakIdKeyDictionary()
+            for group in self.param_groups:
+                for tensor in group["params"]:
+                    self._given[tensor] = True
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget what is derived from groups and parameters."""
+        self._slots: list[Slot] = []
+        self._signature: tuple[int, ...] = ()
+
+    def _ready_slots(self) -> list[Slot]:
+        """Those that take part in a step, with state, in the order of their names."""
+        slots = [slot for slot in self._configured_slots() if _takes_part(slot)]
+        for slot in slots:
+            _check_gradient(slot)
+        for slot in slots:
+            if not slot.has_state(self.state[slot.tensor]):
+                slot.create_state(self.state[slot.tensor])
+        return sorted(slots, key=lambda slot: slot.part.name)
+
+    def _configured_slots(self) -> list[Slot]:
+        signature = tuple(id(t) for group in self.param_groups for t in group["params"])
+        if signature != self._signature:
+            self._slots = self._make_slots()
+            self._signature = signature
+        configs = {id(group): config_of(group) for group in self.param_groups}
+        for slot in self._slots:
+            slot.configure(configs[id(slot.group)], self.state.get(slot.tensor, {}))
+        return self._slots
+
+    def _make_slots(self) -> list[Slot]:
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                self._check_known(tensor)
+        return make_slots(self.param_groups, self.state, self._layouts)
+
+    def _check_known(self, tensor: Tensor) -> None:
+        plain = isinstance(self._layout_of(tensor), ReplicatedLayout)
+        if plain and tensor.ndim == 1 and tensor not in self._given:
+            raise ValueError(
+                "every 1-D tensor must have been given to the optimizer; one of "
+                f"{tensor.numel()} elements was not: an engine put its flat partition here, and "
+                "compressing that as a vector would keep dense state. Call the engine's attach()."
+            )
+
+    def _layout_of(self, tensor: Tensor) -> Layout | None:
+        return next((layout for layout in self._layouts if layout.claims(tensor)), None)
+
+    def _checked_states(
+        self, state_dict: Mapping[str, Any]
+    ) -> list[tuple[Tensor, dict[str, Any], Mapping[str, Any]]]:
+        loading.check_groups(state_dict["param_groups"], self.param_groups)
+        states = list(loading.saved_states(state_dict, self.param_groups))
+        loading.check_states(states, self._make_slots())
+        return states
+
+    def _announce(self) -> None:
+        """Print the report's summary once, on process 0, before the first step."""
+        if not self._announced and process_rank() == 0:
+            sys.stderr.write(self.report().summary() + "\n")
+        self._announced = True
+
+    _announced = False
+
+
+def _takes_part(slot: Slot) -> bool:
+    return slot.tensor.requires_grad or slot.tensor.grad is not None
+
+
+def _check_gradient(slot: Slot) -> None:
+    gradient = slot.tensor.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        raise ValueError(
+            f"gradients must be dense; that of {slot.part.name!r} is {gradient.layout}. Build the "
+            "module with sparse=False."
+        )
+
+
+def _check_group(group: Group) -> None:
+    """Refuse settings and shapes that cannot be right, and warn of a transfer that amplifies."""
+    config = config_of(group)
+    for name in ("lr", "weight_decay"):
+        check_rate(name, group[name])
+    names = naming.names_of([group])
+    unstable = 0
+    for name, tensor in zip(names, naming.tensors_of(group), strict=True):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"parameters must be real floating-point tensors; {name!r} is {kind}. "
+                "Leave it out of the optimizer."
+            )
+        size = geometry_of(name, tuple(tensor.shape), config)
+        if size.rank is not None and config.transfer == "paper" and config.momentum != "none":
+            smallest = smallest_stable_kappa(
+                config.sketch, rank=size.rank, block=size.block, beta1=config.beta1
+            )
+            unstable = max(unstable, smallest if config.kappa < smallest else 0)
+    if unstable:
+        warnings.warn(
+            f"transfer='paper' amplifies noise faster than beta1={config.beta1} forgets it below "
+            f"kappa={unstable}; got kappa={config.kappa}. Use transfer='shrink' or a larger kappa.",
+            UserWarning,
+            stacklevel=4,
+        )

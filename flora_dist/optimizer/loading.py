@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads state as it was saved: same dtypes, nothing shared, checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flora_dist.optim.config import KNOBS, config_of
+from flora_dist.optimizer.naming import names_of
+from flora_dist.optimizer.slots import Slot
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def check_groups(saved: Groups, current: Groups) -> None:
+    """Refuse groups of another model, order or seed."""
+    sizes, wanted = [[len(g["params"]) for g in groups] for groups in (saved, current)]
+    if sizes != wanted:
+        raise ValueError(
+            f"the state must have parameter groups of {wanted} parameters; it has {sizes}. Build "
+            "the optimizer over the parameters and groups of the run that saved it."
+        )
+    for index, (theirs, ours) in enumerate(zip(saved, current, strict=True)):
+        missing = [knob for knob in (*KNOBS, "lr") if knob not in theirs]
+        if missing:
+            raise ValueError(
+                f"the state of group {index} must hold Flora's settings; {missing[0]!r} is "
+                "missing. It was saved by another optimizer."
+            )
+        if theirs["seed"] != ours["seed"]:
+            raise ValueError(
+                f"the state must have the optimizer's seed; group {index} was saved with seed="
+                f"{theirs['seed']}, this optimizer has seed={ours['seed']}. Pass "
+                f"seed={theirs['seed']}."
+            )
+        if "param_names" in theirs and "param_names" in ours:
+            _check_names(list(names_of([theirs])), list(names_of([ours])))
+
+
+def _check_names(saved: list[str], current: list[str]) -> None:
+    for theirs, ours in zip(saved, current, strict=True):
+        if theirs != ours:
+            raise ValueError(
+                f"parameters must stand in the order they were saved in; the state has {theirs!r} "
+                f"where the optimizer has {ours!r}. Build it over the same model."
+            )
+
+
+def saved_states(
+    state_dict: Mapping[str, Any], current: Groups
+) -> Iterator[tuple[Tensor, dict[str, Any], Mapping[str, Any]]]:
+    """Each parameter with its saved state (a copy of the dict) and its saved group."""
+    state = state_dict["state"]
+    for theirs, ours in zip(state_dict["param_groups"], current, strict=True):
+        for saved_id, tensor in zip(theirs["params"], ours["params"], strict=True):
+            if saved_id in state:
+                yield tensor, dict(state[saved_id]), theirs
+
+
+def check_states(
+    states: Sequence[tuple[Tensor, dict[str, Any], Mapping[str, Any]]], slots: Sequence[Slot]
+) -> None:
+    """Refuse state that does not fit the model, before anything is replaced.
+
+    ``slots`` are fresh ones: checking configures them by the saved settings.
+    """
+    by_tensor = {id(tensor): (state, group) for tensor, state, group in states}
+    for slot in slots:
+        if id(slot.tensor) in by_tensor:
+            state, group = by_tensor[id(slot.tensor)]
+            slot.configure(config_of(group), state)
+
+
+def copy_in(value: Any, tensor: Tensor) -> Any:
+    """A saved value with its own memory on the parameter's device, dtype untouched.
+
+    torch's own loading casts state to the parameter's dtype: fp32 statistics of bf16 weights
+    would be cut to 8 bits (torch/optim/optimizer.py, ``_process_value_according_to_param_policy``).
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to(device=tensor.device, copy=True).contiguous()
+    if isinstance(value, Mapping):
+        return {key: copy_in(entry, tensor) for key, entry in value.items()}
+    return value

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One parameter in the optimizer: where it is held, how it is cut, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.basis import Sketches
+from flora_dist.optim.config import FloraConfig
+from flora_dist.optim.job import Job, arithmetic_dtype
+from flora_dist.optim.part import Layout, Part
+from flora_dist.optim.spec import FORMAT_VERSION, LEVELS, StateTensor, geometry_of, state_tensors
+from flora_dist.optimizer.naming import names_of, position_name
+from flora_dist.optimizer.report import ReportRow
+from flora_dist.sketch.matrices import KINDS
+from flora_dist.tiles import Interval
+
+Group = dict[str, Any]
+
+
+class Slot:
+    """A part with its group; geometry and sketches follow the group's settings."""
+
+    def __init__(
+        self, *, tensor: Tensor, part: Part, layout: Layout, group: Group, position: int | None
+    ) -> None:
+        """``position``: place among the parameters if they have no names, else None."""
+        self.tensor, self.part, self.group = tensor, part, group
+        self._layout, self._position = layout, position
+        self._config: FloraConfig | None = None
+
+    def configure(self, config: FloraConfig, state: dict[str, Any]) -> None:
+        """Follow the group's settings; state that does not fit them any more is refused."""
+        if config == self._config:
+            return
+        part = self.part
+        self._geometry = geometry_of(part.name, part.shape, config)
+        self._entries = state_tensors(self._geometry, config)
+        if config.strict and self._geometry.dense_because.startswith("rank "):
+            raise ValueError(
+                f"with strict=True every matrix must be compressed; {part.name!r} of shape "
+                f"{part.shape} would be dense: {self._geometry.dense_because}. Lower rank, raise "
+                "block, or set rank=None for its group."
+            )
+        if self.has_state(state):
+            check_state(self, self.own_state(state), config)
+        self._sketches = self._make_sketches(config)
+        self._config = config
+
+    def _make_sketches(self, config: FloraConfig) -> Sketches | None:
+        if self._geometry.rank is None:
+            return None
+        return Sketches(
+            name=self.part.name, geometry=self._geometry, config=config, held=self._held()
+        )
+
+    def _held(self) -> Interval:
+        """The matrices whose column means this rank keeps; replicas keep all."""
+        first = self.part.tiles[0].matrices[0] if self.part.tiles else 0
+        shapes = [self.part.local_state_shape(e) for e in self._entries if e.name == "column"]
+        elements = sum(torch.Size(shape).numel() for shape in shapes)
+        return first, first + elements // max(1, self._geometry.num_columns)
+
+    @property
+    def entries(self) -> tuple[StateTensor, ...]:
+        """The parameter's state tensors, all ranks together."""
+        return self._entries
+
+    def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """This parameter's state inside its tensor's."""
+        return self._layout.state_of(state, self.part)
+
+    def has_state(self, state: dict[str, Any]) -> bool:
+        """Whether the parameter has taken part in a step."""
+        return "step" in self.own_state(state)
+
+    def create_state(self, state: dict[str, Any]) -> None:
+        """Zeros and counters; tensors and numbers only, so that any loader can carry them."""
+        assert self._config is not None
+        own = self.own_state(state)
+        for entry in self._entries:
+            own[entry.name] = self.part.allocate(entry, self._dtype(entry))
+        own.update(
+            format=FORMAT_VERSION,
+            gradients=LEVELS.index("dense"),
+            seed=self._config.seed,
+            sketch=KINDS.index(self._config.sketch),
+            step=0,
+            window=0,
+        )
+        if self._position is not None:
+            own["position"] = self._position
+
+    def _dtype(self, entry: StateTensor) -> torch.dtype:
+        if entry.dtype == "bfloat16":
+            return torch.bfloat16
+        return arithmetic_dtype(self.part.weight().dtype)
+
+    def job(self, state: dict[str, Any]) -> Job:
+        """This parameter at the coming step."""
+        assert self._config is not None
+        return Job(
+            part=self.part,
+            geometry=self._geometry,
+            config=self._config,
+            sketches=self._sketches,
+            held=self._held(),
+            state=self.own_state(state),
+            lr=self.group["lr"],
+            weight_decay=self.group["weight_decay"],
+            sign=-1.0 if self.group["maximize"] else 1.0,
+        )
+
+    def report_row(self) -> ReportRow:
+        """What is kept for the parameter on this rank, from the list of state tensors."""
+        assert self._config is not None
+        size = self._geometry
+        state_bytes = sum(
+            torch.Size(self.part.local_state_shape(entry)).numel() * self._dtype(entry).itemsize
+            for entry in self._entries
+        )
+        return ReportRow(
+            name=self.part.name,
+            shape=self.part.shape,
+            how=self._how(self._config),
+            is_compressed=size.rank is not None and self._config.momentum != "none",
+            local_elements=sum(tile.num_elements for tile in self.part.tiles),
+            state_bytes=state_bytes,
+        )
+
+    def _how(self, config: FloraConfig) -> str:
+        size = self._geometry
+        if config.momentum == "none":
+            return "no momentum, " + ("1-D" if size.is_vector else "factored second moment")
+        if size.rank is None:
+            return f"dense: {size.dense_because}"
+        return (
+            f"{config.momentum}, {config.sketch} {size.rank} per block of {size.block}, "
+            f"{config.state_dtype}"
+        )
+
+
+def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
+    """Refuse state of another seed, sketch, level, format or shape: it would be misread.
+
+    Raises:
+        ValueError: naming the parameter, the field, both values and what to do.
+    """
+    wanted = {
+        "format": FORMAT_VERSION,
+        "gradients": LEVELS.index("dense"),
+        "seed": config.seed,
+        "sketch": KINDS.index(config.sketch),
+    }
+    words = {"gradients": LEVELS, "sketch": KINDS}
+    for field, value in wanted.items():
+        found = own.get(field)
+        if found != value:
+            names = words.get(field)
+            was, now = (
+                (names[found], names[value]) if names and found is not None else (found, value)
+            )
+            raise ValueError(
+                f"the state of {slot.part.name!r} must have {field}={now!r}; it has {was!r}. "
+                "Construct the optimizer with the settings of the run that saved it."
+            )
+    kept = {name for name, value in own.items() if isinstance(value, Tensor)}
+    expected = {entry.name: entry for entry in slot.entries}
+    if kept != set(expected):
+        raise ValueError(
+            f"the state of {slot.part.name!r} must hold {sorted(expected)}; it holds "
+            f"{sorted(kept)}. momentum= cannot change once there is state."
+        )
+    for name, entry in expected.items():
+        shape = tuple(slot.part.local(own[name]).shape)
+        if shape != slot.part.local_state_shape(entry):
+            raise ValueError(
+                f"{name} of {slot.part.name!r} must have the local shape "
+                f"{slot.part.local_state_shape(entry)}; the state has {shape}. Use the rank, block "
+                "and model that the state was made with."
+            )
+
+
+def make_slots(
+    groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]], layouts: Sequence[Layout]
+) -> list[Slot]:
+    """Every part of every parameter, in the order of the groups."""
+    slots = []
+    entries = [(group, tensor) for group in groups for tensor in group["params"]]
+    for index, (name, (group, tensor)) in enumerate(zip(names_of(groups), entries, strict=True)):
+        position = None
+        if "param_names" not in group:  # the place at the first step stays, whatever comes later
+            position = state.get(tensor, {}).get("position", index)
+            name = position_name(position)
+        layout = next((layout for layout in layouts if layout.claims(tensor)), None)
+        if layout is None:
+            raise TypeError(
+                f"a parameter must be a plain tensor or a DTensor; {name!r} is a "
+                f"{type(tensor).__name__}. Attach the integration that knows it."
+            )
+        slots += [
+            Slot(tensor=tensor, part=part, layout=layout, group=group, position=position)
+            for part in layout.parts(tensor, name)
+        ]
+    return slots

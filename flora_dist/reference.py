@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flora on one device in its plainest writing: the oracle that every layout is tested against.
+
+Whole matrices, statistics taken directly, one formula above one line, loops over parameters and
+matrices; nothing here is fast. It takes the sketches and the rounding bits as callables and imports
+nothing else of this package, so it shares no mistake with what it judges.
+
+Letters of the formulas: W weight, G gradient, X normalised gradient, U update, M momentum, A sketch
+matrix, b = beta1, b2 = rate of the second moment, t = real steps of the parameter, counted from 1.
+Shapes: E matrices of a parameter (experts; 1 otherwise), N rows, M columns, K blocks per row,
+B block, R rank of the sketch. Source: Hao, Cao, Mou, "Flora", ICML 2024, arXiv 2402.03293,
+Algorithm 2, over Adafactor (arXiv 1804.04235). Ours and not theirs: blocks, ``blend``, ``shrink``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHOICES = {
+    "momentum": ("flora", "flora_strict", "blend", "none"),
+    "sketch": ("hadamard", "gaussian", "rademacher"),
+    "transfer": ("shrink", "paper", "reset"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSettings:
+    """The knobs of ``Flora`` that change the arithmetic, under the same names.
+
+    ``sketch`` names the law of A only to choose the factor of ``transfer="shrink"``;
+    ``state_dtype=None`` keeps the momentum in the dtype of the arithmetic.
+    """
+
+    lr: float = 1e-3
+    momentum: str = "flora"
+    sketch: str = "hadamard"
+    blend_gain: float = 2.0
+    beta1: float = 0.9
+    kappa: int = 1000
+    transfer: str = "shrink"
+    beta2: float | None = None
+    eps: float = 1e-30
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    scale_parameter: bool = False
+    state_dtype: torch.dtype | None = None
+    stochastic_rounding: bool = True
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a misspelt choice: it would silently be another algorithm."""
+        for field, allowed in _CHOICES.items():
+            if (value := getattr(self, field)) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, is {value!r}. Choose one.")
+
+
+def compress(x: Tensor, sketch: Tensor) -> Tensor:
+    """Return c = x A^T by zero-padded blocks: x (..., M), A (R, B), c (..., K, R)."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % sketch.shape[1]))
+    return padded.reshape(*x.shape[:-1], -1, sketch.shape[1]) @ sketch.T
+
+
+def expand(compressed: Tensor, sketch: Tensor, columns: int) -> Tensor:
+    """Return c A cut to the columns: c (N, K, R), A (R, B), result (N, M)."""
+    return (compressed @ sketch).flatten(1)[:, :columns]
+
+
+def rms(x: Tensor) -> Tensor:
+    """Return sqrt(mean(x^2)), a scalar."""
+    return x.square().mean().sqrt()
+
+
+def clipped(x: Tensor, clip: float | None) -> Tensor:
+    """Return x / max(1, RMS(x) / clip); None does not clip."""
+    return x if clip is None else x / (rms(x) / clip).clamp(min=1.0)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Round to a neighbour in bf16 or fp16 by ``bits`` u in [0, 65536); NaN and inf stay."""
+    size, info = x.double().abs(), torch.finfo(dtype)
+    power = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
+    # q = the spacing of dtype at |x|, constant below the smallest normal number
+    spacing = info.eps * power.clamp(min=info.smallest_normal)
+    # y = sign(x) floor(|x| / q + u / 65536) q
+    rounded = x.double().sign() * (size / spacing + bits.double() / 65536).floor() * spacing
+    # frexp leaves the exponent of inf and NaN unspecified.
+    return torch.where(x.isfinite(), rounded, x.double()).to(dtype)
+
+
+def _second_moment_rate(t: int, beta2: float | None) -> float:
+    """Return b2 at step t; it is 0 at t = 1."""
+    if beta2 is None:
+        # b2 <- 1 - t^-0.8
+        return float(1 - t**-0.8)
+    # b2 <- beta2 (1 - beta2^(t-1)) / (1 - beta2^t): Adam's bias correction as a moving rate
+    return beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
+
+
+def _normalise_(gradient: Tensor, state: Mapping[str, Tensor], b2: float, eps: float) -> Tensor:
+    """Move the statistics of one matrix or vector in place and return X."""
+    if "second" in state:
+        # V <- b2 V + (1-b2) (G^2 + max(eps, 1e-12));  X = G / sqrt(V)
+        state["second"].mul_(b2).add_((1 - b2) * (gradient.square() + max(eps, 1e-12)))
+        return gradient / state["second"].sqrt()
+    square, row, column = gradient.square() + eps, state["row"], state["column"]
+    # R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
+    row.mul_(b2).add_((1 - b2) * square.mean(1))
+    column.mul_(b2).add_((1 - b2) * square.mean(0))
+    # X = G / sqrt(R C / mean(R)), factor by factor: in fp32 R C underflows where G is all zero
+    return gradient / row.sqrt()[:, None] * (row.mean() / column).sqrt()
+
+
+def _move(momentum: Tensor, old: Tensor, new: Tensor, s: ReferenceSettings) -> Tensor:
+    """Carry M (N, K, R) from the basis of the old window to the new: s M (A_old A_new^T)."""
+    if s.transfer == "reset":
+        return torch.zeros_like(momentum)
+    rank, block = old.shape
+    noise = {"hadamard": 0, "gaussian": rank + 1, "rademacher": rank - 1}[s.sketch]
+    factor = rank / (block + noise) if s.transfer == "shrink" else 1.0
+    return factor * momentum @ (old @ new.T)
+
+
+def _rule(
+    x: Tensor, momentum: Tensor, bases: Sequence[Tensor | None], moved: bool, s: ReferenceSettings
+) -> tuple[Tensor, Tensor]:
+    """Return U and the new M; ``bases``: A of the old and of the new window, None where dense."""
+    b, (old, new) = s.beta1, bases
+    if s.momentum == "blend":
+        x = clipped(x, s.clip)
+    if old is None or new is None:
+        # M <- b M + (1-b) X;  U = M
+        momentum = b * momentum + (1 - b) * x
+        return (momentum if s.momentum == "blend" else clipped(momentum, s.clip)), momentum
+    arrived = _move(momentum, old, new, s) if moved else momentum
+    c, columns = compress(x, new), x.shape[1]
+    if s.momentum == "flora":  # the authors' torch code: read in the old basis, then move, then add
+        # U = (1-b) X + b M A_old;  M <- b move(M) + (1-b) X A_new^T
+        update = (1 - b) * x + b * expand(momentum, old, columns)
+        return clipped(update, s.clip), b * arrived + (1 - b) * c
+    # flora_strict (Algorithm 2) and blend: M <- b move(M) + (1-b) X A_new^T
+    momentum = b * arrived + (1 - b) * c
+    if s.momentum == "flora_strict":
+        # U = M A_new
+        return clipped(expand(momentum, new, columns), s.clip), momentum
+    # U = X + gain (R/B) (M - X A_new^T) A_new
+    gain = s.blend_gain * new.shape[0] / new.shape[1]
+    return x + gain * expand(momentum - c, new, columns), momentum
+
+
+def _batch(x: Tensor) -> Tensor:
+    """View a parameter as a batch: (E, N, M) of matrices, (1, *shape) of a vector."""
+    return x if x.ndim == 3 else (x.flatten(1) if x.ndim > 3 else x).unsqueeze(0)
+
+
+class Reference:
+    """Flora on whole tensors.
+
+    Args:
+        weights: Start values by name; cloned. At most 1-D: a vector; 3-D: a batch of matrices, each
+            with its own A, statistics, RMS and clip; 4-D and more: one matrix (shape[0], rest).
+        sketch: ``sketch(name, matrix, window)`` is A (R, B) in the dtype of the arithmetic (the
+            wider of float32 and the weight's), None where it is dense; not asked for vectors.
+        settings: One for all, or by name.
+        bits: ``bits(name, "weight" | "momentum", step, shape)``: integers in [0, 65536) of that
+            shape; needed where bf16 or fp16 is written with ``stochastic_rounding``.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        sketch: Callable[[str, int, int], Tensor | None],
+        settings: ReferenceSettings | Callable[[str], ReferenceSettings],
+        bits: Callable[[str, str, int, tuple[int, ...]], Tensor] | None = None,
+    ) -> None:
+        self.weights = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._settings = {n: settings(n) if callable(settings) else settings for n in weights}
+        self._sketch, self._bits = sketch, bits
+        self._clock = {name: {"step": 0, "window": 0} for name in weights}
+        self._state = {name: self._zeros(name) for name in weights}
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Take one step; a parameter whose gradient is missing or None is skipped, its t stays."""
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                self._step_parameter(name, gradient)
+
+    def state(self, name: str) -> dict[str, Tensor | int]:
+        """Copy "step", "window"; "second" of a vector, "row" (N,) and "column" (M,) of others.
+
+        "momentum" is (N, K, R), where dense like the matrix (shape[0], rest) or vector, absent for
+        the rule none. A 3-D parameter has E in front of each.
+        """
+        tensors = {key: self._own(name, x).clone() for key, x in self._state[name].items()}
+        return {**tensors, **self._clock[name]}
+
+    def _own(self, name: str, x: Tensor) -> Tensor:
+        """View a batch without its first axis where the parameter has none."""
+        return x if self.weights[name].ndim == 3 else x[0]
+
+    def _copy(self, name: str, x: Tensor) -> Tensor:
+        """Copy a weight or gradient as a batch into the dtype of the arithmetic."""
+        wider = torch.promote_types(torch.float32, self.weights[name].dtype)
+        return _batch(x).to(wider, copy=True)
+
+    def _zeros(self, name: str) -> dict[str, Tensor]:
+        zeros, s = torch.zeros_like(self._copy(name, self.weights[name])), self._settings[name]
+        matrix = zeros.ndim == 3
+        state = {"second": zeros.clone()}
+        if matrix:
+            state = {"row": zeros.sum(2), "column": zeros.sum(1)}
+        if s.momentum != "none":
+            sketch = self._sketch(name, 0, 0) if matrix else None
+            momentum = zeros if sketch is None else compress(zeros, sketch)
+            state["momentum"] = momentum.to(s.state_dtype or zeros.dtype)
+        return state
+
+    def _step_parameter(self, name: str, gradient: Tensor) -> None:
+        s, state, clock = self._settings[name], self._state[name], self._clock[name]
+        weights, gradients = (self._copy(name, x) for x in (self.weights[name], gradient))
+        windows = clock["window"], (clock["step"] + 1) // s.kappa
+        clock["step"], clock["window"] = clock["step"] + 1, windows[1]
+        b2 = _second_moment_rate(clock["step"], s.beta2)
+        momenta = state["momentum"].to(weights.dtype, copy=True) if "momentum" in state else None
+        for e, (w, g) in enumerate(zip(weights, gradients, strict=True)):
+            x = _normalise_(-g if s.maximize else g, {k: v[e] for k, v in state.items()}, b2, s.eps)
+            if momenta is None:
+                update = clipped(x, s.clip)
+            else:
+                bases = [self._sketch(name, e, i) if x.ndim == 2 else None for i in windows]
+                update, momenta[e] = _rule(x, momenta[e], bases, windows[0] != windows[1], s)
+            # W <- (1 - lr wd) W - lr scale U
+            scale = rms(w).clamp(min=1e-3) if s.scale_parameter else 1.0
+            w.copy_((1 - s.lr * s.weight_decay) * w - s.lr * scale * update)
+        self._write_(name, "weight", self.weights[name], weights.reshape(gradient.shape))
+        if momenta is not None:
+            stored, new = self._own(name, state["momentum"]), self._own(name, momenta)
+            self._write_(name, "momentum", stored, new)
+
+    def _write_(self, name: str, purpose: str, target: Tensor, x: Tensor) -> None:
+        if target.dtype != x.dtype and self._settings[name].stochastic_rounding:
+            if self._bits is None:
+                raise ValueError(f"bits must be given: {name!r} rounds its {purpose} by them.")
+            u = self._bits(name, purpose, self._clock[name]["step"], tuple(x.shape))
+            x = stochastic_round(x, target.dtype, u)
+        target.copy_(x)

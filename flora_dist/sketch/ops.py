@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compress and expand: the one door between the optimizer and how a sketch is applied.
+
+    c = blocks(x) A^T      compress
+    x' = c A               expand
+    c A_old A_new^T        change of basis
+
+Legend: E matrices in the batch, N rows, W columns given, K blocks per row, B block, R rank of the
+sketch. Blocks are B consecutive columns, aligned at column 0 of the whole matrix; a rectangle that
+begins at `first_column` touches the blocks from first_column // B to ceil((first_column + W) / B).
+
+All products are `bmm` over (E, N K, .): no batch dimension is broadcast, so A is never copied, and
+with E = 1 it is as fast as `mm`. A^T stays a transposed view: a copy of it was half as fast on CPU.
+"""
+
+import torch
+from torch import Tensor
+
+
+def compress(x_ENM: Tensor, sketch_ERB: Tensor, *, first_column: int = 0) -> Tensor:
+    """Sketches each block of each row: c = blocks(x) A^T.
+
+    Args:
+        x_ENM: (E, N, W), columns [first_column, first_column + W) of the rows. What a touched
+            block holds outside of them counts as zero.
+        sketch_ERB: (E, R, B), one sketch matrix per matrix, in the dtype of `x_ENM`.
+        first_column: column of the whole matrix at which `x_ENM` begins.
+
+    Returns:
+        (E, N, K, R), K the number of touched blocks.
+    """
+    matrices, rows, _ = x_ENM.shape
+    rank, block = sketch_ERB.shape[1:]
+    blocks_ENM = _whole_blocks(x_ENM, block, first_column)
+    per_row = blocks_ENM.shape[-1] // block
+    flat = blocks_ENM.reshape(matrices, rows * per_row, block)
+    return torch.bmm(flat, sketch_ERB.mT).view(matrices, rows, per_row, rank)
+
+
+def expand(
+    c_ENKR: Tensor, sketch_ERB: Tensor, *, num_columns: int, first_column: int = 0
+) -> Tensor:
+    """Estimates rows from their sketches: x' = c A, cut to the columns asked for.
+
+    Args:
+        c_ENKR: (E, N, K, R), all blocks that the columns touch.
+        sketch_ERB: (E, R, B), as given to `compress`.
+        num_columns: how many columns to return.
+        first_column: column of the whole matrix at which the result begins.
+
+    Returns:
+        (E, N, num_columns); a view into whole blocks where the columns do not fill them.
+    """
+    matrices, rows, per_row, rank = c_ENKR.shape
+    block = sketch_ERB.shape[-1]
+    assert per_row == _blocks_touched(num_columns, block, first_column), c_ENKR.shape
+    flat = c_ENKR.reshape(matrices, rows * per_row, rank)
+    x_ENM = torch.bmm(flat, sketch_ERB).view(matrices, rows, per_row * block)
+    return x_ENM.narrow(-1, first_column % block, num_columns)
+
+
+def change_basis(c_ENKR: Tensor, old_ERB: Tensor, new_ERB: Tensor) -> Tensor:
+    """Moves sketches to another basis without expanding them: c (A_old A_new^T).
+
+    Args:
+        c_ENKR: (E, N, K, R_old).
+        old_ERB: (E, R_old, B), the sketch matrices that made `c_ENKR`.
+        new_ERB: (E, R_new, B).
+
+    Returns:
+        (E, N, K, R_new), unscaled: see `matrices.shrink_factor`.
+    """
+    matrices, rows, per_row, rank = c_ENKR.shape
+    flat = c_ENKR.reshape(matrices, rows * per_row, rank)
+    moved = torch.bmm(flat, torch.bmm(old_ERB, new_ERB.mT))
+    return moved.view(matrices, rows, per_row, new_ERB.shape[1])
+
+
+def _blocks_touched(num_columns: int, block: int, first_column: int) -> int:
+    return -(-(first_column + num_columns) // block) - first_column // block
+
+
+def _whole_blocks(x_ENM: Tensor, block: int, first_column: int) -> Tensor:
+    """`x_ENM` with zeros on both sides up to whole blocks; itself where nothing is missing."""
+    matrices, rows, width = x_ENM.shape
+    before = first_column % block
+    total = _blocks_touched(width, block, first_column) * block
+    if total == width:
+        return x_ENM
+    # Not torch.nn.functional.pad: it first fills the whole result, one more pass over memory.
+    padded = x_ENM.new_empty(matrices, rows, total)
+    padded[..., :before] = 0
+    padded[..., before : before + width] = x_ENM
+    padded[..., before + width :] = 0
+    return padded

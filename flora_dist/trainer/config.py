@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is: the sections of a config file as frozen values, each checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+STDLIB = "python-stdlib"
+BYTE = "byte"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network is trained. The vocabulary is always the tokenizer's."""
+
+    config: str | None = None
+    """A transformers config (.json); its weights are drawn from `train.seed`."""
+    pretrained: str | None = None
+    """A local folder written by `save_pretrained`; its weights are the starting point."""
+
+    def __post_init__(self) -> None:
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError(
+                "model needs exactly one of config and pretrained; "
+                f"config={self.config!r}, pretrained={self.pretrained!r}. Remove one or set one."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text is read, and how it is cut into sequences."""
+
+    corpus: str = STDLIB
+    """`python-stdlib` (the standard library's own sources), a file, or a folder of files."""
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """`auto` goes by the file's ending: .jsonl/.json, .parquet, everything else is text."""
+    field: str = "text"
+    """The column of jsonl and parquet files that holds the document."""
+    tokenizer: str = BYTE
+    """`byte` (256 bytes and one end-of-document token) or a local Hugging Face folder."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    validation_every: int = 20
+    """Every so many documents, one goes to validation and never to training."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.sequence_length", self.sequence_length, 1)
+        _at_least("data.validation_every", self.validation_every, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optimizer by name; every other key goes to it as it stands."""
+
+    name: Literal["flora", "adamw", "adafactor"]
+    """`flora` is `flora_dist.Flora`, the others are `torch.optim`'s."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The keyword arguments, as the optimizer itself names them; `lr` is required."""
+
+    def __post_init__(self) -> None:
+        lr = self.options.get("lr")
+        if isinstance(lr, bool) or not isinstance(lr, int | float):
+            raise ValueError(  # noqa: TRY004 - the user's mistake: one type for all config errors
+                f"{self.name} needs a learning rate that is a number; lr={lr!r}. "
+                "Set lr, for example lr: 1e-3."
+            )
+        if not 0.0 <= lr < float("inf"):  # also NaN
+            raise ValueError(
+                f"a learning rate must be finite and at least 0; {self.name} has lr={lr!r}. "
+                "Correct lr."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves: linear warm-up, then the named curve."""
+
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    """The curve after warm-up, down to `final_ratio` at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    final_ratio: float = 0.1
+    """Learning rate of the last step, as a part of `lr`; unused by `constant`."""
+
+    def __post_init__(self) -> None:
+        _at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        if not 0.0 <= self.final_ratio <= 1.0:
+            raise ValueError(
+                f"schedule.final_ratio must be between 0 and 1; it is {self.final_ratio!r}. "
+                "Give the part of lr that is left at the end."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and in which batches."""
+
+    steps: int
+    """Optimizer steps."""
+    global_batch: int
+    """Sequences per optimizer step, over all processes; the same for every world size."""
+    micro_batch: int
+    """Sequences one process sends through the model at once; the rest is accumulated."""
+    seed: int = 0
+    """The run's one seed: weights, order of the data, dropout, and Flora's projections."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16`: arithmetic of the model only; weights and reductions stay float32."""
+    max_grad_norm: float | None = None
+    """Clip the gradient's global norm to this before the step; none by default."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "log_every"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
+            raise ValueError(
+                f"train.max_grad_norm must be above 0; it is {self.max_grad_norm!r}. "
+                "Raise it, or set it to null for no clipping."
+            )
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                "train.global_batch must be a multiple of train.micro_batch; "
+                f"global_batch={self.global_batch}, micro_batch={self.micro_batch}. Change one."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the validation loss is taken, and on how much."""
+
+    every: int = 100
+    """Steps between evaluations; the last step is always evaluated."""
+    sequences: int = 64
+    """Validation sequences, evenly spread over the held-out documents, always the same."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.every", self.every, 1)
+        _at_least("evaluation.sequences", self.sequences, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """How the model is spread over the processes."""
+
+    name: Literal["none", "ddp", "fsdp2", "hsdp"] = "none"
+    """`none` is one process; `hsdp` is FSDP2 on a replicate x shard mesh."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA with nccl where there is one, else CPU with gloo."""
+    replicate: int | None = None
+    """hsdp: number of groups that hold a whole copy of the model."""
+    shard: int | None = None
+    """hsdp: number of processes one copy is cut into."""
+    reshard_after_forward: bool = True
+    """fsdp2, hsdp: free a layer's full weights between forward and backward."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.replicate, self.shard)
+        if self.name != "hsdp" and sizes != (None, None):
+            raise ValueError(
+                "backend.replicate and backend.shard belong to hsdp; "
+                f"backend.name={self.name!r} has {sizes}. Remove them, or set name: hsdp."
+            )
+        if self.name == "hsdp" and not all(size is not None and size >= 1 for size in sizes):
+            raise ValueError(
+                "hsdp needs backend.replicate and backend.shard, both at least 1; "
+                f"they are {sizes}. Their product is the number of processes."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int | None = None
+    """Steps between checkpoints in `<run>/checkpoints`; none by default."""
+    resume: str | None = None
+    """A checkpoint folder to go on from. It is trusted: load only what you wrote."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            _at_least("checkpoint.every", self.every, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where the results go."""
+
+    folder: str = "runs"
+    """Parent of all run folders."""
+    name: str
+    """Name of this run's folder."""
+    overwrite: bool = False
+    """Replace a run of this name instead of refusing."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars beside metrics.jsonl."""
+    progress: bool = True
+    """Show a progress bar on process 0."""
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in {".", ".."} or set(self.name) & set("/\\"):
+            raise ValueError(
+                f"output.name must be the plain name of a folder; it is {self.name!r}. "
+                "Use output.folder for the path."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run. The sections of a config file, under their own names."""
+
+    model: ModelConfig
+    """The network."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    optimizer: OptimizerConfig
+    """The optimizer under test."""
+    compare: OptimizerConfig | None = None
+    """AdamW to be run afterwards on the same data, steps and seed; none by default."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate's curve."""
+    train: TrainConfig
+    """Length and batches."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The validation loss."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    """Processes."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Save and resume."""
+    output: OutputConfig
+    """Results."""
+
+    def __post_init__(self) -> None:
+        if self.compare is not None and self.compare.name != "adamw":
+            raise ValueError(
+                f"compare runs AdamW; compare.name is {self.compare.name!r}. "
+                "Set compare.name: adamw, or compare: null."
+            )
+        if self.schedule.warmup_steps >= self.train.steps and self.schedule.warmup_steps > 0:
+            raise ValueError(
+                "schedule.warmup_steps must be below train.steps; "
+                f"{self.schedule.warmup_steps} of {self.train.steps}. Lower it or train longer."
+            )
+
+
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise ValueError(f"{name} must be at least {lowest}; it is {value}. Raise it.")

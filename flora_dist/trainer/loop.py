@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: accumulate, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from flora_dist.trainer.backend import Spread, World, largest_over_processes, sum_over_processes
+from flora_dist.trainer.checkpoint import Checkpoints
+from flora_dist.trainer.config import Config
+from flora_dist.trainer.data import IGNORED, Corpus, Order
+from flora_dist.trainer.evaluate import validation_loss
+from flora_dist.trainer.interrupt import StopRequest
+from flora_dist.trainer.metrics import Metrics, Progress, Record
+from flora_dist.trainer.model import sum_of_losses
+from flora_dist.trainer.traffic import Traffic
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor]
+"""Inputs and labels, both (sequences, length), int64, on the process's device."""
+
+# The first steps differ from all others: lazy states, and DDP lays its buckets out anew in step 2.
+_SETTLING_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything one optimizer's run works on."""
+
+    config: Config
+    """The whole config."""
+    world: World
+    """The processes."""
+    corpus: Corpus
+    """The text."""
+    order: Order
+    """Which sequences make which batch."""
+    spread: Spread
+    """The model over the processes."""
+    model: nn.Module
+    """The same model by its own names, for optimizer and checkpoint."""
+    optimizer: torch.optim.Optimizer
+    """The optimizer."""
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    """Its learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one run measured; the same on every process but for `records`."""
+
+    steps: int
+    """Steps done, those before a resume included."""
+    finished: bool
+    """Whether it came to its last step."""
+    loss: float | None
+    """Training loss in nats per token, mean of the last ten records."""
+    validation_loss: float | None
+    """The last validation loss in nats per token."""
+    tokens_per_second: float | None
+    """Over all processes; without evaluation, checkpoints and the first steps."""
+    weight_bytes: int
+    """Weights on the process that holds most."""
+    state_bytes: int
+    """Optimizer state on the process that holds most, measured on its tensors."""
+    adamw_bytes: int
+    """What AdamW's two float32 moments take for the weights that process holds."""
+    bytes_sent: int | None
+    """Bytes one process sends in one step; None before one was measured."""
+    records: list[Record]
+    """The lines of metrics.jsonl (process 0)."""
+
+
+def accumulate(
+    spread: Spread, micro_batches: Sequence[MicroBatch], tokens: int, world: World
+) -> torch.Tensor:
+    """Add the gradient of the mean loss over `tokens` labels; returns this process's sum of losses.
+
+    `tokens` is the count over all micro-batches and processes. DDP and FSDP average gradients over
+    the processes, so each sum is scaled by (processes / tokens): the result is the gradient of the
+    token-weighted mean, exactly as one process gets it on the whole batch.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for number, (inputs, labels) in enumerate(micro_batches, start=1):
+        with spread.synchronising(number == len(micro_batches)):
+            with spread.arithmetic():
+                loss = sum_of_losses(spread.module, inputs, labels)
+            torch.autograd.backward(loss * (world.size / tokens))
+        total += loss.detach()
+    return total
+
+
+def train(
+    job: Job,
+    *,
+    first_step: int,
+    stop: StopRequest,
+    metrics: Metrics,
+    progress: Progress,
+    checkpoints: Checkpoints,
+) -> Measured:
+    """Run the steps from `first_step` (0 is a fresh run) to the last or to a stop request."""
+    config = job.config.train
+    clock = _Clock()
+    bytes_sent: int | None = None
+    last_step = first_step
+    for step in range(first_step, config.steps):
+        began = time.perf_counter()
+        # What a step sends settles after the first ones; a shorter run measures its last step.
+        measures = step == min(first_step + _SETTLING_STEPS, config.steps - 1)
+        with Traffic() if measures else nullcontext() as traffic:
+            batches = _micro_batches(job, step)
+            tokens, stopping = _agree(batches, stop, job.world)
+            if stopping:
+                break
+            torch.manual_seed(_dropout_seed(config.seed, step, job.world))
+            loss = accumulate(job.spread, batches, tokens, job.world)
+            if config.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(job.model.parameters(), config.max_grad_norm)
+            lr = float(job.scheduler.get_last_lr()[0])
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+            job.scheduler.step()
+        if traffic is not None:
+            bytes_sent = traffic.bytes_sent
+        last_step = step + 1
+        record: Record = {}
+        if last_step % config.log_every == 0 or last_step == config.steps:
+            mean = float(sum_over_processes(loss)) / tokens
+            record = {"loss": mean, "lr": lr, "tokens": tokens}
+        clock.add(tokens, time.perf_counter() - began, settled=step > first_step + _SETTLING_STEPS)
+        if record:
+            record["tokens_per_second"] = clock.rate
+            progress.update(
+                last_step, loss=f"{record['loss']:.3f}", rate=f"{clock.rate:,.0f} tokens/s"
+            )
+        if last_step % job.config.evaluation.every == 0 or last_step == config.steps:
+            record["validation_loss"] = _evaluate(job)
+        if record:
+            metrics.add({"step": last_step} | record)
+        checkpoints.maybe_save(last_step, job.model, job.optimizer, job.scheduler)
+    return _measured(job, last_step, clock, bytes_sent, metrics.records)
+
+
+class _Clock:
+    """Tokens per second, from settled steps as soon as there are any."""
+
+    def __init__(self) -> None:
+        self._settled = False
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, tokens: int, seconds: float, *, settled: bool) -> None:
+        if settled and not self._settled:
+            self._settled, self._tokens, self._seconds = True, 0, 0.0
+        self._tokens += tokens
+        self._seconds += seconds
+
+    @property
+    def rate(self) -> float | None:
+        return self._tokens / self._seconds if self._seconds else None
+
+
+def _micro_batches(job: Job, step: int) -> list[MicroBatch]:
+    parts = job.order.micro_batches(
+        step,
+        micro_batch=job.config.train.micro_batch,
+        process_rank=job.world.process_rank,
+        world_size=job.world.size,
+    )
+    pairs = (job.corpus.train.batch(part) for part in parts)
+    return [(inputs.to(job.world.device), labels.to(job.world.device)) for inputs, labels in pairs]
+
+
+def _agree(batches: Sequence[MicroBatch], stop: StopRequest, world: World) -> tuple[int, bool]:
+    """Labels that count in the global batch, and whether any process was asked to stop."""
+    counted = sum(int((labels != IGNORED).sum()) for _, labels in batches)
+    both = torch.tensor([counted, int(stop.asked)], dtype=torch.int64, device=world.device)
+    tokens, asked = sum_over_processes(both).tolist()
+    return max(1, tokens), asked > 0
+
+
+def _dropout_seed(seed: int, step: int, world: World) -> int:
+    # Set anew each step, so that a resumed run draws what the uninterrupted one would have drawn.
+    return (seed * 1_000_003 + step) * 65_537 + world.process_rank
+
+
+def _evaluate(job: Job) -> float:
+    return validation_loss(
+        job.spread,
+        job.corpus.validation,
+        job.world,
+        sequences=job.config.evaluation.sequences,
+        micro_batch=job.config.train.micro_batch,
+    )
+
+
+def _measured(
+    job: Job, steps: int, clock: _Clock, bytes_sent: int | None, records: list[Record]
+) -> Measured:
+    device = job.world.device
+    weights = list(job.model.parameters())
+    state = [value for values in job.optimizer.state.values() for value in values.values()]
+    losses = [value for record in records if (value := record.get("loss")) is not None][-10:]
+    checks = [value for record in records if (value := record.get("validation_loss")) is not None]
+    trained = sum(_local(p).numel() for p in weights if p.requires_grad)
+    return Measured(
+        steps=steps,
+        finished=steps == job.config.train.steps,
+        loss=sum(losses) / len(losses) if losses else None,
+        validation_loss=checks[-1] if checks else None,
+        tokens_per_second=clock.rate,
+        weight_bytes=largest_over_processes(_held_bytes(weights), device),
+        state_bytes=largest_over_processes(_held_bytes(state), device),
+        adamw_bytes=largest_over_processes(8 * trained, device),
+        bytes_sent=bytes_sent,
+        records=records,
+    )
+
+
+def _held_bytes(values: Sequence[object]) -> int:
+    """Bytes of the tensors among `values` that this process holds."""
+    tensors = (_local(value) for value in values if isinstance(value, torch.Tensor))
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"

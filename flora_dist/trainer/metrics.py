@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""metrics.jsonl, TensorBoard and the progress bar: process 0 has them, the others nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from flora_dist.trainer.extras import needs_train_extra
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch.utils.tensorboard import SummaryWriter
+
+Record = dict[str, float | int | None]
+"""One line of metrics.jsonl: `step`, and what was measured there; None where it was not finite."""
+
+
+class Metrics:
+    """The records of one optimizer's run, in memory and, on process 0, in files."""
+
+    records: list[Record]
+    """Every record of the run, those before a resume included."""
+
+    def __init__(self, file: IO[str] | None, board: SummaryWriter | None) -> None:
+        self.records = []
+        self._file, self._board = file, board
+
+    def add(self, record: Record) -> None:
+        """Keep a record and write it out at once: a run that dies keeps all its lines."""
+        clean: Record = {
+            key: value if value is None or math.isfinite(value) else None
+            for key, value in record.items()
+        }
+        self.records.append(clean)
+        if self._file is not None:
+            self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "step" and value is not None:
+                    self._board.add_scalar(key, value, record["step"])
+            self._board.flush()
+
+
+@contextmanager
+def open_metrics(
+    folder: Path | None, board_folder: Path | None, *, first_step: int
+) -> Iterator[Metrics]:
+    """Metrics that append to `folder/metrics.jsonl`; None writes nothing.
+
+    Lines of steps after `first_step` are dropped: a run that resumes from an older checkpoint takes
+    those steps again.
+    """
+    if folder is None:
+        yield Metrics(None, None)
+        return
+    path = folder / "metrics.jsonl"
+    earlier = _read_until(path, first_step)
+    board = None
+    if board_folder is not None:
+        with needs_train_extra():
+            from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(str(board_folder), purge_step=first_step + 1)
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            metrics = Metrics(file, None)
+            for record in earlier:
+                metrics.add(record)
+            metrics._board = board
+            yield metrics
+    finally:
+        if board is not None:
+            board.close()
+
+
+def _read_until(path: Path, step: int) -> list[Record]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records: list[Record] = [json.loads(line) for line in lines]
+    return [record for record in records if (record["step"] or 0) <= step]
+
+
+class Progress:
+    """A bar on the console, or silence."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, step: int, **fields: str) -> None:
+        """Move the bar to a step; fields are `loss` and `rate`."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, **fields)
+
+
+@contextmanager
+def open_progress(console: Console | None, label: str, steps: int) -> Iterator[Progress]:
+    """A progress bar of so many steps; None shows nothing."""
+    if console is None:
+        yield Progress(None, None)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        yield Progress(bar, bar.add_task(label, total=steps, loss="-", rate=""))

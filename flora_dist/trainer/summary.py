@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves at its end: a table, summary.json and a picture, AdamW's numbers beside."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora_dist.trainer.extras import needs_train_extra
+from flora_dist.trainer.loop import Measured
+from flora_dist.trainer.optimizers import LABELS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+_NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The run under test and, where it was run, AdamW."""
+
+    run: str
+    """Name of the run."""
+    optimizer: str
+    """The optimizer under test, as in the config."""
+    parameters: int
+    """Weights of the model; tied ones count once."""
+    world_size: int
+    """Number of processes."""
+    measured: Measured
+    """The optimizer under test."""
+    adamw: Measured | None
+    """AdamW on the same data, steps and seed; None if it was not run."""
+
+    @property
+    def label(self) -> str:
+        """The optimizer's name as people write it."""
+        return LABELS[self.optimizer]
+
+
+def summary_table(summary: Summary) -> Table:
+    """One row per measurement, one column per optimizer."""
+    with needs_train_extra():
+        from rich.table import Table
+    table = Table(title=f"{summary.run}: {summary.parameters:,} parameters")
+    table.add_column(f"{summary.world_size} process{'es' * (summary.world_size > 1)}")
+    table.add_column(summary.label, justify="right")
+    ours, other = _column(summary.measured), None
+    if summary.optimizer != "adamw":
+        table.add_column("AdamW", justify="right")
+        other = _column(summary.adamw) if summary.adamw else _computed(summary.measured)
+    for row, value in ours.items():
+        table.add_row(row, value, *([other[row]] if other else []))
+    return table
+
+
+def _column(measured: Measured) -> dict[str, str]:
+    return {
+        "steps": f"{measured.steps:,}" + ("" if measured.finished else " (stopped)"),
+        "training loss (nats/token)": _shown(measured.loss, ".4f"),
+        "validation loss (nats/token)": _shown(measured.validation_loss, ".4f"),
+        "tokens/s": _shown(measured.tokens_per_second, ",.0f"),
+        "optimizer state (bytes/process)": _shown(measured.state_bytes, ",d"),
+        "sent (bytes/step/process)": _shown(measured.bytes_sent, ",d"),
+    }
+
+
+def _computed(measured: Measured) -> dict[str, str]:
+    """AdamW's column without a run: two float32 moments per weight are certain, the rest is not."""
+    column = dict.fromkeys(_column(measured), _NOT_RUN)
+    column["optimizer state (bytes/process)"] = f"{measured.adamw_bytes:,d} (computed)"
+    return column
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def write_summary(summary: Summary, folder: Path) -> None:
+    """Write summary.json and summary.png, each complete or not at all."""
+    tree: dict[str, Any] = asdict(summary)
+    for part in (tree["measured"], tree["adamw"]):
+        if part is not None:
+            del part["records"]  # they are metrics.jsonl
+    partial = folder / ".summary.json.partial"
+    partial.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "summary.json")
+    _draw(summary, folder)
+
+
+def _draw(summary: Summary, folder: Path) -> None:
+    with needs_train_extra():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(11.0, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # no display, no global state of pyplot
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    figure.suptitle(
+        f"{summary.run}: {summary.parameters:,} parameters, {summary.world_size} process"
+        f"{'es' * (summary.world_size > 1)}"
+    )
+    _draw_losses(left, summary)
+    _draw_memory(right, summary)
+    partial = folder / ".summary.partial.png"
+    figure.savefig(partial)
+    partial.replace(folder / "summary.png")
+
+
+def _draw_losses(axes: Axes, summary: Summary) -> None:
+    runs = [(summary.label, summary.measured, "C0")]
+    if summary.adamw is not None:
+        runs.append(("AdamW", summary.adamw, "C1"))
+    for label, measured, colour in runs:
+        for key, style, what in (
+            ("loss", "-", "training"),
+            ("validation_loss", "o--", "validation"),
+        ):
+            points = [(r["step"], r[key]) for r in measured.records if r.get(key) is not None]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, style, color=colour, label=f"{label}, {what}", alpha=0.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats/token)")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+
+
+def _draw_memory(axes: Axes, summary: Summary) -> None:
+    mebibyte = 2.0**20
+    bars = [(summary.label, summary.measured.weight_bytes, summary.measured.state_bytes)]
+    if summary.optimizer != "adamw":
+        measured = summary.adamw
+        state = measured.state_bytes if measured else summary.measured.adamw_bytes
+        label = "AdamW" if measured else "AdamW (computed)"
+        bars.append((label, summary.measured.weight_bytes, state))
+    labels = [bar[0] for bar in bars]
+    weights = [bar[1] / mebibyte for bar in bars]
+    states = [bar[2] / mebibyte for bar in bars]
+    axes.bar(labels, weights, color="0.75", label="weights")
+    drawn = axes.bar(labels, states, bottom=weights, color=["C0", "C1"][: len(bars)])
+    axes.bar_label(drawn, [f"state {state:.2f} MiB" for state in states])
+    axes.margins(y=0.12)
+    axes.set_ylabel("MiB per process")
+    axes.legend(loc="lower right")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
+#
+# What quickstart.sh and check.sh share: look at the machine, make .venv, install once.
+# Sourced with `set -euo pipefail`, from the root of the repository. Exit code 2: the machine lacks something.
+
+readonly VENV=.venv
+readonly VENV_PYTHON=$VENV/bin/python
+readonly STAMP=$VENV/.flora_stamp
+readonly CONSTRAINTS=launch/constraints.txt
+readonly BASE_PYTHON=${PYTHON:-python3}
+
+say() {
+    printf '%s: %s\n' "${0##*/}" "$*"
+}
+
+refuse() {
+    say "$@" >&2
+    exit 2
+}
+
+is_supported_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'
+}
+
+# Debian calls the default interpreter's package python3-venv and that of any other one pythonX.Y-venv.
+venv_package() {
+    if [[ $BASE_PYTHON == python3 ]]; then
+        echo python3-venv
+    else
+        "$BASE_PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'
+    fi
+}
+
+require_machine() {
+    local missing=()
+    if ! command -v "$BASE_PYTHON" >/dev/null; then
+        missing+=(python3 python3-venv)
+    elif ! is_supported_python "$BASE_PYTHON"; then
+        refuse "Python must be 3.10 or newer; '$BASE_PYTHON' is $("$BASE_PYTHON" -V 2>&1)." \
+            "Use Debian 12, Ubuntu 22.04 or newer, or name another one: PYTHON=python3.12 $0"
+    # Debian and Ubuntu ship venv without ensurepip, so venv alone proves nothing.
+    elif ! "$BASE_PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
+        missing+=("$(venv_package)")
+    fi
+    command -v g++ >/dev/null || missing+=(g++)
+    if ((${#missing[@]})); then
+        local as_root=''
+        ((EUID == 0)) || as_root='sudo '
+        refuse "this machine lacks ${missing[*]}. Install with:
+    ${as_root}apt-get update && ${as_root}apt-get install -y ${missing[*]}"
+    fi
+}
+
+ensure_venv() {
+    if [[ ! -e $VENV ]]; then
+        say "making $VENV with $("$BASE_PYTHON" -V 2>&1)"
+        # A folder left half made would be taken for a good one by the next run.
+        trap 'rm -rf "$VENV"; exit 130' INT TERM
+        "$BASE_PYTHON" -m venv "$VENV" || {
+            rm -rf "$VENV"
+            refuse "'$BASE_PYTHON -m venv' failed; its message is above."
+        }
+        trap - INT TERM
+    fi
+    if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 || ! is_supported_python "$VENV_PYTHON"; then
+        refuse "'$VENV' must hold Python 3.10 or newer with pip, and does not. Remove it and run again: rm -rf $VENV"
+    fi
+}
+
+# One line for everything that decides what an installation holds. The folder is part of it: an editable
+# install names it, so a clone that was moved installs again.
+fingerprint() {
+    {
+        pwd -P
+        "$VENV_PYTHON" -VV
+        cat pyproject.toml "$CONSTRAINTS"
+    } | sha256sum | cut -d ' ' -f 1
+}
+
+# install_extra EXTRA: pip only when something changed; `dev` contains `train`.
+install_extra() {
+    local extra=$1 now installed=''
+    now=$(fingerprint)
+    [[ ! -f $STAMP ]] || installed=$(<"$STAMP")
+    if [[ $installed == "$extra $now" || $installed == "dev $now" ]]; then
+        say "$VENV is up to date"
+        return
+    fi
+    say "installing flora_dist[$extra] into $VENV; the first time this downloads torch"
+    rm -f "$STAMP"
+    local options=(--disable-pip-version-check --no-warn-script-location -c "$CONSTRAINTS")
+    # A person waits for gigabytes and wants the bar; a log wants what went wrong.
+    [[ -t 1 ]] || options+=(--quiet)
+    "$VENV_PYTHON" -m pip install "${options[@]}" -e ".[$extra]"
+    printf '%s %s\n' "$extra" "$now" >"$STAMP"
+}

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One fault per mechanism; each must make the battery fail, or the battery proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from flora_dist.optim.basis import SketchedBasis
+from flora_dist.optimizer import stepping
+from flora_dist.sketch import keys
+
+
+def _unsummed(*names: str) -> Callable[[Any], Callable[..., Any]]:
+    """Terms of these names keep this rank's own values."""
+
+    def mutate(original: Any) -> Callable[..., Any]:
+        def sum_terms(terms: Any, reducer: Any) -> Any:
+            totals = original(terms, reducer)
+            for own, total in zip(terms, totals, strict=True):
+                total.update({name: own[name] for name in names if name in own})
+            return totals
+
+        return sum_terms
+
+    return mutate
+
+
+def _never_moved(original: Any) -> Callable[..., Tensor]:
+    del original
+    return lambda self, momentum, tile: momentum  # noqa: ARG005 - the method's signature
+
+
+def _key_of_this_rank(original: Any) -> Callable[..., int]:
+    def derive_key(**parts: Any) -> int:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return int(original(**parts)) + rank + 1
+
+    return derive_key
+
+
+MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "column sums": (stepping, "sum_terms", _unsummed("columns")),
+    "rms sums": (stepping, "sum_terms", _unsummed("squares", "cross", "history", "update")),
+    "cut rows": (stepping, "sum_terms", _unsummed("rows")),
+    "cut blocks": (stepping, "sum_terms", _unsummed("blocks")),
+    "window change": (SketchedBasis, "move", _never_moved),
+    "keys": (keys, "derive_key", _key_of_this_rank),
+}
+"""Name -> (where, attribute, from the right one to the wrong one)."""
+
+
+@contextmanager
+def mutated(name: str) -> Iterator[None]:
+    """Break one mechanism; none for the empty name."""
+    if not name:
+        yield
+        return
+    home, attribute, mutate = MUTATIONS[name]
+    original = getattr(home, attribute)
+    setattr(home, attribute, mutate(original))
+    try:
+        yield
+    finally:
+        setattr(home, attribute, original)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference run of the zoo: one process, whole batch, ``reference.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.config import KNOBS, FloraConfig
+from flora_dist.optim.spec import geometry_of
+from flora_dist.reference import Reference, ReferenceSettings
+from flora_dist.sketch.keys import Purpose, derive_key, name_key
+from flora_dist.sketch.matrices import sketch_matrix
+from flora_dist.sketch.philox import grid16
+from tests.battery import zoo
+
+STEPS = 10
+SAMPLES = 12  # divisible by 1, 2, 3 and 4 ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One setting of the battery."""
+
+    dtype: torch.dtype = torch.float64
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Over lr 1e-3, rank 2 of block 8, kappa 3 (windows change) and clip 0.3 (active)."""
+
+    @property
+    def flora(self) -> dict[str, Any]:
+        base = {"lr": 1e-3, "rank": 2, "block": 8, "kappa": 3, "clip": 0.3}
+        return {**base, **self.settings}
+
+    def __str__(self) -> str:
+        words = [str(self.dtype).removeprefix("torch.")]
+        return "-".join(words + [f"{k}={v}" for k, v in self.settings.items()])
+
+
+Sketch = Callable[[str, int, int], Tensor | None]
+
+
+def sketches(config: FloraConfig, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Sketch:
+    """Our matrices, handed to the reference, which knows nothing of keys."""
+
+    def sketch(name: str, matrix: int, window: int) -> Tensor | None:
+        size = geometry_of(name, shapes[name], config)
+        if size.rank is None:
+            return None
+        key = derive_key(
+            seed=config.seed,
+            name_key=name_key(name),
+            purpose=Purpose.MOMENTUM,
+            window=window,
+            matrix=matrix,
+        )
+        return sketch_matrix(
+            config.sketch, key=key, rank=size.rank, block=size.block, dtype=dtype, device="cpu"
+        )
+
+    return sketch
+
+
+def random_bits(config: FloraConfig) -> Callable[[str, str, int, tuple[int, ...]], Tensor]:
+    """Our rounding bits, by global place, for a tensor of matrices x rows x rest."""
+    purposes = {"weight": Purpose.ROUND_WEIGHT, "momentum": Purpose.ROUND_MOMENTUM}
+
+    def bits(name: str, purpose: str, step: int, shape: tuple[int, ...]) -> Tensor:
+        matrices, rows, columns = _grid(shape, purpose)
+        drawn = [
+            grid16(
+                derive_key(
+                    seed=config.seed,
+                    name_key=name_key(name),
+                    purpose=purposes[purpose],
+                    window=step,
+                    matrix=matrix,
+                ),
+                rows=(0, rows),
+                columns=(0, columns),
+                num_columns=columns,
+                device="cpu",
+            )
+            for matrix in range(matrices)
+        ]
+        return torch.stack(drawn).view(shape)
+
+    return bits
+
+
+def _grid(shape: tuple[int, ...], purpose: str) -> tuple[int, int, int]:
+    if len(shape) <= 1:
+        return 1, 1, torch.Size(shape).numel()
+    batch = 4 if purpose == "momentum" else 3
+    if len(shape) == batch:  # experts; a sketched momentum has one dim more than its matrix
+        return shape[0], shape[1], torch.Size(shape[2:]).numel()
+    return 1, shape[0], torch.Size(shape[1:]).numel()
+
+
+def reference_of(case: Case, weights: dict[str, Tensor]) -> Reference:
+    """The oracle for these weights under a case's settings."""
+    knobs = {k: v for k, v in case.flora.items() if k in KNOBS}
+    config = FloraConfig(**knobs)
+    shared = set(ReferenceSettings.__dataclass_fields__) & set(case.flora) - {"state_dtype"}
+    low = torch.bfloat16 if config.state_dtype == "bfloat16" else None
+    settings = ReferenceSettings(**{k: case.flora[k] for k in shared}, state_dtype=low)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    wide = torch.promote_types(case.dtype, torch.float32)
+    return Reference(
+        weights,
+        sketch=sketches(config, shapes, wide),
+        settings=settings,
+        bits=random_bits(config),
+    )
+
+
+def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Weights of the parameters that train, by name."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def reference_run(case: Case, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights before and after ``steps`` steps of the whole batch in one process."""
+    model = zoo.build(case.dtype)
+    start = trainable(model)
+    reference = reference_of(case, start)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for step in range(steps):
+        model.zero_grad()
+        model(zoo.batch(step, SAMPLES)).backward()
+        reference.step({name: p.grad for name, p in parameters.items()})
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(reference.weights[name])
+    return start, dict(reference.weights)
+
+
+def distances(
+    start: dict[str, Tensor], expected: dict[str, Tensor], got: dict[str, Tensor]
+) -> tuple[float, float]:
+    """(whole model, worst parameter): distance to ``expected`` over its movement from ``start``."""
+    assert set(got) == set(expected), set(got) ^ set(expected)
+    errors = {n: (got[n].double() - expected[n].double()).norm() for n in expected}
+    moves = {n: (expected[n].double() - start[n].double()).norm() for n in expected}
+    whole = torch.stack(list(errors.values())).norm() / torch.stack(list(moves.values())).norm()
+    return float(whole), max(float(errors[n] / moves[n]) for n in expected)

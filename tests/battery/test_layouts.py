@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The promise: the same seed gives the same run on one process and on any layout.
+
+Distances are over the parameter's movement. In float64 only the order of sums differs: 1e-15 per
+step, grown by the training itself, leaves three digits to 1e-11. In fp32 at lr 1e-3 the two runs
+differ by the rounding of weights of size 0.1 that move 5e-3: 2e-6 for the model, 2e-5 for the
+worst single parameter (as few as one element).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.battery import layouts
+from tests.battery.mutations import MUTATIONS
+from tests.battery.oracle import Case, distances, reference_run
+from tests.conftest import pool_of
+
+EXACT = 1e-11
+FLOAT_MODEL, FLOAT_PARAMETER = 2e-6, 2e-5
+
+SETTINGS: list[dict[str, Any]] = [
+    {"momentum": "flora"},
+    {"momentum": "flora", "sketch": "gaussian", "transfer": "reset"},
+    {"momentum": "flora", "sketch": "rademacher", "weight_decay": 0.1},
+    {"momentum": "flora", "sketch": "gaussian", "block": "full"},
+    {"momentum": "flora", "rank": None},
+    {"momentum": "flora", "clip": None, "beta2": 0.95},
+    {"momentum": "flora_strict"},
+    {"momentum": "flora_strict", "sketch": "gaussian", "scale_parameter": True},
+    {"momentum": "flora_strict", "sketch": "rademacher", "block": "full"},
+    {"momentum": "blend"},
+    {"momentum": "blend", "transfer": "reset", "blend_gain": 4.0, "scale_parameter": True},
+    {"momentum": "none"},
+]
+EXACT_CASES = [Case(settings=settings) for settings in SETTINGS]
+FLOAT_CASES = [
+    Case(dtype=torch.float32, settings={"momentum": momentum})
+    for momentum in ("flora", "flora_strict", "blend", "none")
+]
+
+
+@cache
+def _expected(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    cases = {str(case): case for case in (*EXACT_CASES, *FLOAT_CASES)}
+    return reference_run(cases[name])
+
+
+def _distances(layout: str, case: Case, mutation: str = "") -> tuple[float, float]:
+    world_size, _ = layouts.LAYOUTS[layout]
+    everyone = pool_of(world_size)(layouts.run, layout, case, mutation)
+    for weights in everyone[1:]:
+        for name, value in weights.items():
+            same = mutation or torch.equal(value, everyone[0][name])
+            assert same, f"ranks disagree on {name}"
+    return distances(*_expected(str(case)), everyone[0])
+
+
+@pytest.mark.parametrize("case", EXACT_CASES, ids=str)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_a_layout_equals_the_reference_in_float64(layout: str, case: Case) -> None:
+    _, worst = _distances(layout, case)
+    assert worst < EXACT
+
+
+@pytest.mark.parametrize("case", FLOAT_CASES, ids=str)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_a_layout_equals_the_reference_in_float32(layout: str, case: Case) -> None:
+    whole, worst = _distances(layout, case)
+    assert whole < FLOAT_MODEL
+    assert worst < FLOAT_PARAMETER
+
+
+@pytest.mark.parametrize("case", EXACT_CASES, ids=str)
+def test_one_process_equals_the_reference_in_float64(case: Case) -> None:
+    _, worst = distances(*_expected(str(case)), layouts.on_plain(case))
+    assert worst < EXACT
+
+
+@pytest.mark.parametrize("case", FLOAT_CASES, ids=str)
+def test_one_process_equals_the_reference_in_float32(case: Case) -> None:
+    whole, worst = distances(*_expected(str(case)), layouts.on_plain(case))
+    assert whole < FLOAT_MODEL
+    assert worst < FLOAT_PARAMETER
+
+
+@pytest.mark.parametrize("momentum", ["flora", "flora_strict", "blend"])
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_battery_sees_a_broken_mechanism(mutation: str, momentum: str) -> None:
+    # Spans are the one layout that uses every mechanism.
+    _, worst = _distances("flat x3", Case(settings={"momentum": momentum}), mutation)
+    assert not worst < 1e6 * EXACT  # NaN counts as seen
+
+
+@pytest.mark.parametrize("mutation", ["column sums", "rms sums", "window change", "keys"])
+def test_the_battery_sees_a_broken_mechanism_on_rows(mutation: str) -> None:
+    _, worst = _distances("fsdp2 x2", Case(settings={"momentum": "flora"}), mutation)
+    assert not worst < 1e6 * EXACT
+
+
+@pytest.mark.parametrize(
+    ("layout", "momentum", "collectives"),
+    [
+        ("fsdp2 x3", "flora", 1),
+        ("fsdp2 x3", "blend", 1),
+        ("fsdp2 x3", "none", 1),
+        ("fsdp2 x3", "flora_strict", 2),
+        ("hsdp 2x2", "flora", 1),
+        ("ddp x2", "flora", 0),
+        ("flat x3", "flora", 2),
+        ("flat x3", "flora_strict", 2),
+    ],
+)
+def test_the_number_of_collectives_is_fixed(layout: str, momentum: str, collectives: int) -> None:
+    world_size, _ = layouts.LAYOUTS[layout]
+    case = Case(settings={"momentum": momentum})
+    assert set(pool_of(world_size)(layouts.count_collectives, layout, case)) == {collectives}

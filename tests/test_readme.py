@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The READMEs hold what they say: the example runs as it stands, links and paths lead somewhere."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flora_dist
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", *sorted((ROOT / "flora_dist").rglob("README.md"))]
+READMES += [ROOT / folder / "README.md" for folder in ("launch", "tests", "docker")]
+READMES += [ROOT / "CONTRIBUTING.md"]
+# Folders of the repository; `runs/` and the like are outputs and need not exist.
+TOP = ("flora_dist", "launch", "configs", "tests", "docker", ".ci")
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """Returns the fenced code blocks of one language."""
+    return [code for found, code in FENCE.findall(text) if found == language]
+
+
+def links(text: str) -> Iterator[str]:
+    """Yields the targets of links and images that stay inside the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", FENCE.sub("", text)):
+        if not re.match(r"[a-z]+:|#", target):
+            yield target.partition("#")[0]
+
+
+def paths(text: str) -> Iterator[str]:
+    """Yields the words in backticks and in shell blocks that look like paths of the repository."""
+    code = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    code += fenced(text, "bash") + fenced(text, "sh") + fenced(text, "console")
+    for word in " ".join(code).split():
+        path = word.partition("::")[0].removeprefix("./").rstrip(",.;:)")
+        if path.partition("/")[0] in TOP and "/" in path and not re.search(r"[<>{}$=]", path):
+            yield path
+
+
+def exists(path: str, home: Path) -> bool:
+    """Whether a path or a glob pattern leads somewhere from the repository or from `home`."""
+    return any(next(base.glob(path.rstrip("/")), None) for base in (ROOT, home))
+
+
+def label(readme: Path) -> str:
+    return str(readme.relative_to(ROOT))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.timeout(120)
+def test_the_first_python_example_runs_as_it_stands_on_two_processes(tmp_path: Path) -> None:
+    example = fenced((ROOT / "README.md").read_text(encoding="utf-8"), "python")[0]
+    script = tmp_path / "example.py"
+    script.write_text(example, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("readme", READMES, ids=label)
+def test_every_relative_link_leads_to_a_file(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    missing = [target for target in links(text) if not (readme.parent / target).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("readme", READMES, ids=label)
+def test_every_path_in_code_exists(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    assert [path for path in paths(text) if not exists(path, readme.parent)] == []
+
+
+def test_paths_and_links_are_found_where_they_stand() -> None:
+    sample = (
+        "See [a](docs/a.md#part), [web](https://example.org), [here](#here),\n"
+        "`configs/no.yaml`, `runs/x/log.txt`, `tests/test_no.py::test_x`.\n"
+        "```bash\n./launch/no.sh --config configs/*.none\n```\n"
+    )
+    assert list(links(sample)) == ["docs/a.md"]
+    found = ["configs/no.yaml", "tests/test_no.py", "launch/no.sh", "configs/*.none"]
+    assert list(paths(sample)) == found
+    assert [path for path in found if exists(path, ROOT)] == []
+
+
+@pytest.mark.parametrize("folder", [readme.parent for readme in READMES[1:-1]], ids=label)
+def test_a_folder_readme_has_at_most_forty_lines(folder: Path) -> None:
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
+
+
+@pytest.mark.parametrize("name", [name for name in flora_dist.__all__ if name != "__version__"])
+def test_every_public_name_has_a_docstring_and_a_place_in_the_package_readme(name: str) -> None:
+    # Not inspect.getdoc: it would find the docstring of a base class.
+    assert vars(getattr(flora_dist, name)).get("__doc__")
+    text = (ROOT / "flora_dist" / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"\b{re.escape(name)}\b", text)

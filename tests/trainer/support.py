@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launchers and shorthands of the trainer's tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "configs" / "tiny.yaml"
+
+# One thread a process: the processes of one test share the machine's cores.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def tiny_overrides(corpus: Path, folder: Path, *overrides: str) -> list[str]:
+    """Overrides for quick and quiet runs of configs/tiny.yaml."""
+    return [
+        f"data.corpus={corpus}",
+        f"output.folder={folder}",
+        "output.tensorboard=false",
+        "output.progress=false",
+        *overrides,
+    ]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def torchrun(processes: int, log_folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start the trainer under torchrun, each process's output in a file of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "--redirects", "3", "--log-dir"]
+    command += [str(log_folder), "-m", "flora_dist.trainer", "--config", str(TINY)]
+    for override in overrides:
+        command += ["--set", override]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def output_of(log_folder: Path, process_rank: int) -> str:
+    """What one process under torchrun wrote to stdout and stderr."""
+    files = sorted(log_folder.glob(f"*/attempt_0/{process_rank}/std*.log"))
+    assert len(files) == 2, files
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+class Workers:
+    """Runs tests/trainer/worker.py once per world size; its cases share the start of torch."""
+
+    def __init__(self, corpus: Path, folder: Path) -> None:
+        self._corpus, self._folder = corpus, folder
+        self._done: dict[int, Path] = {}
+
+    def __call__(self, world_size: int) -> Path:
+        """The folder with what the cases of this world size wrote."""
+        if world_size not in self._done:
+            self._done[world_size] = self._launch(world_size)
+        return self._done[world_size]
+
+    def _launch(self, world_size: int) -> Path:
+        folder = self._folder / str(world_size)
+        folder.mkdir()
+        ports = ",".join(str(port) for port in _free_ports(8))
+        arguments = [str(folder), str(self._corpus), ports]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.trainer.worker", *arguments],
+                env={
+                    **ENVIRONMENT,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "MASTER_ADDR": "127.0.0.1",
+                },
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            outputs = [process.communicate(timeout=200)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        codes = [process.returncode for process in processes]
+        assert codes == [0] * world_size, "\n".join(outputs)
+        return folder
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The multi-process cases of one world size; run by support.Workers, one process per rank.
+
+python -m tests.trainer.worker FOLDER CORPUS PORT,PORT,...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from flora_dist.trainer.backend import World, find_world, process_group, spread
+from flora_dist.trainer.config import Config
+from flora_dist.trainer.configfile import load_config
+from flora_dist.trainer.loop import accumulate
+from flora_dist.trainer.run import run
+from flora_dist.trainer.traffic import Traffic
+from tests.trainer.ragged import MICRO_BATCH, micro_batches, tiny_model, token_count
+from tests.trainer.support import TINY, tiny_overrides
+
+BACKENDS = {
+    2: {"ddp": ["backend.name=ddp"], "fsdp2": ["backend.name=fsdp2"]},
+    4: {"hsdp": ["backend.name=hsdp", "backend.replicate=2", "backend.shard=2"]},
+}
+
+
+def main(folder: Path, corpus: Path, ports: Iterator[str]) -> None:
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    for name, overrides in BACKENDS[size].items():
+        config = load_config(
+            TINY, tiny_overrides(corpus, folder, f"output.name={name}", *overrides)
+        )
+        os.environ["MASTER_PORT"] = next(ports)
+        gradients(config, folder / f"{name}.gradients.pt")
+        os.environ["MASTER_PORT"] = next(ports)
+        assert run(config) == 0
+    if size == 2:
+        fsdp2 = tiny_overrides(corpus, folder, "backend.name=fsdp2")
+        os.environ["MASTER_PORT"] = next(ports)
+        half = [*fsdp2, "output.name=resumed", "checkpoint.every=2"]
+        assert run(load_config(TINY, half)) == 0
+        os.environ["MASTER_PORT"] = next(ports)
+        checkpoint = folder / "resumed" / "checkpoints" / "step-00000002"
+        assert run(load_config(TINY, [*half, f"checkpoint.resume={checkpoint}"])) == 0
+        os.environ["MASTER_PORT"] = next(ports)
+        code = interrupted([*fsdp2, "output.name=interrupted", "train.steps=100000"], folder, rank)
+        (folder / f"interrupted.{rank}").write_text(str(code))
+
+
+def gradients(config: Config, path: Path) -> None:
+    """Save the gradient of a ragged batch, the same without weights, and the bytes of the first."""
+    world = find_world(config.backend)
+    with process_group(config.backend, world):
+        model = tiny_model(config)
+        model_spread = spread(model, config, world)
+        batches = micro_batches(world.process_rank, world.size)
+        results = {}
+        # DDP lays its buckets out anew in its second round, and tells the others how.
+        for name in ("first", "second", "weighted"):
+            model.zero_grad()
+            with Traffic() as traffic:
+                accumulate(model_spread, batches, token_count(), world)
+            results[name] = full_gradients(model)
+        model.zero_grad()
+        own_tokens = sum(int((labels >= 0).sum()) for _, labels in batches)
+        # What a trainer that divides by its own count, and leaves the rest to averaging, does.
+        alone = World(process_rank=world.process_rank, size=1, device=world.device)
+        accumulate(model_spread, batches, own_tokens, alone)
+        results["unweighted"] = full_gradients(model)
+        if world.speaks:
+            torch.save({**results, "bytes_sent": traffic.bytes_sent}, path)
+    assert len(batches) * MICRO_BATCH * world.size == 8
+
+
+def full_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def interrupted(overrides: list[str], folder: Path, rank: int) -> int:
+    """Run without end; process 1 alone gets a Ctrl-C once two steps are written."""
+    log = folder / "interrupted" / "metrics.jsonl"
+
+    def press() -> None:
+        while not log.exists() or log.read_text().count("\n") < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if rank == 1:
+        threading.Thread(target=press, daemon=True).start()
+    return run(load_config(TINY, overrides))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), iter(sys.argv[3].split(",")))
