@@ -109,7 +109,7 @@ def _normalise_(gradient: Tensor, state: Mapping[str, Tensor], b2: float, eps: f
     row.mul_(b2).add_((1 - b2) * square.mean(1))
     column.mul_(b2).add_((1 - b2) * square.mean(0))
     # X = G / sqrt(R C / mean(R)), factor by factor: in fp32 R C underflows where G is all zero
-    return gradient / row.sqrt()[:, None] * (row.mean() / column).sqrt()
+    return gradient / row.sqrt()[:, None] * row.mean().sqrt() / column.sqrt()
 
 
 def _move(momentum: Tensor, old: Tensor, new: Tensor, s: ReferenceSettings) -> Tensor:
@@ -149,9 +149,14 @@ def _rule(
     return x + gain * expand(momentum - c, new, columns), momentum
 
 
+def _is_batch(x: Tensor) -> bool:
+    """Tell experts from the kernels of a 1-D convolution, whose last dim is short."""
+    return x.ndim == 3 and x.shape[2] >= 8
+
+
 def _batch(x: Tensor) -> Tensor:
     """View a parameter as a batch: (E, N, M) of matrices, (1, *shape) of a vector."""
-    return x if x.ndim == 3 else (x.flatten(1) if x.ndim > 3 else x).unsqueeze(0)
+    return x if _is_batch(x) else (x.flatten(1) if x.ndim > 2 else x).unsqueeze(0)
 
 
 class Reference:
@@ -199,7 +204,7 @@ class Reference:
 
     def _own(self, name: str, x: Tensor) -> Tensor:
         """View a batch without its first axis where the parameter has none."""
-        return x if self.weights[name].ndim == 3 else x[0]
+        return x if _is_batch(self.weights[name]) else x[0]
 
     def _copy(self, name: str, x: Tensor) -> Tensor:
         """Copy a weight or gradient as a batch into the dtype of the arithmetic."""

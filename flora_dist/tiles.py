@@ -58,6 +58,14 @@ class Tile:
         matrices, rows, columns = self.sizes
         return matrices * rows * columns
 
+    def lines(self, num_rows: int) -> Iterator[Interval]:
+        """Its rows, numbered e N + row through the batch, as runs in memory order."""
+        if self.rows == (0, num_rows):
+            yield self.matrices[0] * num_rows, self.matrices[1] * num_rows
+            return
+        for matrix in range(*self.matrices):
+            yield matrix * num_rows + self.rows[0], matrix * num_rows + self.rows[1]
+
     def blocks(self, block: int) -> Interval:
         """Blocks of a row, ``block`` columns each from column 0, that the tile touches."""
         return self.columns[0] // block, -(-self.columns[1] // block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +28,17 @@ class MeshReducer:
             dist.all_reduce(there, group=self.mesh.get_group(axis))
         if there is not message_S:
             message_S.copy_(there)
+
+
+def any_process(flag: Tensor) -> bool:
+    """Whether a flag () is set on any process of the default group, which must all call this."""
+    device_type = flag.device.type
+    if f"{device_type}:" not in str(dist.get_backend_config()):
+        # Under CPU offload the flag is on the CPU and the group may only know the accelerator.
+        device_type = torch.accelerator.current_accelerator(check_available=True).type  # type: ignore[union-attr]
+    count = flag.to(device=device_type, dtype=torch.float32)
+    dist.all_reduce(count)
+    return bool(count.item() > 0)
 
 
 def process_rank() -> int:

@@ -15,8 +15,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from flora_dist.comm.groups import MeshReducer
 from flora_dist.optim.part import Part
-from flora_dist.optim.spec import StateTensor, matrix_sizes
-from flora_dist.tiles import Cuts, Tile, find_cuts
+from flora_dist.optim.spec import StateTensor, is_batch, matrix_sizes
+from flora_dist.tiles import Cuts, Interval, Tile, find_cuts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,11 +26,19 @@ class DTensorPart:
     tensor: DTensor
     name: str
     tiles: tuple[Tile, ...]
+    matrices: Interval
     reducer: MeshReducer | None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
+
+    @property
+    def splits_matrices(self) -> bool:
+        by_matrix = is_batch(self.shape)
+        return any(
+            isinstance(p, Shard) and not (by_matrix and p.dim == 0) for p in self.tensor.placements
+        )
 
     def cuts(self, block: int) -> Cuts:
         matrices, rows, columns = matrix_sizes(self.shape)
@@ -49,7 +57,12 @@ class DTensorPart:
                 f"{type(gradient).__name__}. Let autograd or DTensor.from_local make it."
             )
         if gradient.placements != self.tensor.placements:
-            gradient = gradient.redistribute(placements=self.tensor.placements)
+            # Redistributing here would be a collective that a rank without gradient does not join.
+            raise ValueError(
+                f"a gradient must be placed like its parameter; {self.name!r} has the placements "
+                f"{self.tensor.placements}, its gradient {gradient.placements}. Redistribute it "
+                "after backward; tensor parallelism is not supported yet."
+            )
         return _local(gradient)
 
     def local_state_shape(self, entry: StateTensor) -> tuple[int, ...]:
@@ -91,7 +104,15 @@ class DTensorLayout:
         assert isinstance(tensor, DTensor)
         for placement in tensor.placements:
             _check_placement(placement, tuple(tensor.shape), name)
-        part = DTensorPart(tensor=tensor, name=name, tiles=_tiles(tensor), reducer=_reducer(tensor))
+        shape = tuple(tensor.shape)
+        starts, stops = _box(tensor)
+        part = DTensorPart(
+            tensor=tensor,
+            name=name,
+            tiles=_tiles(shape, starts, stops),
+            matrices=(starts[0], stops[0]) if is_batch(shape) else (0, 1),
+            reducer=_reducer(tensor),
+        )
         return (part,)
 
     def state_of(self, state: dict[str, Any], part: Part) -> dict[str, Any]:
@@ -101,7 +122,7 @@ class DTensorLayout:
 
 def _check_placement(placement: Placement, shape: tuple[int, ...], name: str) -> None:
     # Sharded rows stay whole. Experts may be cut by matrix or by row.
-    row_dims = (0, 1) if len(shape) == 3 else (0,)
+    row_dims = (0, 1) if is_batch(shape) else (0,)
     if isinstance(placement, Replicate) or (type(placement) is Shard and placement.dim in row_dims):
         return
     raise ValueError(
@@ -124,25 +145,33 @@ def _reducer(tensor: DTensor) -> MeshReducer | None:
     return MeshReducer(mesh=tensor.device_mesh, axes=axes) if axes else None
 
 
-def _tiles(tensor: DTensor) -> tuple[Tile, ...]:
-    sizes, offsets = compute_local_shape_and_global_offset(
+def _box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First and last + 1 index of this rank's shard in each dim."""
+    sizes, starts = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
-    if 0 in sizes:  # FSDP2 leaves trailing ranks without rows when rows < ranks
-        return ()
-    ends = tuple(offset + size for offset, size in zip(offsets, sizes, strict=True))
-    return (_tile(tuple(tensor.shape), tuple(offsets), ends),)
+    stops = tuple(start + size for start, size in zip(starts, sizes, strict=True))
+    return tuple(starts), stops
 
 
-def _tile(shape: tuple[int, ...], starts: tuple[int, ...], ends: tuple[int, ...]) -> Tile:
-    """The box of a shard, in matrices, rows and columns."""
-    matrices, rows, columns = matrix_sizes(shape)
-    box = list(zip(starts, ends, strict=True))
-    if len(shape) == 3:
-        return Tile(matrices=box[0], rows=box[1], columns=(0, columns))
-    if len(shape) <= 1:
-        return Tile(matrices=(0, matrices), rows=(0, rows), columns=box[0] if box else (0, 1))
-    return Tile(matrices=(0, matrices), rows=box[0], columns=(0, columns))
+def _tiles(
+    shape: tuple[int, ...], starts: tuple[int, ...], stops: tuple[int, ...]
+) -> tuple[Tile, ...]:
+    """A shard as matrices, rows and columns."""
+    if starts and any(start == stop for start, stop in zip(starts, stops, strict=True)):
+        return ()  # FSDP2 leaves trailing ranks without rows when rows < ranks
+    matrices, _, columns = matrix_sizes(shape)
+    if is_batch(shape):
+        tile = Tile(
+            matrices=(starts[0], stops[0]), rows=(starts[1], stops[1]), columns=(0, columns)
+        )
+    elif len(shape) <= 1:
+        tile = Tile(
+            matrices=(0, 1), rows=(0, 1), columns=(starts[0], stops[0]) if shape else (0, 1)
+        )
+    else:
+        tile = Tile(matrices=(0, matrices), rows=(starts[0], stops[0]), columns=(0, columns))
+    return (tile,)
 
 
 def _local(tensor: DTensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flora_dist.optim.part import Part
 from flora_dist.optim.spec import StateTensor, matrix_sizes
-from flora_dist.tiles import Cuts, Tile, find_cuts
+from flora_dist.tiles import Cuts, Interval, Tile, find_cuts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +28,14 @@ class ReplicatedPart:
     @property
     def tiles(self) -> tuple[Tile, ...]:
         return whole(self.shape)
+
+    @property
+    def matrices(self) -> Interval:
+        return 0, matrix_sizes(self.shape)[0]
+
+    @property
+    def splits_matrices(self) -> bool:
+        return False
 
     @property
     def reducer(self) -> None:

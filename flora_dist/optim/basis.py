@@ -17,9 +17,10 @@ from flora_dist.optim.spec import Geometry
 from flora_dist.sketch import keys, matrices, ops
 from flora_dist.tiles import Interval, Tile
 
-# Sketches of at most this many numbers (1 MiB of fp32) are kept between steps. Larger ones, such
-# as whole rows at rank 256, would add up to more than the momentum they stand for.
-CACHED_NUMBERS = 1 << 18
+# Sketches are kept between steps up to a share of the momentum they stand for, or this many
+# numbers (16 KiB of fp32); larger ones, such as whole rows at rank 256, are made anew.
+CACHED_NUMBERS = 1 << 12
+CACHED_SHARE = 8
 
 
 class Basis(Protocol):
@@ -112,14 +113,15 @@ class Sketches:
     """The sketch matrices of one part, by window; a pure function of seed, name and window."""
 
     def __init__(
-        self, *, name: str, geometry: Geometry, config: FloraConfig, held: Interval
+        self, *, name_key: int, geometry: Geometry, config: FloraConfig, held: Interval, kept: int
     ) -> None:
-        """``held``: the matrices of the batch that this rank touches."""
+        """``held``: the matrices of this rank; ``kept``: numbers of momentum it keeps for them."""
         assert geometry.rank is not None
-        self._name_key = keys.name_key(name)
+        self._name_key = name_key
+        self._limit = max(CACHED_NUMBERS, kept // CACHED_SHARE)
         self._rank, self._block = geometry.rank, geometry.block
         self._config, self._held = config, held
-        self._kept: dict[int, Tensor] = {}
+        self._cache: dict[int, Tensor] = {}
 
     def change(
         self, old_window: int, new_window: int, *, dtype: torch.dtype, device: torch.device
@@ -128,8 +130,8 @@ class Sketches:
         old_ERB = self._at(old_window, dtype, device)
         moved = old_window != new_window
         new_ERB = self._at(new_window, dtype, device) if moved else old_ERB
-        for window in [w for w in self._kept if w not in {old_window, new_window}]:
-            del self._kept[window]
+        for window in [w for w in self._cache if w not in {old_window, new_window}]:
+            del self._cache[window]
         return SketchedBasis(
             old_ERB=old_ERB,
             new_ERB=new_ERB,
@@ -145,16 +147,16 @@ class Sketches:
         return 1.0 if self._config.transfer == "paper" else 0.0
 
     def _at(self, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        kept = self._kept.get(window)
-        if kept is not None and kept.dtype == dtype and kept.device == device:
-            return kept
+        cached = self._cache.get(window)
+        if cached is not None and cached.dtype == dtype and cached.device == device:
+            return cached
         if self._held[0] == self._held[1]:  # an empty shard
             return torch.zeros(0, self._rank, self._block, dtype=dtype, device=device)
         sketch_ERB = torch.stack(
             [self._matrix(window, e, dtype, device) for e in range(*self._held)]
         )
-        if sketch_ERB.numel() <= CACHED_NUMBERS:
-            self._kept[window] = sketch_ERB
+        if sketch_ERB.numel() <= self._limit:
+            self._cache[window] = sketch_ERB
         return sketch_ERB
 
     def _matrix(self, window: int, matrix: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,6 +13,8 @@ SKETCHES = ("hadamard", "gaussian", "rademacher")
 MOMENTA = ("flora", "flora_strict", "blend", "none")
 TRANSFERS = ("shrink", "paper", "reset")
 STATE_DTYPES = ("float32", "bfloat16")
+SMALLEST_EPS = 1e-37
+"""1 / R of a row without gradient must be finite in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,7 @@ class FloraConfig:
         _check_whole("kappa", self.kappa, smallest=1)
         _check_range("beta1", self.beta1, 0.0, 1.0)
         _check_range("blend_gain", self.blend_gain, 0.0, math.inf)
-        _check_range("eps", self.eps, 0.0, math.inf)
+        _check_range("eps", self.eps, SMALLEST_EPS, math.inf)
         if self.beta2 is not None:
             _check_range("beta2", self.beta2, 0.0, 1.0)
         if self.clip is not None:
@@ -76,12 +78,11 @@ class FloraConfig:
             if self.clip == 0.0:
                 raise ValueError("clip must be above 0; got 0. Pass None to switch clipping off.")
         for name in ("scale_parameter", "stochastic_rounding", "skip_nonfinite", "strict"):
-            if getattr(self, name) not in {True, False}:
-                raise ValueError(
-                    f"{name} must be True or False; got {getattr(self, name)!r}. Pass a bool."
-                )
+            check_bool(name, getattr(self, name))
         if not _is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number of 64 bits; got {self.seed!r}.")
+            raise ValueError(
+                f"seed must be a whole number of 64 bits; got {self.seed!r}. Pass an int."
+            )
         self._check_pairs()
 
     def _check_block(self) -> None:
@@ -119,6 +120,8 @@ class FloraConfig:
             )
 
 
+LONGEST_TYPO = 2
+"""Letters that a mistyped setting may have too many or too few."""
 KNOBS = tuple(field.name for field in fields(FloraConfig))
 """Names of a group's settings, in order."""
 
@@ -132,8 +135,16 @@ def check_rate(name: str, value: Any) -> None:
     """Refuse a negative, infinite or NaN ``lr`` or ``weight_decay``; tensors pass unread."""
     if isinstance(value, (int, float)):
         _check_range(name, value, 0.0, math.inf)
-    elif not hasattr(value, "device"):
-        raise ValueError(f"{name} must be a number or a tensor; got {value!r}.")
+    elif not hasattr(value, "numel") or value.numel() != 1:
+        raise ValueError(
+            f"{name} must be a number or a tensor of one; got {value!r}. Pass a float."
+        )
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Refuse anything but True and False: "no" would be true."""
+    if value is not True and value is not False:
+        raise ValueError(f"{name} must be True or False; got {value!r}. Pass a bool.")
 
 
 def check_group_keys(keys: Collection[str], known: Collection[str]) -> None:
@@ -145,7 +156,8 @@ def check_group_keys(keys: Collection[str], known: Collection[str]) -> None:
         if key in known:
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-        if near:
+        # Longer tags are somebody's own: weight_decay_mult, initial_weight_decay.
+        if near and abs(len(near[0]) - len(key)) <= LONGEST_TYPO:
             raise ValueError(
                 f"a parameter group has the unknown key {key!r}. Did you mean {near[0]!r}?"
             )
@@ -186,7 +198,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = f" Did you mean {near[0]!r}?" if near else " Pass one of these."
     raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flora_dist.optim.basis import Basis, SketchedBasis
 from flora_dist.optim.spec import Geometry
-from flora_dist.tiles import Cuts, Tile
+from flora_dist.tiles import Cuts, Interval, Tile
 
 
 class CutBlocks:
@@ -56,18 +56,18 @@ class CutBlocks:
                 total_E += moved_NW.square().sum()
         return total_E
 
-    def square_sum(self, added_SR: Tensor, basis: Basis, held: slice) -> Tensor:
+    def square_sum(self, added_SR: Tensor, basis: Basis, held: Interval) -> Tensor:
         """|added A|^2 (H,) over the cut blocks, from whole sketches."""
         assert isinstance(basis, SketchedBasis)
-        total_H = added_SR.new_zeros(held.stop - held.start)
+        total_H = added_SR.new_zeros(held[1] - held[0])
         slot, num_rows = 0, self._geometry.num_rows
         for block, start, stop in self._cuts.runs_of_blocks():
             for matrix in range(start // num_rows, -(-stop // num_rows)):
                 first, last = max(start, matrix * num_rows), min(stop, (matrix + 1) * num_rows)
                 here = slice(slot + first - start, slot + last - start)
-                if held.start <= matrix < held.stop:
+                if held[0] <= matrix < held[1]:
                     sketch_RW = self._sketch_of(basis, matrix, block)
-                    total_H[matrix - held.start] += (added_SR[here] @ sketch_RW).square().sum()
+                    total_H[matrix - held[0]] += (added_SR[here] @ sketch_RW).square().sum()
             slot += stop - start
         return total_H
 

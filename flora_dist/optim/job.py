@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.basis import Sketches
-from flora_dist.optim.config import FloraConfig, beta2_at
+from flora_dist.optim.config import FloraConfig
 from flora_dist.optim.part import Part, Terms
 from flora_dist.optim.spec import Geometry
 from flora_dist.optim.store import Store
-from flora_dist.sketch.keys import name_key
-from flora_dist.tiles import Interval
+from flora_dist.tiles import Cuts
 
 # Floor of RMS(weight) under scale_parameter (Adafactor, arXiv 1804.04235, section 8).
 SMALLEST_SCALE = 1e-3
@@ -30,39 +29,24 @@ class Job:
     config: FloraConfig
     sketches: Sketches | None
     """None where the parameter is dense."""
-    held: Interval
-    """Matrices of the batch whose column means are here: all that this rank has rows of."""
+    cuts: Cuts
+    """Rows and blocks of the parameter that several ranks hold pieces of."""
     state: dict[str, Any]
     """The parameter's state: tensors as the host sees them, and numbers."""
+    gradient: Tensor | None
+    """Local elements; None if this rank has none."""
     lr: float | Tensor
     weight_decay: float | Tensor
     sign: float
     """-1 to maximize."""
-
-    @property
-    def step(self) -> int:
-        """Count of this step among the parameter's real steps, from 1."""
-        return int(self.state["step"]) + 1
-
-    @property
-    def window(self) -> int:
-        """The momentum's window after this step."""
-        return self.step // self.config.kappa
-
-    @property
-    def beta2(self) -> float:
-        """Decay of the second moment at this step."""
-        return beta2_at(self.step, self.config.beta2)
-
-    @property
-    def store(self) -> Store:
-        """Writes this step's results."""
-        return Store(
-            seed=self.config.seed,
-            name_key=name_key(self.part.name),
-            step=self.step,
-            stochastic=self.config.stochastic_rounding,
-        )
+    step: int
+    """Count of this step among the parameter's real steps, from 1."""
+    window: int
+    """The momentum's window after this step."""
+    beta2: float
+    """Decay of the second moment at this step."""
+    store: Store
+    """Writes this step's results."""
 
     def local(self, name: str) -> Tensor:
         """A state tensor as the plain tensor of this rank."""
@@ -70,9 +54,8 @@ class Job:
 
     def count_step(self) -> None:
         """Commit the counters once the step is through."""
-        window = self.window
         self.state["step"] = self.step
-        self.state["window"] = window
+        self.state["window"] = self.window
 
     def clip_factor(self, square_sum: Tensor, num_elements: int) -> Tensor:
         """1 / max(1, RMS / clip), without a copy to the host."""
@@ -96,6 +79,12 @@ class Update(Protocol):
 
     def measure(self) -> Terms:
         """Terms of message 1. Changes nothing."""
+
+    def is_finite(self) -> Tensor:
+        """Whether this rank's gradient is finite (), after ``measure``."""
+
+    def is_zero(self) -> Tensor:
+        """Whether this rank's gradient is all zeros (), after ``measure``."""
 
     def couple(self, totals: Terms) -> Terms:
         """From the sums of message 1 to the terms of message 2; empty where none is needed."""

@@ -35,45 +35,52 @@ class MatrixUpdate:
         self.job = job
         self._weight = job.part.weight()
         self._dtype = arithmetic_dtype(self._weight.dtype)
-        tiles = job.part.tiles
-        self._held = slice(*job.held)
         self._rule = rule_of(job.config, dense=job.sketches is None)
         self._basis: Basis = DenseBasis()
         if job.sketches is not None and self._rule is not None:
             self._basis = job.sketches.change(
                 int(job.state["window"]), job.window, dtype=self._dtype, device=self._weight.device
             )
-        self._cuts = job.part.cuts(job.geometry.block)
-        self._cut_blocks = CutBlocks(job.geometry, self._cuts) if job.sketches else None
-        self._weights = as_batches(self._weight, tiles)
-        self._pieces = build_pieces(job, self._weights)
-        self._new_rows: list[Tensor | None] = [None] * len(self._pieces)
+        is_sketched = job.sketches is not None
+        self._cut_blocks = CutBlocks(job.geometry, job.cuts) if is_sketched else None
+        # Where every matrix is whole on its rank, sums stay here and cover what is here.
+        first, last = job.part.matrices
+        self._first = 0 if job.part.splits_matrices else first
+        self._summed = job.geometry.num_matrices if job.part.splits_matrices else last - first
+        self._held = slice(first - self._first, last - self._first)
+        self._new_rows: dict[Tile, Tensor] = {}
 
     # ---- message 1
 
     def measure(self) -> Terms:
         """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
-        job, size = self.job, self.job.geometry
-        present = job.part.gradient() is not None
-        terms = {
-            "presence": self._zeros(1) + float(present),
-            "columns": self._zeros(size.num_matrices, size.num_columns),
-        }
+        job, num_columns = self.job, self.job.geometry.num_columns
+        terms = {"columns": self._zeros(self._summed, num_columns)}
         if self._sums_known_early():
             terms["squares"] = torch.zeros_like(terms["columns"])
             if self._asks_history():
                 terms["cross"] = torch.zeros_like(terms["columns"])
-                terms["history"] = self._zeros(size.num_matrices)
+                terms["history"] = self._zeros(self._summed)
         if job.config.scale_parameter:
-            terms["weight"] = self._zeros(size.num_matrices)
-        if len(self._cuts.rows):
-            terms["rows"] = self._zeros(len(self._cuts.rows))
-        for index, piece in enumerate(self._pieces):
-            self._measure_piece(index, piece, terms)
-        return terms
+            terms["weight"] = self._zeros(self._summed)
+        if len(job.cuts.rows):
+            terms["rows"] = self._zeros(len(job.cuts.rows))
+        for piece in build_pieces(job, as_batches(self._weight, job.part.tiles)):
+            self._measure_piece(piece, terms)
+        self._own = terms
+        presence = self._zeros(1) + float(job.gradient is not None)
+        return {"presence": presence, **(terms if job.part.splits_matrices else {})}
 
-    def _measure_piece(self, index: int, piece: Piece, terms: Terms) -> None:
-        matrices, columns = slice(*piece.tile.matrices), slice(*piece.tile.columns)
+    def is_finite(self) -> Tensor:
+        """Whether this rank's gradient is (), after ``measure``: NaN and inf reach its squares."""
+        return self._own["columns"].sum().isfinite()
+
+    def is_zero(self) -> Tensor:
+        """Whether this rank's gradient is all zeros (), after ``measure``."""
+        return ~self._own["columns"].any()
+
+    def _measure_piece(self, piece: Piece, terms: Terms) -> None:
+        matrices, columns = self._matrices(piece.tile), slice(*piece.tile.columns)
         gradient_ENW = piece.read_gradient(self._dtype, self.job.sign)
         square_ENW = gradient_ENW.square()
         old_ENW = None
@@ -88,7 +95,7 @@ class MatrixUpdate:
             terms["columns"][matrices, columns] += square_ENW.sum(1)
             terms["rows"][self._row_slots(piece.tile)] += square_ENW.sum((0, 2))
             return
-        row_EN = self._new_rows[index] = self._advance_row(piece, square_ENW.sum(2))
+        row_EN = self._new_rows[piece.tile] = self._advance_row(piece, square_ENW.sum(2))
         if "squares" not in terms:
             terms["columns"][matrices] += square_ENW.sum(1)
             return
@@ -106,56 +113,53 @@ class MatrixUpdate:
 
     def couple(self, totals: Terms) -> Terms:
         """Normalisation is known now; what cut rows, cut blocks and the strict rule still need."""
-        self._settle(totals)
-        job, size = self.job, self.job.geometry
-        cut_rows = len(self._cuts.rows) > 0
+        self._totals = {**self._own, **totals}
+        self._settle()
+        job = self.job
         terms: Terms = {}
-        if cut_rows and self._sums_known_early():
-            terms["squares"] = self._zeros(size.num_matrices)
+        if len(job.cuts.rows) and self._sums_known_early():
+            terms["squares"] = self._zeros(self._summed)
             if self._asks_history():
-                terms["cross"] = self._zeros(size.num_matrices)
+                terms["cross"] = self._zeros(self._summed)
         if self._asks_update():
-            terms["update"] = self._zeros(size.num_matrices)
-        if self._cut_blocks is not None and self._rule is not None and len(self._cuts.blocks):
+            terms["update"] = self._zeros(self._summed)
+        if self._cut_blocks is not None and self._rule is not None and len(job.cuts.blocks):
             assert job.geometry.rank is not None
-            terms["blocks"] = self._zeros(len(self._cuts.blocks), job.geometry.rank)
+            terms["blocks"] = self._zeros(len(job.cuts.blocks), job.geometry.rank)
         if terms:
-            for index, piece in enumerate(self._pieces):
-                self._couple_piece(index, piece, terms)
-        return terms
+            for piece in build_pieces(job, as_batches(self._weight, job.part.tiles)):
+                self._couple_piece(piece, terms)
+        self._own = terms
+        return terms if job.part.splits_matrices else {}
 
-    def _settle(self, totals: Terms) -> None:
+    def _settle(self) -> None:
         """C, X's column factor sqrt(mean(R) / C), R of cut rows, and the sums over whole rows."""
-        job, size = self.job, self.job.geometry
-        self._totals = totals
+        job, size, totals = self.job, self.job.geometry, self._totals
         column_HM = job.local("column").view(-1, size.num_columns)
         mean_HM = totals["columns"][self._held] / size.num_rows + job.config.eps
         self._new_column_HM = job.beta2 * column_HM + (1 - job.beta2) * mean_HM
         # mean(R) = mean(C): both are the moving mean of all of G^2 + eps
         mean_H1 = self._new_column_HM.mean(1, keepdim=True)
-        self._column_factor_HM = (mean_H1 / self._new_column_HM).sqrt()
-        for index, piece in enumerate(self._pieces):
-            if self._is_cut(piece.tile):
-                sums_EN = totals["rows"][self._row_slots(piece.tile)].unsqueeze(0)
-                self._new_rows[index] = self._advance_row(piece, sums_EN)
+        # Roots first: their quotient would overflow for a large gradient beside an empty column.
+        self._column_factor_HM = mean_H1.sqrt() * self._new_column_HM.rsqrt()
         zeros_H = self._zeros(self._new_column_HM.shape[0])
         self._squares = Squares(x2=zeros_H, cross=zeros_H, history=zeros_H)
         if "squares" in totals:
             # |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
             factor_HM = self._column_factor_HM
-            x2_H = (totals["squares"][self._held] * factor_HM.square()).sum(1)
+            x2_H = (totals["squares"][self._held] * factor_HM * factor_HM).sum(1)
             self._squares = Squares(x2=x2_H, cross=zeros_H, history=zeros_H)
             if "cross" in totals:
                 cross_H = (totals["cross"][self._held] * factor_HM).sum(1)
                 history_H = totals["history"][self._held]
                 self._squares = Squares(x2=x2_H, cross=cross_H, history=history_H)
 
-    def _couple_piece(self, index: int, piece: Piece, terms: Terms) -> None:
-        matrices = slice(*piece.tile.matrices)
+    def _couple_piece(self, piece: Piece, terms: Terms) -> None:
+        matrices = self._matrices(piece.tile)
         is_cut = self._is_cut(piece.tile)
         if not is_cut and "update" not in terms:
             return
-        x_ENW = self._normalise(index, piece)
+        x_ENW = self._normalise(piece)
         if is_cut and "squares" in terms:
             terms["squares"][matrices] += x_ENW.square().sum((1, 2))
             if "cross" in terms:
@@ -180,27 +184,24 @@ class MatrixUpdate:
     def finish(self, totals: Terms) -> None:
         """Clip, update weights and state, count the step."""
         job, num_elements = self.job, self.job.geometry.num_rows * self.job.geometry.num_columns
+        totals = {**self._own, **totals}
         factor_H = job.clip_factor(self._square_sum(totals), num_elements)
-        weight_H = self._totals["weight"][self._held] if "weight" in self._totals else None
-        rate = job.rate(weight_H, num_elements)
-        for index, piece in enumerate(self._pieces):
-            start, stop = (m - self._held.start for m in piece.tile.matrices)
-            factor_E11 = factor_H[start:stop].view(-1, 1, 1)
-            rate_E11 = rate
-            if isinstance(rate, Tensor) and rate.ndim == 1:
-                rate_E11 = rate[start:stop].view(-1, 1, 1)
-            update_ENW = self._advance(index, piece, factor_E11, totals)
-            self._write_weight_(piece, rate_E11 * update_ENW)
-            new_row = self._new_rows[index]
-            assert new_row is not None
-            piece.row_EN.copy_(new_row)
-        if self._weights and not _shares_memory(self._weights[0], self._weight):
-            self._weight.copy_(self._weights[0].view(self._weight.shape))
+        rate_H = job.rate(self._totals.get("weight"), num_elements) * torch.ones_like(factor_H)
+        weights = as_batches(self._weight, job.part.tiles)
+        for piece in build_pieces(job, weights):
+            here = self._here(piece.tile)
+            update_ENW = self._advance(piece, factor_H[here].view(-1, 1, 1), totals)
+            self._write_weight_(piece, update_ENW * rate_H[here].view(-1, 1, 1))
+            piece.row_EN.copy_(self._row_of(piece))
+        if weights and weights[0].data_ptr() != self._weight.data_ptr():
+            self._weight.copy_(weights[0].view(self._weight.shape))
         job.local("column").view(-1, job.geometry.num_columns).copy_(self._new_column_HM)
         job.count_step()
 
     def _square_sum(self, totals: Terms) -> Tensor:
         """Squared norm (H,) of what is clipped, over all ranks."""
+        if self.job.config.clip is None:
+            return self._zeros(self._held.stop - self._held.start)
         if self._asks_update():
             return self._strict_square_sum(totals)
         squares = self._squares
@@ -219,13 +220,13 @@ class MatrixUpdate:
             assert self._cut_blocks is not None
             added = (1 - self.job.config.beta1) * totals["blocks"]
             square_sum_H = square_sum_H + self._cut_blocks.square_sum(
-                added, self._basis, self._held
+                added, self._basis, self.job.part.matrices
             )
         return square_sum_H
 
-    def _advance(self, index: int, piece: Piece, factor_E11: Tensor, totals: Terms) -> Tensor:
+    def _advance(self, piece: Piece, factor_E11: Tensor, totals: Terms) -> Tensor:
         """The clipped update of a piece; writes its momentum."""
-        x_ENW = self._normalise(index, piece)
+        x_ENW = self._normalise(piece)
         if self._rule is None:
             return x_ENW * factor_E11
         if self._rule.clips_input:
@@ -242,14 +243,18 @@ class MatrixUpdate:
         self._write_momentum_(piece, momentum)
         return update_ENW if self._rule.clips_input else update_ENW * factor_E11
 
-    def _normalise(self, index: int, piece: Piece) -> Tensor:
+    def _normalise(self, piece: Piece) -> Tensor:
         # X = G / sqrt(R C / mean(R))
-        row_EN = self._new_rows[index]
-        assert row_EN is not None
-        start, stop = (m - self._held.start for m in piece.tile.matrices)
-        factor_EW = self._column_factor_HM[start:stop, slice(*piece.tile.columns)]
+        factor_EW = self._column_factor_HM[self._here(piece.tile), slice(*piece.tile.columns)]
         gradient_ENW = piece.read_gradient(self._dtype, self.job.sign)
-        return gradient_ENW * row_EN.rsqrt().unsqueeze(2) * factor_EW.unsqueeze(1)
+        return gradient_ENW * self._row_of(piece).rsqrt().unsqueeze(2) * factor_EW.unsqueeze(1)
+
+    def _row_of(self, piece: Piece) -> Tensor:
+        """The new R of a piece; that of cut rows follows from message 1."""
+        if self._is_cut(piece.tile):
+            sums_EN = self._totals["rows"][self._row_slots(piece.tile)].unsqueeze(0)
+            return self._advance_row(piece, sums_EN)
+        return self._new_rows[piece.tile]
 
     def _advance_row(self, piece: Piece, square_sum_EN: Tensor) -> Tensor:
         # R <- b2 R + (1-b2) rowmean(G^2 + eps)
@@ -260,7 +265,8 @@ class MatrixUpdate:
     def _write_weight_(self, piece: Piece, step_ENW: Tensor) -> None:
         # W <- (1 - lr wd) W - lr U
         job = self.job
-        weight_ENW = piece.weight_ENW.to(self._dtype) * (1 - job.lr * job.weight_decay) - step_ENW
+        weight_ENW = piece.weight_ENW.to(self._dtype) * (1 - job.lr * job.weight_decay)
+        weight_ENW -= step_ENW
         job.store.write_(
             piece.weight_ENW,
             weight_ENW,
@@ -289,12 +295,20 @@ class MatrixUpdate:
 
     # ---- what is here
 
+    def _matrices(self, tile: Tile) -> slice:
+        """A tile's matrices among those that are summed."""
+        return slice(*(matrix - self._first for matrix in tile.matrices))
+
+    def _here(self, tile: Tile) -> slice:
+        """A tile's matrices among those that are here."""
+        return slice(*(matrix - self.job.part.matrices[0] for matrix in tile.matrices))
+
     def _is_cut(self, tile: Tile) -> bool:
         return tile.columns != (0, self.job.geometry.num_columns)
 
     def _row_slots(self, tile: Tile) -> slice:
         line = tile.matrices[0] * self.job.geometry.num_rows + tile.rows[0]
-        start = self._cuts.row_slot(line)
+        start = self.job.cuts.row_slot(line)
         return slice(start, start + tile.sizes[1])
 
     def _asks_update(self) -> bool:
@@ -309,7 +323,3 @@ class MatrixUpdate:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._dtype, device=self._weight.device)
-
-
-def _shares_memory(batch: Tensor, weight: Tensor) -> bool:
-    return batch.data_ptr() == weight.data_ptr()

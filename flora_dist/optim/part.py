@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.spec import StateTensor
-from flora_dist.tiles import Cuts, Tile
+from flora_dist.tiles import Cuts, Interval, Tile
 
 Terms = dict[str, Tensor]
 """Named plain tensors that one parameter contributes to a message; a sum over ranks keeps them."""
@@ -41,6 +41,14 @@ class Part(Protocol):
     @property
     def tiles(self) -> tuple[Tile, ...]:
         """What of it is here, in the memory order of ``weight``; empty if nothing is."""
+
+    @property
+    def matrices(self) -> Interval:
+        """Matrices of the batch whose statistics are here: all that any tile touches."""
+
+    @property
+    def splits_matrices(self) -> bool:
+        """Whether several ranks may hold parts of one matrix; equal on all ranks."""
 
     @property
     def reducer(self) -> Reducer | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.job import Job
-from flora_dist.optim.spec import Geometry
+from flora_dist.optim.spec import Geometry, is_batch
 from flora_dist.tiles import Tile, split
 
 # Elements per piece. On a CPU a piece of fp32 stays in the second-level cache through the ten or
@@ -46,7 +46,7 @@ class Piece:
 def build_pieces(job: Job, weights: Sequence[Tensor]) -> list[Piece]:
     """Cut a matrix part; ``weights`` are its batches, as ``as_batches`` gave them."""
     tiles, size = job.part.tiles, job.geometry
-    gradient = job.part.gradient()
+    gradient = job.gradient
     gradients: list[Tensor | None] = [None] * len(tiles)
     if gradient is not None:
         gradients = [*as_batches(gradient, tiles)]
@@ -76,7 +76,7 @@ def as_batches(local: Tensor, tiles: Sequence[Tile]) -> list[Tensor]:
     A single tile keeps its strides; several tiles follow each other in a flat tensor.
     """
     if len(tiles) == 1 and local.ndim >= 2:
-        return [local if local.ndim == 3 else local.flatten(1).unsqueeze(0)]
+        return [local if is_batch(tuple(local.shape)) else local.flatten(1).unsqueeze(0)]
     return carve(local, [tile.sizes for tile in tiles])
 
 

@@ -22,6 +22,10 @@ VECTOR_EPS = 1e-12
 in attention) must not be normalised into full steps."""
 
 
+SMALLEST_BATCHED = 8
+"""Last dim from which a 3-D parameter is a batch of matrices; below, a 1-D convolution."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
     """A parameter as a batch of E matrices of N rows and M columns, cut in blocks or dense."""
@@ -29,7 +33,7 @@ class Geometry:
     shape: tuple[int, ...]
     """The parameter's own shape, all ranks together."""
     num_matrices: int
-    """E: experts of a 3-D parameter, 1 otherwise."""
+    """E: experts of a batch, 1 otherwise."""
     num_rows: int
     """N."""
     num_columns: int
@@ -40,6 +44,8 @@ class Geometry:
     """R, numbers per block; None where dense."""
     dense_because: str
     """Why the parameter is dense; empty where compressed."""
+    falls_short: bool = False
+    """Dense although compressing was asked for: it would not halve the parameter."""
 
     @property
     def is_vector(self) -> bool:
@@ -49,12 +55,7 @@ class Geometry:
     @property
     def blocks_per_row(self) -> int:
         """K; the last block of a row may be shorter."""
-        return -(-self.num_columns // self.block)
-
-    @property
-    def ratio(self) -> float:
-        """Elements per number kept, block / rank; 1 where dense."""
-        return 1.0 if self.rank is None else self.block / self.rank
+        return -(-self.num_columns // max(1, self.block))
 
 
 Along = Literal["rows", "columns", "elements"]
@@ -80,8 +81,8 @@ def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geome
     """Cut a parameter in blocks by its shape and settings alone, never by its layout.
 
     >>> g = geometry_of("w", (10, 100), FloraConfig(rank=8, block=64))
-    >>> g.blocks_per_row, g.rank, g.ratio
-    (2, 8, 8.0)
+    >>> g.blocks_per_row, g.block, g.rank
+    (2, 64, 8)
     >>> geometry_of("narrow", (10, 6), FloraConfig(rank=8, block=64)).block
     4
 
@@ -89,16 +90,18 @@ def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geome
         ValueError: ``block="full"`` with hadamard on a side that is no power of two.
     """
     num_matrices, num_rows, num_columns = matrix_sizes(shape)
-    block, rank, reason = num_columns, None, ""
+    block, rank, reason, falls_short = num_columns, None, "", False
     if len(shape) <= 1:
         reason = "1-D"
     elif config.rank is None:
         reason = "rank=None"
+    elif 0 in shape:
+        reason = "no elements"
     else:
         block, rank = _block_and_rank(name, num_rows, num_columns, config)
         if 2 * -(-num_columns // block) * rank > num_columns:
             reason = f"rank {rank} per block of {block} would not halve {num_columns} columns"
-            block, rank = num_columns, None
+            block, rank, falls_short = num_columns, None, True
     return Geometry(
         shape=shape,
         num_matrices=num_matrices,
@@ -107,19 +110,29 @@ def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geome
         block=block,
         rank=rank,
         dense_because=reason,
+        falls_short=falls_short,
     )
 
 
-def matrix_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """E, N, M of a parameter: 3-D is a batch, more dimensions fold into the columns.
+def is_batch(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is a batch of matrices, each with its own sketch and statistics (experts).
 
-    >>> [matrix_sizes(s) for s in ((), (5,), (4, 5), (3, 4, 5), (8, 3, 2, 2))]
-    [(1, 1, 1), (1, 1, 5), (1, 4, 5), (3, 4, 5), (1, 8, 12)]
+    A 3-D shape is, unless its last dim is that of a 1-D convolution's kernel: a matrix per output
+    channel would have thousands of sketches of a few numbers each.
+    """
+    return len(shape) == 3 and shape[2] >= SMALLEST_BATCHED
+
+
+def matrix_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """E, N, M of a parameter: experts are a batch, other dimensions fold into the columns.
+
+    >>> [matrix_sizes(s) for s in ((5,), (4, 5), (3, 4, 16), (80, 40, 3), (8, 3, 2, 2))]
+    [(1, 1, 5), (1, 4, 5), (3, 4, 16), (1, 80, 120), (1, 8, 12)]
     """
     if len(shape) <= 1:
         return 1, 1, math.prod(shape)
-    if len(shape) == 3:
-        return shape
+    if is_batch(shape):
+        return shape[0], shape[1], shape[2]
     return 1, shape[0], math.prod(shape[1:])
 
 
@@ -146,7 +159,7 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
     """
     low = "bfloat16" if config.state_dtype == "bfloat16" else "arithmetic"
     shape = geometry.shape
-    batch = shape[:1] if len(shape) == 3 else ()
+    batch = shape[:1] if is_batch(shape) else ()
     lines = (*batch, geometry.num_rows)
     tensors = []
     if config.momentum != "none":

@@ -27,6 +27,8 @@ class Store:
     seed: int
     name_key: int
     step: int
+    num_rows: int
+    """N: rows of all matrices are numbered through, so one grid of bits serves a batch."""
     stochastic: bool
 
     def write_(
@@ -43,22 +45,19 @@ class Store:
         if target_ENW.dtype not in _LOW_PRECISION or not self.stochastic:
             target_ENW.copy_(value_ENW)
             return
-        bits_ENW = torch.stack(
+        key = derive_key(seed=self.seed, name_key=self.name_key, purpose=purpose, window=self.step)
+        bits_ENW = torch.cat(
             [
                 grid16(
-                    derive_key(
-                        seed=self.seed,
-                        name_key=self.name_key,
-                        purpose=purpose,
-                        window=self.step,
-                        matrix=matrix,
-                    ),
-                    rows=tile.rows,
+                    key,
+                    rows=lines,
                     columns=columns,
                     num_columns=num_columns,
                     device=target_ENW.device,
                 )
-                for matrix in range(*tile.matrices)
+                for lines in tile.lines(self.num_rows)
             ]
-        )
-        target_ENW.copy_(round_stochastic(value_ENW, target_ENW.dtype, bits_ENW))
+        ).view(target_ENW.shape)
+        # The bits are made for fp32; what a float64 parameter loses on the way is far below them.
+        rounded_ENW = round_stochastic(value_ENW.float(), target_ENW.dtype, bits_ENW)
+        target_ENW.copy_(rounded_ENW)

@@ -19,7 +19,7 @@ class VectorUpdate:
         self.job = job
         self._weight = job.part.weight().reshape(-1)
         self._dtype = arithmetic_dtype(self._weight.dtype)
-        self._gradient = job.part.gradient()
+        self._gradient = job.gradient
 
     def measure(self) -> Terms:
         """The squared norms of what is clipped, and of the weight where lr scales with it."""
@@ -32,6 +32,14 @@ class VectorUpdate:
         if self.job.config.scale_parameter:
             terms["weight"] = self._weight.to(self._dtype).square().sum().reshape(1)
         return terms
+
+    def is_finite(self) -> Tensor:
+        """Whether this rank's gradient is (), after ``measure``: NaN and inf reach X."""
+        return self._x.sum().isfinite()
+
+    def is_zero(self) -> Tensor:
+        """Whether this rank's gradient is all zeros (), after ``measure``."""
+        return ~self._x.any()
 
     def couple(self, totals: Terms) -> Terms:
         """No second message: nothing of a vector is shared but norms."""

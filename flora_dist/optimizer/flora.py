@@ -10,22 +10,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from flora_dist.comm.groups import process_rank
 from flora_dist.layouts.dtensor import DTensorLayout
 from flora_dist.layouts.replicated import ReplicatedLayout
-from flora_dist.optim.config import KNOBS, check_group_keys, check_rate, config_of
+from flora_dist.optim.config import KNOBS, check_bool, check_group_keys, check_rate, config_of
 from flora_dist.optim.part import Layout
 from flora_dist.optim.spec import LEVELS, geometry_of
 from flora_dist.optimizer import loading, naming
+from flora_dist.optimizer.arithmetic import exact_products
 from flora_dist.optimizer.report import Report
-from flora_dist.optimizer.slots import Group, Slot, make_slots
+from flora_dist.optimizer.slots import Group, Slot, check_compressed, make_slots
 from flora_dist.optimizer.stepping import run_step
 from flora_dist.sketch.matrices import smallest_stable_kappa
 
 # Keys that torch itself and its schedulers write into groups.
-_TORCH_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_TORCH_KEYS = (
+    "params",
+    "param_names",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "swa_lr",
+    "max_momentum",
+    "base_momentum",
+)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Flora(torch.optim.Optimizer):
@@ -108,9 +118,12 @@ class Flora(torch.optim.Optimizer):
         defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
         config_of(defaults)
         # Frameworks put other tensors into the groups before the first step (accelerate's FSDP2,
-        # DeepSpeed): nothing is kept per parameter here except weak marks of who was given.
-        self._given: Any = WeakIdKeyDictionary()
+        # DeepSpeed): nothing is kept per parameter but who was given, as (id, elements). Not
+        # as references, which would keep whole parameters alive; not as weak ones either, with
+        # which a module's to_empty() refuses to swap its parameters (torch.utils.swap_tensors).
+        self._given: set[tuple[int, int]] = set()
         self._layouts: list[Layout] = [DTensorLayout(), ReplicatedLayout()]
+        self._announced = False
         self._reset()
         super().__init__(naming.as_groups(params), defaults)
 
@@ -142,12 +155,14 @@ class Flora(torch.optim.Optimizer):
         _check_group(merged)
         naming.check_unique(naming.names_of([*self.param_groups, group]))
         super().add_param_group(group)
-        for tensor in self.param_groups[-1]["params"]:
-            self._given[tensor] = True
+        self._given.update(_identity(tensor) for tensor in self.param_groups[-1]["params"])
         self._reset()
 
     def attach_layout(self, layout: Layout) -> None:
-        """Let an integration say how tensors are held; the last one attached is asked first."""
+        """Let an integration say how tensors are held; the last one attached is asked first.
+
+        Copies of the optimizer (pickle, deepcopy) go without: attach again.
+        """
         self._layouts.insert(0, layout)
         self._reset()
 
@@ -160,7 +175,8 @@ class Flora(torch.optim.Optimizer):
         with torch.no_grad():
             slots = self._ready_slots()
             self._announce()
-            run_step(slots, self.state)
+            with exact_products({slot.tensor.device.type for slot in slots}):
+                run_step(slots, self.state)
         return loss
 
     def report(self) -> Report:
@@ -207,16 +223,14 @@ class Flora(torch.optim.Optimizer):
         if "_given" not in self.__dict__:  # unpickled or deep-copied
             self._layouts = [DTensorLayout(), ReplicatedLayout()]
             self._announced = True
-            self._given = WeakIdKeyDictionary()
-            for group in self.param_groups:
-                for tensor in group["params"]:
-                    self._given[tensor] = True
+            groups = self.param_groups
+            self._given = {_identity(tensor) for group in groups for tensor in group["params"]}
         self._reset()
 
     def _reset(self) -> None:
         """Forget what is derived from groups and parameters."""
         self._slots: list[Slot] = []
-        self._signature: tuple[int, ...] = ()
+        self._signature: tuple[tuple[int, ...], ...] = ()
 
     def _ready_slots(self) -> list[Slot]:
         """Those that take part in a step, with state, in the order of their names."""
@@ -229,7 +243,8 @@ class Flora(torch.optim.Optimizer):
         return sorted(slots, key=lambda slot: slot.part.name)
 
     def _configured_slots(self) -> list[Slot]:
-        signature = tuple(id(t) for group in self.param_groups for t in group["params"])
+        # Slots hold the groups and tensors, so an id in the signature is not used again.
+        signature = tuple((id(g), *map(id, g["params"])) for g in self.param_groups)
         if signature != self._signature:
             self._slots = self._make_slots()
             self._signature = signature
@@ -246,7 +261,7 @@ class Flora(torch.optim.Optimizer):
 
     def _check_known(self, tensor: Tensor) -> None:
         plain = isinstance(self._layout_of(tensor), ReplicatedLayout)
-        if plain and tensor.ndim == 1 and tensor not in self._given:
+        if plain and tensor.ndim == 1 and _identity(tensor) not in self._given:
             raise ValueError(
                 "every 1-D tensor must have been given to the optimizer; one of "
                 f"{tensor.numel()} elements was not: an engine put its flat partition here, and "
@@ -270,11 +285,19 @@ class Flora(torch.optim.Optimizer):
             sys.stderr.write(self.report().summary() + "\n")
         self._announced = True
 
-    _announced = False
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """An id may be used again once its tensor is gone, hardly with as many elements."""
+    return id(tensor), tensor.numel()
 
 
 def _takes_part(slot: Slot) -> bool:
-    return slot.tensor.requires_grad or slot.tensor.grad is not None
+    if 0 in slot.part.shape:  # nothing to step, and means over no rows
+        return False
+    # Ranks must agree on who is in a message: with peers, a gradient left over on one rank does
+    # not count.
+    is_local = slot.part.reducer is None
+    return slot.tensor.requires_grad or (is_local and slot.tensor.grad is not None)
 
 
 def _check_gradient(slot: Slot) -> None:
@@ -289,18 +312,21 @@ def _check_gradient(slot: Slot) -> None:
 def _check_group(group: Group) -> None:
     """Refuse settings and shapes that cannot be right, and warn of a transfer that amplifies."""
     config = config_of(group)
+    check_bool("maximize", group["maximize"])
     for name in ("lr", "weight_decay"):
         check_rate(name, group[name])
     names = naming.names_of([group])
     unstable = 0
     for name, tensor in zip(names, naming.tensors_of(group), strict=True):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
-                f"parameters must be real floating-point tensors; {name!r} is {kind}. "
-                "Leave it out of the optimizer."
+                f"parameters must be real floating-point tensors of 16, 32 or 64 bits; {name!r} "
+                f"is {kind}. Leave it out of the optimizer."
             )
         size = geometry_of(name, tuple(tensor.shape), config)
+        if tensor.requires_grad:
+            check_compressed(name, size, config)
         if size.rank is not None and config.transfer == "paper" and config.momentum != "none":
             smallest = smallest_stable_kappa(
                 config.sketch, rank=size.rank, block=size.block, beta1=config.beta1
@@ -311,5 +337,13 @@ def _check_group(group: Group) -> None:
             f"transfer='paper' amplifies noise faster than beta1={config.beta1} forgets it below "
             f"kappa={unstable}; got kappa={config.kappa}. Use transfer='shrink' or a larger kappa.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=_depth_of_caller(),
         )
+
+
+def _depth_of_caller() -> int:
+    """The ``stacklevel`` of the user's line, seen from the caller of this function."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in {"flora_dist", "torch"}:
+        frame, depth = frame.f_back, depth + 1
+    return depth

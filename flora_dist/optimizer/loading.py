@@ -24,7 +24,9 @@ def check_groups(saved: Groups, current: Groups) -> None:
             "the optimizer over the parameters and groups of the run that saved it."
         )
     for index, (theirs, ours) in enumerate(zip(saved, current, strict=True)):
-        missing = [knob for knob in (*KNOBS, "lr") if knob not in theirs]
+        missing = [
+            knob for knob in (*KNOBS, "lr", "weight_decay", "maximize") if knob not in theirs
+        ]
         if missing:
             raise ValueError(
                 f"the state of group {index} must hold Flora's settings; {missing[0]!r} is "
@@ -35,6 +37,11 @@ def check_groups(saved: Groups, current: Groups) -> None:
                 f"the state must have the optimizer's seed; group {index} was saved with seed="
                 f"{theirs['seed']}, this optimizer has seed={ours['seed']}. Pass "
                 f"seed={theirs['seed']}."
+            )
+        if "param_names" in ours and "param_names" not in theirs:
+            raise ValueError(
+                f"the state of group {index} must have parameter names, as the optimizer has; it "
+                "hangs on positions. Construct the optimizer from model.parameters()."
             )
         if "param_names" in theirs and "param_names" in ours:
             _check_names(list(names_of([theirs])), list(names_of([ours])))

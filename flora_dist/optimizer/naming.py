@@ -28,7 +28,7 @@ def tidy_group(group: Mapping[str, Any]) -> dict[str, Any]:
         )
     params = list(params)
     if not all(isinstance(entry, tuple) for entry in params):
-        return {**group, "params": params}
+        return {**group, "params": list({id(tensor): tensor for tensor in params}.values())}
     names: dict[int, Named] = {}
     for name, tensor in params:
         kept = names.get(id(tensor))
@@ -49,6 +49,11 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     entries = list(params)
     if entries and isinstance(entries[0], Mapping):
         return [dict(entry) for entry in entries]
+    if not entries:
+        raise ValueError(
+            "params must hold at least one parameter; it is empty. Was a generator used up? Pass "
+            "model.named_parameters() anew."
+        )
     return [tidy_group({"params": entries})]
 
 

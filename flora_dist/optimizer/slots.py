@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.basis import Sketches
-from flora_dist.optim.config import FloraConfig
+from flora_dist.optim.config import FloraConfig, beta2_at
 from flora_dist.optim.job import Job, arithmetic_dtype
 from flora_dist.optim.part import Layout, Part
-from flora_dist.optim.spec import FORMAT_VERSION, LEVELS, StateTensor, geometry_of, state_tensors
+from flora_dist.optim.spec import (
+    FORMAT_VERSION,
+    LEVELS,
+    Geometry,
+    StateTensor,
+    geometry_of,
+    state_tensors,
+)
+from flora_dist.optim.store import Store
 from flora_dist.optimizer.naming import names_of, position_name
 from flora_dist.optimizer.report import ReportRow
+from flora_dist.sketch.keys import name_key
 from flora_dist.sketch.matrices import KINDS
-from flora_dist.tiles import Interval
 
 Group = dict[str, Any]
 
@@ -30,40 +38,37 @@ class Slot:
     ) -> None:
         """``position``: place among the parameters if they have no names, else None."""
         self.tensor, self.part, self.group = tensor, part, group
-        self._layout, self._position = layout, position
+        self._layout, self.position = layout, position
+        self._name_key = name_key(part.name)
         self._config: FloraConfig | None = None
 
     def configure(self, config: FloraConfig, state: dict[str, Any]) -> None:
         """Follow the group's settings; state that does not fit them any more is refused."""
         if config == self._config:
             return
+        self._config = None  # until everything below has passed
         part = self.part
         self._geometry = geometry_of(part.name, part.shape, config)
         self._entries = state_tensors(self._geometry, config)
-        if config.strict and self._geometry.dense_because.startswith("rank "):
-            raise ValueError(
-                f"with strict=True every matrix must be compressed; {part.name!r} of shape "
-                f"{part.shape} would be dense: {self._geometry.dense_because}. Lower rank, raise "
-                "block, or set rank=None for its group."
-            )
+        if self.tensor.requires_grad:
+            check_compressed(part.name, self._geometry, config)
         if self.has_state(state):
             check_state(self, self.own_state(state), config)
+        self._cuts = part.cuts(self._geometry.block)
         self._sketches = self._make_sketches(config)
         self._config = config
 
     def _make_sketches(self, config: FloraConfig) -> Sketches | None:
         if self._geometry.rank is None:
             return None
+        shapes = [self.part.local_state_shape(e) for e in self._entries if e.name == "momentum"]
         return Sketches(
-            name=self.part.name, geometry=self._geometry, config=config, held=self._held()
+            name_key=self._name_key,
+            geometry=self._geometry,
+            config=config,
+            held=self.part.matrices,
+            kept=sum(torch.Size(shape).numel() for shape in shapes),
         )
-
-    def _held(self) -> Interval:
-        """The matrices whose column means this rank keeps; replicas keep all."""
-        first = self.part.tiles[0].matrices[0] if self.part.tiles else 0
-        shapes = [self.part.local_state_shape(e) for e in self._entries if e.name == "column"]
-        elements = sum(torch.Size(shape).numel() for shape in shapes)
-        return first, first + elements // max(1, self._geometry.num_columns)
 
     @property
     def entries(self) -> tuple[StateTensor, ...]:
@@ -92,8 +97,8 @@ class Slot:
             step=0,
             window=0,
         )
-        if self._position is not None:
-            own["position"] = self._position
+        if self.position is not None:
+            own["position"] = self.position
 
     def _dtype(self, entry: StateTensor) -> torch.dtype:
         if entry.dtype == "bfloat16":
@@ -102,17 +107,33 @@ class Slot:
 
     def job(self, state: dict[str, Any]) -> Job:
         """This parameter at the coming step."""
-        assert self._config is not None
+        config = self._config
+        assert config is not None
+        own = self.own_state(state)
+        lr, decay = self.group["lr"], self.group["weight_decay"]
+        step = int(own["step"]) + 1
+        store = Store(
+            seed=config.seed,
+            name_key=self._name_key,
+            step=step,
+            num_rows=self._geometry.num_rows,
+            stochastic=config.stochastic_rounding,
+        )
         return Job(
             part=self.part,
             geometry=self._geometry,
-            config=self._config,
+            config=config,
             sketches=self._sketches,
-            held=self._held(),
-            state=self.own_state(state),
-            lr=self.group["lr"],
-            weight_decay=self.group["weight_decay"],
+            cuts=self._cuts,
+            state=own,
+            gradient=self.part.gradient(),
+            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            weight_decay=decay.reshape(()) if isinstance(decay, Tensor) else decay,
             sign=-1.0 if self.group["maximize"] else 1.0,
+            step=step,
+            window=step // config.kappa,
+            beta2=beta2_at(step, config.beta2),
+            store=store,
         )
 
     def report_row(self) -> ReportRow:
@@ -144,6 +165,16 @@ class Slot:
         )
 
 
+def check_compressed(name: str, geometry: Geometry, config: FloraConfig) -> None:
+    """Refuse, under ``strict``, a matrix that compressing would not halve."""
+    if config.strict and geometry.falls_short and config.momentum != "none":
+        raise ValueError(
+            f"with strict=True every matrix must be compressed; {name!r} of shape "
+            f"{geometry.shape} would be dense: {geometry.dense_because}. Lower rank, raise block, "
+            "or set rank=None for its group."
+        )
+
+
 def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
     """Refuse state of another seed, sketch, level, format or shape: it would be misread.
 
@@ -156,18 +187,19 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
         "seed": config.seed,
         "sketch": KINDS.index(config.sketch),
     }
-    words = {"gradients": LEVELS, "sketch": KINDS}
     for field, value in wanted.items():
-        found = own.get(field)
-        if found != value:
-            names = words.get(field)
-            was, now = (
-                (names[found], names[value]) if names and found is not None else (found, value)
-            )
+        if own.get(field) != value:
             raise ValueError(
-                f"the state of {slot.part.name!r} must have {field}={now!r}; it has {was!r}. "
-                "Construct the optimizer with the settings of the run that saved it."
+                f"the state of {slot.part.name!r} must have {field}={_meaning(field, value)!r}; it "
+                f"has {_meaning(field, own.get(field))!r}. Construct the optimizer with the "
+                "settings of the run that saved it."
             )
+    if (own.get("position") is None) != (slot.position is None):
+        raise ValueError(
+            f"the state of {slot.part.name!r} must have position={slot.position!r}; it has "
+            f"{own.get('position')!r}. Construct the optimizer with named parameters if, and only "
+            "if, the run that saved the state had them."
+        )
     kept = {name for name, value in own.items() if isinstance(value, Tensor)}
     expected = {entry.name: entry for entry in slot.entries}
     if kept != set(expected):
@@ -183,6 +215,17 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
                 f"{slot.part.local_state_shape(entry)}; the state has {shape}. Use the rank, block "
                 "and model that the state was made with."
             )
+        if (own[name].dtype == torch.bfloat16) != (entry.dtype == "bfloat16"):
+            raise ValueError(
+                f"{name} of {slot.part.name!r} must be {entry.dtype}; the state has "
+                f"{own[name].dtype}. state_dtype cannot change once there is state."
+            )
+
+
+def _meaning(field: str, number: Any) -> Any:
+    """What a number of the state stands for, or itself."""
+    names = dict(enumerate({"gradients": LEVELS, "sketch": KINDS}.get(field, ())))
+    return names.get(number, number)
 
 
 def make_slots(

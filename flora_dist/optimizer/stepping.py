@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flora_dist.comm.groups import any_process
 from flora_dist.comm.message import sum_terms
 from flora_dist.optim.job import Job, Update
 from flora_dist.optim.matrix import MatrixUpdate
@@ -25,18 +26,18 @@ def run_step(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> N
     # Without peers a missing gradient is missing everywhere; with peers it takes a place in the
     # message, since another rank may have one.
     jobs = [slot.job(state[slot.tensor]) for slot in slots]
-    jobs = [j for j in jobs if j.part.reducer is not None or j.part.gradient() is not None]
+    jobs = [job for job in jobs if job.part.reducer is not None or job.gradient is not None]
     updates = [_update_of(job) for job in jobs]
     totals = _sum(updates, [update.measure() for update in updates])
-    if any(job.config.skip_nonfinite for job in jobs) and not _is_finite(totals):
+    if any(job.config.skip_nonfinite for job in jobs) and not _are_finite(updates):
         return
-    active = [
-        (update, total)
-        for update, total in zip(updates, totals, strict=True)
-        if _is_present(update, total)
-    ]
-    updates = [update for update, _ in active]
-    totals = _sum(updates, [update.couple(total) for update, total in active])
+    if _only_creates_state(updates):
+        return
+    present = _presence(updates, totals)
+    totals = [total for total, here in zip(totals, present, strict=True) if here]
+    updates = [update for update, here in zip(updates, present, strict=True) if here]
+    pairs = zip(updates, totals, strict=True)
+    totals = _sum(updates, [update.couple(total) for update, total in pairs])
     for update, total in zip(updates, totals, strict=True):
         update.finish(total)
 
@@ -58,12 +59,37 @@ def _sum(updates: Sequence[Update], terms: Sequence[Terms]) -> list[Terms]:
     return totals
 
 
-def _is_present(update: Update, total: Terms) -> bool:
+def _presence(updates: Sequence[Update], totals: Sequence[Terms]) -> list[bool]:
     """Whether any rank has a gradient; asks the device only where this rank has none."""
-    return update.job.part.gradient() is not None or bool(total["presence"].item() > 0)
+    missing = [i for i, update in enumerate(updates) if update.job.gradient is None]
+    present = [True] * len(updates)
+    if missing:
+        counts = torch.cat([totals[index]["presence"].double().cpu() for index in missing])
+        for index, count in zip(missing, counts.tolist(), strict=True):
+            present[index] = count > 0
+    return present
 
 
-def _is_finite(totals: Sequence[Terms]) -> bool:
-    """Whether every sum is finite: a NaN or inf in a gradient reaches its sums of squares."""
-    sums = [value.sum() for total in totals for value in total.values()]
-    return not sums or bool(torch.stack([s.to(sums[0]) for s in sums]).isfinite().all().item())
+def _are_finite(updates: Sequence[Update]) -> bool:
+    """Whether all gradients are finite on all processes, which then skip or step together."""
+    return not _anywhere(updates, [~update.is_finite() for update in updates])
+
+
+def _only_creates_state(updates: Sequence[Update]) -> bool:
+    """Whether this is a first step of rate 0 on gradients of zeros, which must not count.
+
+    torch.distributed.checkpoint makes an optimizer create its state so when it is asked for the
+    state before the first step. Looks at the device in a first step of rate 0 only.
+    """
+    if not all(update.job.step == 1 and update.job.lr == 0 for update in updates):
+        return False
+    return not _anywhere(updates, [~update.is_zero() for update in updates])
+
+
+def _anywhere(updates: Sequence[Update], flags: Sequence[Tensor]) -> bool:
+    """Whether a flag () is set, on any process where parameters are sharded."""
+    if not flags:
+        return False
+    flag = torch.stack([each.to(flags[0].device) for each in flags]).any()
+    is_sharded = any(update.job.part.reducer is not None for update in updates)
+    return any_process(flag) if is_sharded else bool(flag.item())

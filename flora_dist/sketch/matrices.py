@@ -192,7 +192,7 @@ def _gaussian_table(device: torch.device) -> tuple[Tensor, float]:
     Always computed on the CPU and frozen by a test. The lower half mirrors the upper, so the mean
     is exactly 0; the variance is summed exactly.
     """
-    half = torch.arange(_TABLE_SIZE // 2, _TABLE_SIZE, dtype=torch.float64)
+    half = torch.arange(_TABLE_SIZE // 2, _TABLE_SIZE, dtype=torch.float64, device="cpu")
     upper = torch.special.ndtri((half + 0.5) / _TABLE_SIZE).to(torch.bfloat16).float()
     table = torch.cat([-upper.flip(0), upper])
     variance = math.fsum(table.double().square().tolist()) / _TABLE_SIZE

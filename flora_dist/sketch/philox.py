@@ -140,7 +140,7 @@ def draws63(key: int, *, count: int) -> Tensor:
     Returns:
         int64 (count,), values in [0, 2^63).
     """
-    index = torch.arange(-(-count // 2), dtype=torch.int64)
+    index = torch.arange(-(-count // 2), dtype=torch.int64, device="cpu")
     packed = _packed(_words(key, index, Stream.ROW_DRAWS))
     return packed.bitwise_and_((1 << 63) - 1).flatten()[:count]
 

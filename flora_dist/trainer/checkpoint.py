@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,8 @@ class Checkpoints:
             partial.mkdir(parents=True)
         wait_for_all()
         weights, state = get_state_dict(model, optimizer)
-        save({"model": weights, "optimizer": state}, checkpoint_id=partial)
+        with _one_process_is_meant():
+            save({"model": weights, "optimizer": state}, checkpoint_id=partial)
         if self.world.speaks:
             facts = {
                 "step": step,
@@ -98,10 +101,19 @@ def load_checkpoint(
 ) -> None:
     """Put a checkpoint's weights, optimizer state and schedule in place."""
     weights, state = get_state_dict(model, optimizer)
-    load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    with _one_process_is_meant():
+        load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     scheduler.load_state_dict(facts["schedule"] | {"lr_lambdas": [None] * len(scheduler.base_lrs)})
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without a process group DCP warns that it takes this process for the only one: it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
+        yield
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:

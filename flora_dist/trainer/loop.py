@@ -97,6 +97,20 @@ def accumulate(
     return total
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Taken:
+    """One optimizer step that was taken."""
+
+    step: int
+    """Its number, from 1."""
+    losses: torch.Tensor
+    """This process's sum of losses, a float64 scalar."""
+    tokens: int
+    """Labels that counted in the global batch."""
+    lr: float
+    """Learning rate it was taken with."""
+
+
 def train(
     job: Job,
     *,
@@ -107,46 +121,59 @@ def train(
     checkpoints: Checkpoints,
 ) -> Measured:
     """Run the steps from `first_step` (0 is a fresh run) to the last or to a stop request."""
-    config = job.config.train
-    clock = _Clock()
-    bytes_sent: int | None = None
-    last_step = first_step
-    for step in range(first_step, config.steps):
+    steps = job.config.train.steps
+    # What a step sends settles after the first ones; a shorter run measures its last step.
+    measured_step = min(first_step + _SETTLING_STEPS, steps - 1)
+    clock, bytes_sent, done, unlogged = _Clock(), None, first_step, None
+    for step in range(first_step, steps):
         began = time.perf_counter()
-        # What a step sends settles after the first ones; a shorter run measures its last step.
-        measures = step == min(first_step + _SETTLING_STEPS, config.steps - 1)
-        with Traffic() if measures else nullcontext() as traffic:
-            batches = _micro_batches(job, step)
-            tokens, stopping = _agree(batches, stop, job.world)
-            if stopping:
-                break
-            torch.manual_seed(_dropout_seed(config.seed, step, job.world))
-            loss = accumulate(job.spread, batches, tokens, job.world)
-            if config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(job.model.parameters(), config.max_grad_norm)
-            lr = float(job.scheduler.get_last_lr()[0])
-            job.optimizer.step()
-            job.optimizer.zero_grad()
-            job.scheduler.step()
-        if traffic is not None:
-            bytes_sent = traffic.bytes_sent
-        last_step = step + 1
+        with Traffic() if step == measured_step else nullcontext() as traffic:
+            taken = _take_step(job, step, stop)
+        if taken is None:
+            break
+        done, unlogged = taken.step, taken
+        bytes_sent = traffic.bytes_sent if traffic is not None else bytes_sent
+        clock.add(taken.tokens, time.perf_counter() - began, settled=step > measured_step)
         record: Record = {}
-        if last_step % config.log_every == 0 or last_step == config.steps:
-            mean = float(sum_over_processes(loss)) / tokens
-            record = {"loss": mean, "lr": lr, "tokens": tokens}
-        clock.add(tokens, time.perf_counter() - began, settled=step > first_step + _SETTLING_STEPS)
-        if record:
-            record["tokens_per_second"] = clock.rate
-            progress.update(
-                last_step, loss=f"{record['loss']:.3f}", rate=f"{clock.rate:,.0f} tokens/s"
-            )
-        if last_step % job.config.evaluation.every == 0 or last_step == config.steps:
+        if _due(done, job.config.train.log_every, steps):
+            record, unlogged = _training_record(taken, clock), None
+            progress.update(done, loss=f"{record['loss']:.3f}", rate=f"{clock.rate:,.0f} tokens/s")
+        if _due(done, job.config.evaluation.every, steps):
             record["validation_loss"] = _evaluate(job)
         if record:
-            metrics.add({"step": last_step} | record)
-        checkpoints.maybe_save(last_step, job.model, job.optimizer, job.scheduler)
-    return _measured(job, last_step, clock, bytes_sent, metrics.records)
+            metrics.add({"step": done} | record)
+        checkpoints.maybe_save(done, job.model, job.optimizer, job.scheduler)
+    if unlogged is not None:  # stopped between two lines
+        metrics.add({"step": done} | _training_record(unlogged, clock))
+    return _measured(job, done, clock, bytes_sent, metrics.records)
+
+
+def _take_step(job: Job, step: int, stop: StopRequest) -> _Taken | None:
+    """One optimizer step on the global batch; None if any process was asked to stop before it."""
+    config = job.config.train
+    batches = _micro_batches(job, step)
+    tokens, stopping = _agree(batches, stop, job.world)
+    if stopping:
+        return None
+    torch.manual_seed(_dropout_seed(config.seed, step, job.world))
+    losses = accumulate(job.spread, batches, tokens, job.world)
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(job.model.parameters(), config.max_grad_norm)
+    lr = float(job.scheduler.get_last_lr()[0])
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    job.scheduler.step()
+    return _Taken(step=step + 1, losses=losses, tokens=tokens, lr=lr)
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps
+
+
+def _training_record(taken: _Taken, clock: _Clock) -> Record:
+    loss = float(sum_over_processes(taken.losses)) / taken.tokens
+    rate = clock.rate
+    return {"loss": loss, "lr": taken.lr, "tokens": taken.tokens, "tokens_per_second": rate}
 
 
 class _Clock:

@@ -56,6 +56,9 @@ def build_model(config: ModelConfig, network: Any, *, seed: int) -> nn.Module:
     """The network in float32 on the CPU, equal on every process: drawn from the seed, or loaded."""
     with needs_train_extra():
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+    # Loading draws a bar on every process.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     model: nn.Module
     if config.pretrained is not None:

@@ -141,9 +141,9 @@ def _draw_memory(axes: Axes, summary: Summary) -> None:
     labels = [bar[0] for bar in bars]
     weights = [bar[1] / mebibyte for bar in bars]
     states = [bar[2] / mebibyte for bar in bars]
-    axes.bar(labels, weights, color="0.75", label="weights")
+    below = axes.bar(labels, weights, color="0.75")
+    axes.bar_label(below, [f"weights {size:.2f} MiB" for size in weights], label_type="center")
     drawn = axes.bar(labels, states, bottom=weights, color=["C0", "C1"][: len(bars)])
     axes.bar_label(drawn, [f"state {state:.2f} MiB" for state in states])
     axes.margins(y=0.12)
     axes.set_ylabel("MiB per process")
-    axes.legend(loc="lower right")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,12 @@ class FlatPart:
     tiles: tuple[Tile, ...]
     everyone: tuple[Tile, ...]
     reducer: WorldReducer = WorldReducer()
+
+    splits_matrices: ClassVar[bool] = True
+
+    @property
+    def matrices(self) -> tuple[int, int]:
+        return (self.tiles[0].matrices[0], self.tiles[-1].matrices[1]) if self.tiles else (0, 0)
 
     def cuts(self, block: int) -> Cuts:
         matrices, rows, columns = matrix_sizes(self.shape)

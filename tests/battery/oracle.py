@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.config import KNOBS, FloraConfig
-from flora_dist.optim.spec import geometry_of
+from flora_dist.optim.spec import geometry_of, matrix_sizes
 from flora_dist.reference import Reference, ReferenceSettings
 from flora_dist.sketch.keys import Purpose, derive_key, name_key
 from flora_dist.sketch.matrices import sketch_matrix
@@ -40,10 +40,11 @@ class Case:
         return "-".join(words + [f"{k}={v}" for k, v in self.settings.items()])
 
 
+Shapes = dict[str, tuple[int, ...]]
 Sketch = Callable[[str, int, int], Tensor | None]
 
 
-def sketches(config: FloraConfig, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Sketch:
+def sketches(config: FloraConfig, shapes: Shapes, dtype: torch.dtype) -> Sketch:
     """Our matrices, handed to the reference, which knows nothing of keys."""
 
     def sketch(name: str, matrix: int, window: int) -> Tensor | None:
@@ -64,40 +65,26 @@ def sketches(config: FloraConfig, shapes: dict[str, tuple[int, ...]], dtype: tor
     return sketch
 
 
-def random_bits(config: FloraConfig) -> Callable[[str, str, int, tuple[int, ...]], Tensor]:
-    """Our rounding bits, by global place, for a tensor of matrices x rows x rest."""
+def random_bits(
+    config: FloraConfig, shapes: Shapes
+) -> Callable[[str, str, int, tuple[int, ...]], Tensor]:
+    """Our rounding bits: one grid per parameter, the rows of all its matrices numbered through."""
     purposes = {"weight": Purpose.ROUND_WEIGHT, "momentum": Purpose.ROUND_MOMENTUM}
 
     def bits(name: str, purpose: str, step: int, shape: tuple[int, ...]) -> Tensor:
-        matrices, rows, columns = _grid(shape, purpose)
-        drawn = [
-            grid16(
-                derive_key(
-                    seed=config.seed,
-                    name_key=name_key(name),
-                    purpose=purposes[purpose],
-                    window=step,
-                    matrix=matrix,
-                ),
-                rows=(0, rows),
-                columns=(0, columns),
-                num_columns=columns,
-                device="cpu",
-            )
-            for matrix in range(matrices)
-        ]
-        return torch.stack(drawn).view(shape)
+        matrices, num_rows, _ = matrix_sizes(shapes[name])
+        rows = matrices * num_rows
+        columns = torch.Size(shape).numel() // rows
+        key = derive_key(
+            seed=config.seed,
+            name_key=name_key(name),
+            purpose=purposes[purpose],
+            window=step,
+        )
+        grid = {"rows": (0, rows), "columns": (0, columns), "num_columns": columns}
+        return grid16(key, **grid, device="cpu").view(shape)
 
     return bits
-
-
-def _grid(shape: tuple[int, ...], purpose: str) -> tuple[int, int, int]:
-    if len(shape) <= 1:
-        return 1, 1, torch.Size(shape).numel()
-    batch = 4 if purpose == "momentum" else 3
-    if len(shape) == batch:  # experts; a sketched momentum has one dim more than its matrix
-        return shape[0], shape[1], torch.Size(shape[2:]).numel()
-    return 1, shape[0], torch.Size(shape[1:]).numel()
 
 
 def reference_of(case: Case, weights: dict[str, Tensor]) -> Reference:
@@ -113,7 +100,7 @@ def reference_of(case: Case, weights: dict[str, Tensor]) -> Reference:
         weights,
         sketch=sketches(config, shapes, wide),
         settings=settings,
-        bits=random_bits(config),
+        bits=random_bits(config, shapes),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -69,8 +68,7 @@ class Workers:
     def _launch(self, world_size: int) -> Path:
         folder = self._folder / str(world_size)
         folder.mkdir()
-        ports = ",".join(str(port) for port in _free_ports(8))
-        arguments = [str(folder), str(self._corpus), ports]
+        arguments = [str(folder), str(self._corpus)]
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.trainer.worker", *arguments],
@@ -79,7 +77,6 @@ class Workers:
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(world_size),
-                    "MASTER_ADDR": "127.0.0.1",
                 },
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
@@ -96,14 +93,3 @@ class Workers:
         codes = [process.returncode for process in processes]
         assert codes == [0] * world_size, "\n".join(outputs)
         return folder
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +17,9 @@ import yaml
 from flora_dist import cli
 from flora_dist.trainer.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig
 from flora_dist.trainer.configfile import as_yaml, load_config
+from flora_dist.trainer.extras import needs_train_extra
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
-from tests.trainer.support import ROOT, TINY
+from tests.trainer.support import ENVIRONMENT, ROOT, TINY
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -178,3 +181,32 @@ def test_the_command_line_reports_a_mistake_without_a_traceback(
 ) -> None:
     assert cli.main(["train", "--config", str(TINY), "--set", "train.step=3"]) == 2
     assert capsys.readouterr().err.startswith("error: a config holds only known keys")
+
+
+def test_the_command_can_be_imported_without_torch() -> None:
+    code = "import sys, flora_dist.cli; sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [("yaml", "flora_dist.trainer.configfile"), ("numpy", "flora_dist.trainer.data")],
+)
+def test_a_missing_package_is_answered_with_the_extra_to_install(
+    package: str,
+    module: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in (module, "flora_dist.trainer.configfile", "flora_dist.trainer.run"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert cli.main(["train", "--config", str(TINY)]) == 2
+    said = capsys.readouterr().err
+    assert f"needs the package {package!r}" in said
+    assert 'pip install "flora-dist[train]"' in said
+
+
+def test_our_own_import_errors_are_not_blamed_on_the_extra() -> None:
+    with pytest.raises(ModuleNotFoundError), needs_train_extra():
+        import flora_dist.no_such_module  # type: ignore[import-not-found]  # noqa: F401

@@ -120,6 +120,20 @@ def test_hsdps_bytes_are_its_gathers_a_reduce_scatter_and_an_all_reduce(workers:
     assert saved["bytes_sent"] == within + across
 
 
+def test_clipping_on_fsdp2_is_clipping_on_one_process_and_its_norm_is_counted(
+    workers: Workers, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    assert run(tiny("train.max_grad_norm=0.1")) == 0
+    got, expected = metrics(workers(2) / "clipped"), metrics(tmp_path / "tiny")
+    assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in expected], abs=1e-4)
+    sent = {
+        name: json.loads((workers(2) / name / "summary.json").read_text())["measured"]["bytes_sent"]
+        for name in ("fsdp2", "clipped")
+    }
+    # torch all-reduces one float32 norm for each of the 21 parameters; 2 (w-1)/w is 1 here
+    assert sent["clipped"] - sent["fsdp2"] == 4 * 21
+
+
 def test_a_whole_step_adds_the_token_count_to_the_gradients_bytes(workers: Workers) -> None:
     summary = json.loads((workers(2) / "ddp" / "summary.json").read_text())
     # two int64: the labels that count, and whether somebody pressed Ctrl-C

@@ -126,11 +126,14 @@ def test_the_vocabulary_is_the_tokenizers(
     assert f"{41_696 - 2 * 237 * 32:,} parameters, vocabulary 20;" in capsys.readouterr().out
 
 
-def test_a_pretrained_folder_is_the_starting_point(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_pretrained_folder_is_the_starting_point(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tests.trainer.ragged import tiny_model
 
     model = tiny_model(tiny("train.seed=5"))
     model.save_pretrained(tmp_path / "saved")
+    capsys.readouterr()
     assert run(tiny("train.seed=5", "train.steps=1", "output.name=drawn")) == 0
     loaded = f"model={{pretrained: {tmp_path / 'saved'}}}"
     # The order of the data and the weights come from one seed: with the weights of seed 5 loaded,
@@ -139,6 +142,7 @@ def test_a_pretrained_folder_is_the_starting_point(tiny: Tiny, tmp_path: Path) -
     assert run(tiny("train.seed=6", "train.steps=1", "output.name=other")) == 0
     first = {n: metrics(tmp_path / n)[0]["loss"] for n in ("drawn", "loaded", "other")}
     assert first["drawn"] == first["loaded"] != first["other"]
+    assert capsys.readouterr().err == ""  # loading draws no bar: other processes must stay silent
 
 
 def test_tied_embeddings_train_and_count_once(

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The multi-process cases of one world size; run by support.Workers, one process per rank.
 
-python -m tests.trainer.worker FOLDER CORPUS PORT,PORT,...
+python -m tests.trainer.worker FOLDER CORPUS
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from flora_dist.trainer.backend import World, find_world, process_group, spread
@@ -32,27 +34,39 @@ BACKENDS = {
 }
 
 
-def main(folder: Path, corpus: Path, ports: Iterator[str]) -> None:
+def main(folder: Path, corpus: Path) -> None:
+    meet_at_files(folder)
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     for name, overrides in BACKENDS[size].items():
         config = load_config(
             TINY, tiny_overrides(corpus, folder, f"output.name={name}", *overrides)
         )
-        os.environ["MASTER_PORT"] = next(ports)
         gradients(config, folder / f"{name}.gradients.pt")
-        os.environ["MASTER_PORT"] = next(ports)
         assert run(config) == 0
     if size == 2:
         fsdp2 = tiny_overrides(corpus, folder, "backend.name=fsdp2")
-        os.environ["MASTER_PORT"] = next(ports)
+        clipped = [*fsdp2, "output.name=clipped", "train.max_grad_norm=0.1"]
+        assert run(load_config(TINY, clipped)) == 0
         half = [*fsdp2, "output.name=resumed", "checkpoint.every=2"]
         assert run(load_config(TINY, half)) == 0
-        os.environ["MASTER_PORT"] = next(ports)
         checkpoint = folder / "resumed" / "checkpoints" / "step-00000002"
         assert run(load_config(TINY, [*half, f"checkpoint.resume={checkpoint}"])) == 0
-        os.environ["MASTER_PORT"] = next(ports)
         code = interrupted([*fsdp2, "output.name=interrupted", "train.steps=100000"], folder, rank)
         (folder / f"interrupted.{rank}").write_text(str(code))
+
+
+def meet_at_files(folder: Path) -> None:
+    """Let each process group of this program meet at a file of its own.
+
+    Ports would have to be reserved for all of them beforehand, and another program may take one.
+    """
+    init, stores = dist.init_process_group, (folder / f"store.{n}" for n in count())
+
+    def at_a_file(kind: str) -> None:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        init(kind, init_method=next(stores).as_uri(), rank=rank, world_size=size)
+
+    dist.init_process_group = at_a_file
 
 
 def gradients(config: Config, path: Path) -> None:
@@ -102,4 +116,5 @@ def interrupted(overrides: list[str], folder: Path, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), iter(sys.argv[3].split(",")))
+    faulthandler.dump_traceback_later(150, exit=True)  # say where it hangs, and end
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
