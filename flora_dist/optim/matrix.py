@@ -186,7 +186,9 @@ class MatrixUpdate:
         job, num_elements = self.job, self.job.geometry.num_rows * self.job.geometry.num_columns
         totals = {**self._own, **totals}
         factor_H = job.clip_factor(self._square_sum(totals), num_elements)
-        rate_H = job.rate(self._totals.get("weight"), num_elements) * torch.ones_like(factor_H)
+        scales = "weight" in self._totals
+        weight_H = self._totals["weight"][self._held] if scales else None
+        rate_H = job.rate(weight_H, num_elements) * torch.ones_like(factor_H)
         weights = as_batches(self._weight, job.part.tiles)
         for piece in build_pieces(job, weights):
             here = self._here(piece.tile)

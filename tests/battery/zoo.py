@@ -3,8 +3,8 @@
 
 rows x columns, with blocks of 8: 13 x 20 tied embedding and head (ragged block, uneven rows), 37 x
 20 and 13 x 37 (ragged), 16 x 16 (whole blocks, where block="full" is a power of two), 9 x 3
-(narrow: dense), 1 x 13 (fewer rows than ranks: empty shards), 3 x 5 x 13 experts, a 6 x 2 x 3 conv,
-norm weights and biases, and a frozen matrix.
+(narrow: dense), 1 x 13 (fewer rows than ranks: empty shards), 3 x 5 x 13 experts, a 6 x 2 x 3 conv
+(6 x 6), norm weights and biases, and a frozen matrix.
 """
 
 from __future__ import annotations
