@@ -18,7 +18,7 @@ from flora_dist import Flora
 
 ROUNDS = 15
 SHAPES = {
-    "llama-9m layers, 29 small matrices": [(128, 128)] * 16 + [(352, 128)] * 8 + [(128, 352)] * 4,
+    "llama-9m layers, 28 small matrices": [(128, 128)] * 16 + [(352, 128)] * 8 + [(128, 352)] * 4,
     "llama-60m layer and embedding": [(512, 512)] * 4
     + [(1376, 512)] * 2
     + [(512, 1376), (32000, 512)],
