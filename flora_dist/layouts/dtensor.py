@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DTensors: FSDP2 (``fully_shard``) and HSDP, where a rank holds some rows or some experts."""
+"""DTensors: FSDP2, HSDP and tensor parallelism, where a rank holds a box of a parameter.
+
+Shards by rows or experts keep every row whole. Shards by columns (``RowwiseParallel``,
+``Shard(1)``) cut all rows, and blocks where the cut is not a multiple of the block: then a rank
+keeps the momentum of each block it touches.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +19,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 # Private, but what DCP itself places shards with; first offsets suffice since shards are boxes.
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import (
+    _compute_local_shape_and_global_offset,
+    compute_local_shape_and_global_offset,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from flora_dist.comm.groups import MeshReducer
 from flora_dist.optim.part import Part
@@ -28,6 +40,8 @@ class DTensorPart:
     tiles: tuple[Tile, ...]
     matrices: Interval
     reducer: MeshReducer | None
+    everyone: tuple[Tile, ...]
+    """Tiles of all ranks where columns are sharded; none needed, and none here, elsewhere."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,7 +56,9 @@ class DTensorPart:
 
     def cuts(self, block: int) -> Cuts:
         matrices, rows, columns = matrix_sizes(self.shape)
-        return find_cuts((), num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
+        return find_cuts(
+            self.everyone, num_matrices=matrices, num_rows=rows, num_columns=columns, block=block
+        )
 
     def weight(self) -> Tensor:
         return _local(self.tensor)
@@ -60,30 +76,50 @@ class DTensorPart:
             # Redistributing here would be a collective that a rank without gradient does not join.
             raise ValueError(
                 f"a gradient must be placed like its parameter; {self.name!r} has the placements "
-                f"{self.tensor.placements}, its gradient {gradient.placements}. Redistribute it "
-                "after backward; tensor parallelism is not supported yet."
+                f"{self.tensor.placements}, its gradient {gradient.placements}. After backward, on "
+                "every rank: p.grad = p.grad.redistribute(placements=p.placements)."
             )
         return _local(gradient)
 
     def local_state_shape(self, entry: StateTensor) -> tuple[int, ...]:
         sizes, _ = compute_local_shape_and_global_offset(
-            entry.shape, self.tensor.device_mesh, self._state_placements(entry)
+            self._state_shape(entry), self.tensor.device_mesh, self._state_placements(entry)
         )
         return tuple(sizes)
 
     def allocate(self, entry: StateTensor, dtype: torch.dtype) -> Tensor:
         mesh, placements = self.tensor.device_mesh, self._state_placements(entry)
+        shape = torch.Size(self._state_shape(entry))
         local = torch.zeros(self.local_state_shape(entry), dtype=dtype, device=self.tensor.device)
-        stride = torch.empty(entry.shape, device="meta").stride()
+        stride = torch.empty(shape, device="meta").stride()
         # Shape and stride are not derivable from a local tensor where the shards are uneven.
         state = DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=torch.Size(entry.shape), stride=stride
+            local, mesh, placements, run_check=False, shape=shape, stride=stride
         )
         # from_local moves to the mesh's device; with CPU offload the parameter is on the CPU.
         return state if state.device == local.device else state.to(local.device)
 
+    def _state_shape(self, entry: StateTensor) -> tuple[int, ...]:
+        """Of all ranks together: where columns are cut, places for each rank's blocks."""
+        if not self.everyone or entry.name != "momentum" or entry.along != "rows":
+            return entry.shape
+        # Equal for all, so that DTensor cuts them evenly; where cuts stand between blocks, their
+        # sum is the number of blocks and the shape is that of the unsharded state.
+        places = max(last - first for first, last in map(_blocks(entry.block), self.everyone))
+        sizes = [self.tensor.device_mesh.size(axis) for axis in _column_axes(self.tensor)]
+        return (*entry.shape[:-2], places * math.prod(sizes), entry.shape[-1])
+
     def _state_placements(self, entry: StateTensor) -> tuple[Placement, ...]:
-        return tuple(_state_placement(p, entry) for p in self.tensor.placements)
+        """Cut as the parameter is; row means not by columns, column means only by matrices."""
+        by_columns = _column_axes(self.tensor)
+        placements: list[Placement] = []
+        for axis, placement in enumerate(self.tensor.placements):
+            by_matrix = is_batch(self.shape) and getattr(placement, "dim", None) == 0
+            whole = (entry.along == "columns" and not by_matrix) or (
+                entry.name == "row" and axis in by_columns
+            )
+            placements.append(Replicate() if whole else placement)
+        return tuple(placements)
 
     def local(self, state: Tensor) -> Tensor:
         if not isinstance(state, DTensor):
@@ -105,13 +141,16 @@ class DTensorLayout:
         for placement in tensor.placements:
             _check_placement(placement, tuple(tensor.shape), name)
         shape = tuple(tensor.shape)
-        starts, stops = _box(tensor)
+        coordinate = tensor.device_mesh.get_coordinate()
+        assert coordinate is not None, "this process is outside the mesh of its own parameter"
+        starts, stops = _box(tensor, coordinate)
         part = DTensorPart(
             tensor=tensor,
             name=name,
             tiles=_tiles(shape, starts, stops),
             matrices=(starts[0], stops[0]) if is_batch(shape) else (0, 1),
             reducer=_reducer(tensor),
+            everyone=_tiles_of_all(tensor),
         )
         return (part,)
 
@@ -121,37 +160,61 @@ class DTensorLayout:
 
 
 def _check_placement(placement: Placement, shape: tuple[int, ...], name: str) -> None:
-    # Sharded rows stay whole. Experts may be cut by matrix or by row.
-    row_dims = (0, 1) if is_batch(shape) else (0,)
-    if isinstance(placement, Replicate) or (type(placement) is Shard and placement.dim in row_dims):
+    # A folded parameter (convolution) is a box of its matrix only if cut by rows.
+    dims = range(len(shape)) if len(shape) <= 2 or is_batch(shape) else (0,)
+    if isinstance(placement, Replicate) or (
+        _is_shard(placement) and getattr(placement, "dim", -1) in dims
+    ):
         return
     raise ValueError(
-        f"a DTensor parameter must be replicated or sharded by rows; {name!r} of shape {shape} has "
-        f"the placement {placement}. Shard it on dim 0 (fully_shard's default)."
+        f"a DTensor parameter must be replicated, or sharded by rows or columns; {name!r} of shape "
+        f"{shape} has the placement {placement}. Shard it on dim 0 (fully_shard's default)."
     )
 
 
-def _state_placement(placement: Placement, entry: StateTensor) -> Placement:
-    """Cut a state tensor as the parameter is cut; column means only by matrices."""
-    if not isinstance(placement, Shard) or entry.along != "columns":
-        return placement
-    by_matrix = len(entry.shape) == 2 and placement.dim == 0
-    return placement if by_matrix else Replicate()
+def _is_shard(placement: Placement) -> bool:
+    """Shard, or the strided one of FSDP2 over tensor parallelism, which is no subclass of it."""
+    return isinstance(placement, (Shard, _StridedShard))
+
+
+def _column_axes(tensor: DTensor) -> tuple[int, ...]:
+    """Axes of the mesh that cut columns."""
+    last = tensor.ndim - 1
+    if last < 1:
+        return ()
+    return tuple(
+        axis
+        for axis, placement in enumerate(tensor.placements)
+        if _is_shard(placement) and getattr(placement, "dim", None) == last
+    )
+
+
+def _blocks(block: int) -> Callable[[Tile], Interval]:
+    return lambda tile: tile.blocks(block)
 
 
 def _reducer(tensor: DTensor) -> MeshReducer | None:
     # Replicas hold equal bits already: HSDP's second hop is an all-reduce.
-    axes = tuple(axis for axis, p in enumerate(tensor.placements) if p.is_shard())
+    axes = tuple(axis for axis, p in enumerate(tensor.placements) if _is_shard(p))
     return MeshReducer(mesh=tensor.device_mesh, axes=axes) if axes else None
 
 
-def _box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First and last + 1 index of this rank's shard in each dim."""
-    sizes, starts = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
+def _box(tensor: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First and last + 1 index, in each dim, of the shard at a place of the mesh."""
+    sizes, starts = _compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh.shape, list(coordinate), tensor.placements
     )
     stops = tuple(start + size for start, size in zip(starts, sizes, strict=True))
     return tuple(starts), stops
+
+
+def _tiles_of_all(tensor: DTensor) -> tuple[Tile, ...]:
+    """Tiles of all ranks if columns are cut, else none: whole rows need no others."""
+    if not _column_axes(tensor):
+        return ()
+    places = itertools.product(*map(range, tensor.device_mesh.shape))
+    shape = tuple(tensor.shape)
+    return tuple({tile for place in places for tile in _tiles(shape, *_box(tensor, place))})
 
 
 def _tiles(
@@ -163,8 +226,12 @@ def _tiles(
     matrices, _, columns = matrix_sizes(shape)
     if is_batch(shape):
         tile = Tile(
-            matrices=(starts[0], stops[0]), rows=(starts[1], stops[1]), columns=(0, columns)
+            matrices=(starts[0], stops[0]),
+            rows=(starts[1], stops[1]),
+            columns=(starts[2], stops[2]),
         )
+    elif len(shape) == 2:
+        tile = Tile(matrices=(0, 1), rows=(starts[0], stops[0]), columns=(starts[1], stops[1]))
     elif len(shape) <= 1:
         tile = Tile(
             matrices=(0, 1), rows=(0, 1), columns=(starts[0], stops[0]) if shape else (0, 1)

@@ -65,7 +65,7 @@ class MatrixUpdate:
             terms["weight"] = self._zeros(self._summed)
         if len(job.cuts.rows):
             terms["rows"] = self._zeros(len(job.cuts.rows))
-        for piece in build_pieces(job, as_batches(self._weight, job.part.tiles)):
+        for piece in build_pieces(job, self._batches()):
             self._measure_piece(piece, terms)
         self._own = terms
         presence = self._zeros(1) + float(job.gradient is not None)
@@ -127,7 +127,7 @@ class MatrixUpdate:
             assert job.geometry.rank is not None
             terms["blocks"] = self._zeros(len(job.cuts.blocks), job.geometry.rank)
         if terms:
-            for piece in build_pieces(job, as_batches(self._weight, job.part.tiles)):
+            for piece in build_pieces(job, self._batches()):
                 self._couple_piece(piece, terms)
         self._own = terms
         return terms if job.part.splits_matrices else {}
@@ -189,7 +189,7 @@ class MatrixUpdate:
         scales = "weight" in self._totals
         weight_H = self._totals["weight"][self._held] if scales else None
         rate_H = job.rate(weight_H, num_elements) * torch.ones_like(factor_H)
-        weights = as_batches(self._weight, job.part.tiles)
+        weights = self._batches()
         for piece in build_pieces(job, weights):
             here = self._here(piece.tile)
             update_ENW = self._advance(piece, factor_H[here].view(-1, 1, 1), totals)
@@ -296,6 +296,10 @@ class MatrixUpdate:
         )
 
     # ---- what is here
+
+    def _batches(self) -> list[Tensor]:
+        part = self.job.part
+        return as_batches(self._weight, part.tiles, shape=part.shape)
 
     def _matrices(self, tile: Tile) -> slice:
         """A tile's matrices among those that are summed."""

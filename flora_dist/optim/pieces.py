@@ -49,11 +49,10 @@ def build_pieces(job: Job, weights: Sequence[Tensor]) -> list[Piece]:
     gradient = job.gradient
     gradients: list[Tensor | None] = [None] * len(tiles)
     if gradient is not None:
-        gradients = [*as_batches(gradient, tiles)]
+        gradients = [*as_batches(gradient, tiles, shape=size.shape)]
     momenta: list[Tensor | None] = [None] * len(tiles)
     if "momentum" in job.state:
-        shapes = [_momentum_shape(size, tile) for tile in tiles]
-        momenta = [*carve(job.local("momentum"), shapes)]
+        momenta = [*_momenta(job.local("momentum"), tiles, size)]
     rows = carve(job.local("row"), [tile.sizes[:2] for tile in tiles])
     return [
         Piece(
@@ -70,13 +69,14 @@ def build_pieces(job: Job, weights: Sequence[Tensor]) -> list[Piece]:
     ]
 
 
-def as_batches(local: Tensor, tiles: Sequence[Tile]) -> list[Tensor]:
+def as_batches(local: Tensor, tiles: Sequence[Tile], *, shape: tuple[int, ...]) -> list[Tensor]:
     """View a part's local elements as one (E, N, W) batch per tile; a copy where none is possible.
 
-    A single tile keeps its strides; several tiles follow each other in a flat tensor.
+    A single tile keeps its strides; several tiles follow each other in a flat tensor. ``shape`` is
+    that of the whole parameter.
     """
     if len(tiles) == 1 and local.ndim >= 2:
-        return [local if is_batch(tuple(local.shape)) else local.flatten(1).unsqueeze(0)]
+        return [local if is_batch(shape) else local.flatten(1).unsqueeze(0)]
     return carve(local, [tile.sizes for tile in tiles])
 
 
@@ -109,8 +109,13 @@ def _window(batch: Tensor, tile: Tile, piece: Tile) -> Tensor:
     return batch[matrices, rows]
 
 
-def _momentum_shape(size: Geometry, tile: Tile) -> tuple[int, ...]:
+def _momenta(local: Tensor, tiles: Sequence[Tile], size: Geometry) -> list[Tensor]:
+    """The momentum of each tile: (E, N, blocks touched, R), or (E, N, W) where dense."""
     if size.rank is None:
-        return tile.sizes
-    first, last = tile.blocks(size.block)
-    return (*tile.sizes[:2], last - first, size.rank)
+        return as_batches(local, tiles, shape=size.shape)
+    touched = [last - first for first, last in (tile.blocks(size.block) for tile in tiles)]
+    if len(tiles) == 1:  # a rank may have places for more blocks than it touches
+        batch = local.view(*tiles[0].sizes[:2], -1, size.rank)
+        return [batch[:, :, : touched[0]]]
+    shapes = [(*t.sizes[:2], k, size.rank) for t, k in zip(tiles, touched, strict=True)]
+    return carve(local, shapes)

@@ -44,10 +44,11 @@ class Flora(torch.optim.Optimizer):
     Each row of a matrix is cut in blocks; a block's momentum is ``rank`` numbers, its product with
     a random matrix A regenerated from ``seed``, the parameter's name and the step's window. Every
     rank keeps only the state of its own shard, and the same seed gives the same run on one
-    process, DDP, FSDP2 and HSDP, to float rounding.
+    process, DDP, FSDP2, HSDP and tensor parallelism, to float rounding.
 
-    ``step()`` sends one all-reduce of sums per sharded mesh axis, two with ``flora_strict``, none
-    on plain tensors; their number does not depend on the number of parameters.
+    ``step()`` sends one message of sums, an all-reduce per sharded axis of the mesh; two with
+    ``flora_strict`` or where columns are sharded; none on plain tensors. Parameters sharded over
+    other axes have messages of their own; the number does not depend on that of parameters.
 
     Args:
         params: parameters, groups, or ``model.named_parameters()`` (preferred: projections hang
@@ -307,6 +308,7 @@ def _check_gradient(slot: Slot) -> None:
             f"gradients must be dense; that of {slot.part.name!r} is {gradient.layout}. Build the "
             "module with sparse=False."
         )
+    slot.part.gradient()  # refuses what its layout cannot read, before there is state
 
 
 def _check_group(group: Group) -> None:

@@ -12,7 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist import Flora
@@ -48,6 +53,47 @@ def on_fsdp2(case: Case) -> Weights:
 def on_hsdp(case: Case) -> Weights:
     names = ("replicate", "shard")
     return _train_sharded(case, init_device_mesh("cpu", (2, 2), mesh_dim_names=names))
+
+
+def on_columns(case: Case) -> Weights:
+    """FSDP2 with Shard(1) where the columns divide: cuts at blocks, inside them, and narrow."""
+    world_size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = zoo.build(case.dtype)
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        divides = parameter.ndim in {2, 3} and parameter.shape[-1] % world_size == 0
+        return Shard(parameter.ndim - 1) if divides and parameter.shape[-1] >= 8 else None
+
+    fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+    return _train(model, model, case)
+
+
+def on_tensor_parallel(case: Case) -> Weights:
+    model = zoo.build(case.dtype)
+    _parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    return _train(model, model, case, data_ranks=1)
+
+
+def on_fsdp2_and_tensor_parallel(case: Case) -> Weights:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = zoo.build(case.dtype)
+    _parallelize(model, mesh["tensor"])
+    for layer in (model.up, model.down, model.conv, model.single):
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return _train(model, model, case, data_ranks=2)
+
+
+def _parallelize(model: zoo.Zoo, mesh: DeviceMesh) -> None:
+    """Columns of 37 over 2 are 19 and 18: cuts inside blocks of 8, and of different widths."""
+    plan = {
+        "up": ColwiseParallel(output_layouts=Replicate()),
+        "down": RowwiseParallel(input_layouts=Replicate()),
+        "wide": RowwiseParallel(input_layouts=Replicate()),
+        "square": RowwiseParallel(input_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
 
 
 def _train_sharded(case: Case, mesh: DeviceMesh) -> Weights:
@@ -94,13 +140,18 @@ def _dense_gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _train(wrapped: nn.Module, model: nn.Module, case: Case) -> Weights:
+def _train(
+    wrapped: nn.Module, model: nn.Module, case: Case, data_ranks: int | None = None
+) -> Weights:
+    """``data_ranks``: shares of a batch; the ranks of one share follow each other."""
     optimizer = Flora(wrapped.named_parameters(), **case.flora)
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
+    shares = world_size if data_ranks is None else data_ranks
+    share = rank // (world_size // shares)
     for step in range(STEPS):
         optimizer.zero_grad()
-        wrapped(zoo.share(zoo.batch(step, SAMPLES), rank, world_size)).backward()
+        wrapped(zoo.share(zoo.batch(step, SAMPLES), share, shares)).backward()
         optimizer.step()
     return full_weights(model)
 
@@ -120,6 +171,10 @@ LAYOUTS: dict[str, tuple[int, Callable[[Case], Weights]]] = {
     "fsdp2 x3": (3, on_fsdp2),
     "fsdp2 x4": (4, on_fsdp2),
     "hsdp 2x2": (4, on_hsdp),
+    "columns x2": (2, on_columns),
+    "columns x3": (3, on_columns),
+    "tp x2": (2, on_tensor_parallel),
+    "fsdp2 x tp 2x2": (4, on_fsdp2_and_tensor_parallel),
     "flat x1": (1, on_flat),
     "flat x2": (2, on_flat),
     "flat x3": (3, on_flat),
@@ -134,8 +189,8 @@ def run(layout: str, case: Case, mutation: str = "") -> Weights:
         return LAYOUTS[layout][1](case)
 
 
-def count_collectives(layout: str, case: Case) -> int:
-    """Sums per step that the optimizer itself asked for."""
+def count_messages(layout: str, case: Case) -> int:
+    """Messages per step that the optimizer itself asked to be summed."""
     counted = 0
     with _spied(groups.MeshReducer) as mesh, _spied(WorldReducer) as world:
         LAYOUTS[layout][1](case)

@@ -66,10 +66,10 @@ def _experts_on(parameter: nn.Parameter, dim: int) -> Shard | None:
     return Shard(dim) if parameter.ndim == 3 and parameter.shape[-1] == 13 else None
 
 
-def refuse_columns(case: Case) -> tuple[str, list[str], int]:
-    """A matrix sharded by columns: the error, what it changed, and how much state there is."""
+def refuse_channels(case: Case) -> tuple[str, list[str], int]:
+    """A kernel sharded by input channels: the error, what it changed, how much state there is."""
     model = zoo.build(case.dtype)
-    shard(model, shard_placement_fn=_square_by_columns)
+    shard(model, shard_placement_fn=_conv_by_channels)
     optimizer = Flora(model.named_parameters(), **case.flora)
     before = whole_weights(model)
     try:
@@ -79,8 +79,8 @@ def refuse_columns(case: Case) -> tuple[str, list[str], int]:
     return "", [], -1
 
 
-def _square_by_columns(parameter: nn.Parameter) -> Shard | None:
-    return Shard(1) if parameter.shape == (16, 16) else None
+def _conv_by_channels(parameter: nn.Parameter) -> Shard | None:
+    return Shard(1) if parameter.shape == (6, 2, 3) else None
 
 
 def mixed_precision(case: Case) -> tuple[float, float]:

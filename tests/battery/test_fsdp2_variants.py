@@ -72,10 +72,10 @@ def test_experts_sharded_by_row_or_by_matrix_equal_the_reference(
     assert distances(*expected, everyone[0][0])[1] < EXACT
 
 
-def test_a_matrix_sharded_by_columns_is_refused_and_nothing_changes() -> None:
-    for message, changed, kept in pool_of(2)(special_runs.refuse_columns, CASE):
-        assert "'square.weight'" in message
-        assert "(16, 16)" in message
+def test_a_kernel_sharded_by_channels_is_refused_and_nothing_changes() -> None:
+    for message, changed, kept in pool_of(2)(special_runs.refuse_channels, CASE):
+        assert "'conv.weight'" in message
+        assert "(6, 2, 3)" in message
         assert "dim 0" in message
         assert not changed
         assert kept == 0

@@ -103,20 +103,33 @@ def test_the_battery_sees_a_broken_mechanism_on_rows(mutation: str) -> None:
     assert not worst < 1e6 * EXACT
 
 
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("layout", ["columns x2", "tp x2"])
+def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: str) -> None:
+    # "cut rows" is the row-statistic sum over column shards.
+    _, worst = _distances(layout, Case(settings={"momentum": "flora"}), mutation)
+    assert not worst < 1e6 * EXACT
+
+
 @pytest.mark.parametrize(
-    ("layout", "momentum", "collectives"),
+    ("layout", "momentum", "messages"),
     [
         ("fsdp2 x3", "flora", 1),
         ("fsdp2 x3", "blend", 1),
         ("fsdp2 x3", "none", 1),
         ("fsdp2 x3", "flora_strict", 2),
         ("hsdp 2x2", "flora", 1),
+        ("columns x3", "flora", 2),
+        ("columns x3", "flora_strict", 2),
+        ("tp x2", "flora", 2),
+        # one for what the data axis alone shards, two for what both do
+        ("fsdp2 x tp 2x2", "flora", 3),
         ("ddp x2", "flora", 0),
         ("flat x3", "flora", 2),
         ("flat x3", "flora_strict", 2),
     ],
 )
-def test_the_number_of_collectives_is_fixed(layout: str, momentum: str, collectives: int) -> None:
+def test_the_number_of_messages_is_fixed(layout: str, momentum: str, messages: int) -> None:
     world_size, _ = layouts.LAYOUTS[layout]
     case = Case(settings={"momentum": momentum})
-    assert set(pool_of(world_size)(layouts.count_collectives, layout, case)) == {collectives}
+    assert set(pool_of(world_size)(layouts.count_messages, layout, case)) == {messages}

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
 from flora_dist import Flora
 from flora_dist.comm import groups
@@ -147,3 +154,50 @@ def test_a_replicated_dtensor_sends_nothing() -> None:
         assert not sizes
         start = {"experts": _values((3, 5, 16), 0)}
         assert distances(start, reference.weights, {"experts": weight})[1] < 1e-11
+
+
+def _columns(columns: int) -> tuple[Any, Any, int]:
+    """State of a matrix whose columns are cut in two, and of the report."""
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = _parameter((5, columns), mesh, [Shard(1)])
+    optimizer = Flora([("w", parameter)], **CASE.flora)
+    _spy(optimizer, parameter)
+    state = {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, DTensor)}
+    kinds = {k: (tuple(v.shape), tuple(v.to_local().shape)) for k, v in state.items()}
+    measured = sum(v.to_local().nbytes for v in state.values())
+    return kinds, measured, optimizer.report().state_bytes
+
+
+@pytest.mark.parametrize(
+    ("columns", "momentum"),
+    [
+        (32, ((5, 4, 2), (5, 2, 2))),  # cut between blocks: the unsharded state's shape
+        (20, ((5, 4, 2), (5, 2, 2))),  # cut inside block 1 of 3, which both ranks keep
+    ],
+)
+def test_column_shards_keep_the_blocks_they_touch(columns: int, momentum: Any) -> None:
+    for kinds, measured, reported in pool_of(2)(_columns, columns):
+        assert kinds["momentum"] == momentum
+        assert kinds["row"] == ((5,), (5,))
+        assert kinds["column"] == ((columns,), (columns,))
+        assert measured == reported
+
+
+def _partial_gradient() -> tuple[str, int]:
+    """A gradient still to be summed, as sequence parallelism leaves it on norms."""
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = _parameter((8,), mesh, [Replicate()])
+    parameter.grad = DTensor.from_local(_values((8,), 1), mesh, [Partial()])
+    optimizer = Flora([("norm", parameter)], **CASE.flora)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error), len(optimizer.state)
+    return "", -1
+
+
+def test_a_gradient_that_is_still_to_be_summed_is_refused() -> None:
+    for message, kept in pool_of(2)(_partial_gradient):
+        assert "'norm'" in message
+        assert "redistribute" in message
+        assert kept == 0

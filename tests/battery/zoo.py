@@ -2,7 +2,7 @@
 """A model with one parameter of every shape that has gone wrong somewhere, and its data.
 
 rows x columns, with blocks of 8: 13 x 20 tied embedding and head (ragged block, uneven rows), 37 x
-20 and 13 x 37 (ragged), 16 x 16 (whole blocks, where block="full" is a power of two), 9 x 3
+20, 13 x 37 and 7 x 30 (ragged), 16 x 16 (whole blocks, where block="full" is a power of two), 9 x 3
 (narrow: dense), 1 x 13 (fewer rows than ranks: empty shards), 3 x 5 x 13 experts, a 6 x 2 x 3 conv
 (6 x 6), norm weights and biases, and a frozen matrix.
 """
@@ -28,6 +28,7 @@ class Zoo(nn.Module):
         self.narrow = nn.Linear(3, 9, bias=False)
         self.square = nn.Linear(16, 16, bias=False)
         self.experts = nn.Parameter(torch.empty(3, 5, 13))
+        self.wide = nn.Linear(30, 7, bias=False)
         self.conv = nn.Conv1d(2, 6, 3)
         self.single = nn.Linear(13, 1)
         self.frozen = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -47,12 +48,13 @@ class Zoo(nn.Module):
         mixed = torch.einsum("btm,enm->bten", small, self.experts).tanh()
         narrow = self.narrow(mixed[..., :3]).square().mean()
         square = self.square(inner[..., :16]).square().mean()
+        wide = self.wide(inner[..., :30]).tanh().square().mean()
         conv = self.conv(inner[:, :2]).square().mean()
         single = self.single(small).square().mean()
         logits = self.head(hidden + self.frozen(hidden))
         targets = tokens_BT.roll(-1, dims=1)
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return loss + narrow + square + conv + single + mixed.square().mean()
+        return loss + narrow + square + wide + conv + single + mixed.square().mean()
 
 
 def build(dtype: torch.dtype) -> Zoo:
