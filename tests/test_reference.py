@@ -48,7 +48,7 @@ def _start(*shape: int, dtype: torch.dtype = F64) -> Tensor:
 
 
 def _train(weight: Tensor, gradients: list[Tensor], bases: Sketch, **knobs: object) -> Reference:
-    settings = ReferenceSettings(**knobs)  # type: ignore[arg-type]
+    settings = ReferenceSettings(**knobs)
     reference = Reference({"w": weight}, sketch=bases, settings=settings)
     for gradient in gradients:
         reference.step({"w": gradient})
@@ -280,7 +280,7 @@ def test_beta1_zero_makes_flora_plain_adafactor() -> None:
 @pytest.mark.parametrize("name", ["momentum", "sketch", "transfer"])
 def test_a_misspelt_choice_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be one of"):
-        ReferenceSettings(**{name: "flroa"})  # type: ignore[arg-type]
+        ReferenceSettings(**{name: "flroa"})
 
 
 # ---------------------------------------------------------------- statistics

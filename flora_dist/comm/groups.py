@@ -35,7 +35,11 @@ def any_process(flag: Tensor) -> bool:
     device_type = flag.device.type
     if f"{device_type}:" not in str(dist.get_backend_config()):
         # Under CPU offload the flag is on the CPU and the group may only know the accelerator.
-        device_type = torch.accelerator.current_accelerator(check_available=True).type  # type: ignore[union-attr]
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None, (
+            "the default group's backend knows no device of this machine"
+        )
+        device_type = accelerator.type
     count = flag.to(device=device_type, dtype=torch.float32)
     dist.all_reduce(count)
     return bool(count.item() > 0)

@@ -22,9 +22,14 @@ from flora_dist.optim.basis import Basis, DenseBasis
 from flora_dist.optim.cut_blocks import CutBlocks
 from flora_dist.optim.job import Job, arithmetic_dtype
 from flora_dist.optim.part import Terms
-from flora_dist.optim.pieces import Piece, as_batches, build_pieces
+from flora_dist.optim.pieces import (
+    Piece,
+    as_batches,
+    build_pieces,
+    write_momentum_,
+    write_weight_,
+)
 from flora_dist.optim.rules import Squares, rule_of
-from flora_dist.sketch.keys import Purpose
 from flora_dist.tiles import Tile
 
 
@@ -193,7 +198,7 @@ class MatrixUpdate:
         for piece in build_pieces(job, weights):
             here = self._here(piece.tile)
             update_ENW = self._advance(piece, factor_H[here].view(-1, 1, 1), totals)
-            self._write_weight_(piece, update_ENW * rate_H[here].view(-1, 1, 1))
+            write_weight_(job, piece, update_ENW * rate_H[here].view(-1, 1, 1))
             piece.row_EN.copy_(self._row_of(piece))
         if weights and weights[0].data_ptr() != self._weight.data_ptr():
             self._weight.copy_(weights[0].view(self._weight.shape))
@@ -242,7 +247,7 @@ class MatrixUpdate:
         update_ENW, momentum = self._rule.advance(
             x_ENW, compressed, momentum, self._basis, piece.tile
         )
-        self._write_momentum_(piece, momentum)
+        write_momentum_(self.job, piece, momentum)
         return update_ENW if self._rule.clips_input else update_ENW * factor_E11
 
     def _normalise(self, piece: Piece) -> Tensor:
@@ -263,37 +268,6 @@ class MatrixUpdate:
         job = self.job
         mean_EN = square_sum_EN / job.geometry.num_columns + job.config.eps
         return job.beta2 * piece.row_EN + (1 - job.beta2) * mean_EN
-
-    def _write_weight_(self, piece: Piece, step_ENW: Tensor) -> None:
-        # W <- (1 - lr wd) W - lr U
-        job = self.job
-        weight_ENW = piece.weight_ENW.to(self._dtype) * (1 - job.lr * job.weight_decay)
-        weight_ENW -= step_ENW
-        job.store.write_(
-            piece.weight_ENW,
-            weight_ENW,
-            purpose=Purpose.ROUND_WEIGHT,
-            tile=piece.tile,
-            columns=piece.tile.columns,
-            num_columns=job.geometry.num_columns,
-        )
-
-    def _write_momentum_(self, piece: Piece, momentum: Tensor) -> None:
-        assert piece.momentum is not None
-        size, tile = self.job.geometry, piece.tile
-        columns, num_columns = tile.columns, size.num_columns
-        if size.rank is not None:  # numbers of a row in order: rank of them per block
-            first, last = tile.blocks(size.block)
-            columns, num_columns = (first * size.rank, last * size.rank), size.blocks_per_row
-            num_columns *= size.rank
-        self.job.store.write_(
-            piece.momentum.flatten(2),
-            momentum.flatten(2),
-            purpose=Purpose.ROUND_MOMENTUM,
-            tile=tile,
-            columns=columns,
-            num_columns=num_columns,
-        )
 
     # ---- what is here
 

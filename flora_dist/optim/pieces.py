@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flora_dist.optim.job import Job
 from flora_dist.optim.spec import Geometry, is_batch
+from flora_dist.sketch.keys import Purpose
 from flora_dist.tiles import Tile, split
 
 # Elements per piece. On a CPU a piece of fp32 stays in the second-level cache through the ten or
@@ -119,3 +120,36 @@ def _momenta(local: Tensor, tiles: Sequence[Tile], size: Geometry) -> list[Tenso
         return [batch[:, :, : touched[0]]]
     shapes = [(*t.sizes[:2], k, size.rank) for t, k in zip(tiles, touched, strict=True)]
     return carve(local, shapes)
+
+
+def write_weight_(job: Job, piece: Piece, step_ENW: Tensor) -> None:
+    """W <- (1 - lr wd) W - step."""
+    weight_ENW = piece.weight_ENW.to(step_ENW.dtype) * (1 - job.lr * job.weight_decay)
+    weight_ENW -= step_ENW
+    job.store.write_(
+        piece.weight_ENW,
+        weight_ENW,
+        purpose=Purpose.ROUND_WEIGHT,
+        tile=piece.tile,
+        columns=piece.tile.columns,
+        num_columns=job.geometry.num_columns,
+    )
+
+
+def write_momentum_(job: Job, piece: Piece, momentum: Tensor) -> None:
+    """M <- momentum, in the dtype that it is kept in."""
+    assert piece.momentum is not None
+    size, tile = job.geometry, piece.tile
+    columns, num_columns = tile.columns, size.num_columns
+    if size.rank is not None:  # numbers of a row in order: rank of them per block
+        first, last = tile.blocks(size.block)
+        columns = (first * size.rank, last * size.rank)
+        num_columns = size.blocks_per_row * size.rank
+    job.store.write_(
+        piece.momentum.flatten(2),
+        momentum.flatten(2),
+        purpose=Purpose.ROUND_MOMENTUM,
+        tile=tile,
+        columns=columns,
+        num_columns=num_columns,
+    )

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,15 +13,15 @@ from torch import Tensor
 from flora_dist.comm.groups import process_rank
 from flora_dist.layouts.dtensor import DTensorLayout
 from flora_dist.layouts.replicated import ReplicatedLayout
-from flora_dist.optim.config import KNOBS, check_bool, check_group_keys, check_rate, config_of
+from flora_dist.optim.config import KNOBS, check_group_keys, config_of
 from flora_dist.optim.part import Layout
-from flora_dist.optim.spec import LEVELS, geometry_of
+from flora_dist.optim.spec import LEVELS
 from flora_dist.optimizer import loading, naming
 from flora_dist.optimizer.arithmetic import exact_products
+from flora_dist.optimizer.checks import check_gradient, check_group, takes_part
 from flora_dist.optimizer.report import Report
-from flora_dist.optimizer.slots import Group, Slot, check_compressed, make_slots
+from flora_dist.optimizer.slots import Slot, make_slots
 from flora_dist.optimizer.stepping import run_step
-from flora_dist.sketch.matrices import smallest_stable_kappa
 
 # Keys that torch itself and its schedulers write into groups.
 _TORCH_KEYS = (
@@ -35,7 +34,6 @@ _TORCH_KEYS = (
     "max_momentum",
     "base_momentum",
 )
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Flora(torch.optim.Optimizer):
@@ -153,7 +151,7 @@ class Flora(torch.optim.Optimizer):
         known = (*self.defaults, *_TORCH_KEYS)
         check_group_keys(group.keys(), known)
         merged = {**self.defaults, **group}
-        _check_group(merged)
+        check_group(merged)
         naming.check_unique(naming.names_of([*self.param_groups, group]))
         super().add_param_group(group)
         self._given.update(_identity(tensor) for tensor in self.param_groups[-1]["params"])
@@ -173,6 +171,11 @@ class Flora(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            raise RuntimeError(
+                "Flora counts steps and windows on the host; a CUDA graph would replay one step "
+                "for ever. Leave optimizer.step() out of the capture."
+            )
         with torch.no_grad():
             slots = self._ready_slots()
             self._announce()
@@ -185,7 +188,7 @@ class Flora(torch.optim.Optimizer):
 
         Before the first step too; parameters that need no gradient are left out.
         """
-        slots = [slot for slot in self._configured_slots() if _takes_part(slot)]
+        slots = [slot for slot in self._configured_slots() if takes_part(slot)]
         return Report(
             level=LEVELS[0],
             rows=tuple(slot.report_row() for slot in slots),
@@ -235,9 +238,9 @@ class Flora(torch.optim.Optimizer):
 
     def _ready_slots(self) -> list[Slot]:
         """Those that take part in a step, with state, in the order of their names."""
-        slots = [slot for slot in self._configured_slots() if _takes_part(slot)]
+        slots = [slot for slot in self._configured_slots() if takes_part(slot)]
         for slot in slots:
-            _check_gradient(slot)
+            check_gradient(slot)
         for slot in slots:
             if not slot.has_state(self.state[slot.tensor]):
                 slot.create_state(self.state[slot.tensor])
@@ -290,62 +293,3 @@ class Flora(torch.optim.Optimizer):
 def _identity(tensor: Tensor) -> tuple[int, int]:
     """An id may be used again once its tensor is gone, hardly with as many elements."""
     return id(tensor), tensor.numel()
-
-
-def _takes_part(slot: Slot) -> bool:
-    if 0 in slot.part.shape:  # nothing to step, and means over no rows
-        return False
-    # Ranks must agree on who is in a message: with peers, a gradient left over on one rank does
-    # not count.
-    is_local = slot.part.reducer is None
-    return slot.tensor.requires_grad or (is_local and slot.tensor.grad is not None)
-
-
-def _check_gradient(slot: Slot) -> None:
-    gradient = slot.tensor.grad
-    if gradient is not None and gradient.layout != torch.strided:
-        raise ValueError(
-            f"gradients must be dense; that of {slot.part.name!r} is {gradient.layout}. Build the "
-            "module with sparse=False."
-        )
-    slot.part.gradient()  # refuses what its layout cannot read, before there is state
-
-
-def _check_group(group: Group) -> None:
-    """Refuse settings and shapes that cannot be right, and warn of a transfer that amplifies."""
-    config = config_of(group)
-    check_bool("maximize", group["maximize"])
-    for name in ("lr", "weight_decay"):
-        check_rate(name, group[name])
-    names = naming.names_of([group])
-    unstable = 0
-    for name, tensor in zip(names, naming.tensors_of(group), strict=True):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(
-                f"parameters must be real floating-point tensors of 16, 32 or 64 bits; {name!r} "
-                f"is {kind}. Leave it out of the optimizer."
-            )
-        size = geometry_of(name, tuple(tensor.shape), config)
-        if tensor.requires_grad:
-            check_compressed(name, size, config)
-        if size.rank is not None and config.transfer == "paper" and config.momentum != "none":
-            smallest = smallest_stable_kappa(
-                config.sketch, rank=size.rank, block=size.block, beta1=config.beta1
-            )
-            unstable = max(unstable, smallest if config.kappa < smallest else 0)
-    if unstable:
-        warnings.warn(
-            f"transfer='paper' amplifies noise faster than beta1={config.beta1} forgets it below "
-            f"kappa={unstable}; got kappa={config.kappa}. Use transfer='shrink' or a larger kappa.",
-            UserWarning,
-            stacklevel=_depth_of_caller(),
-        )
-
-
-def _depth_of_caller() -> int:
-    """The ``stacklevel`` of the user's line, seen from the caller of this function."""
-    frame, depth = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in {"flora_dist", "torch"}:
-        frame, depth = frame.f_back, depth + 1
-    return depth

@@ -61,7 +61,7 @@ def _two_meshes() -> list[tuple[int, Tensor]]:
             gradient.to_local()[0, 0] = float("nan")
         optimizer.step()
     state = [(optimizer.state[p]["step"], p.detach()) for p in parameters.values()]
-    return [(step, weight.full_tensor()) for step, weight in state]  # type: ignore[operator]
+    return [(step, weight.full_tensor()) for step, weight in state]
 
 
 def test_a_nan_on_one_mesh_skips_the_step_on_every_rank_of_every_mesh() -> None:
@@ -79,7 +79,7 @@ def _experts(shape: tuple[int, ...], momentum: str) -> tuple[list[int], Tensor, 
     optimizer = Flora([("experts", parameter)], **{**CASE.flora, "momentum": momentum})
     sizes = _spy(optimizer, parameter)
     state = optimizer.state[parameter]
-    whole = parameter.detach().full_tensor()  # type: ignore[operator]
+    whole = parameter.detach().full_tensor()
     return sizes, whole, state["column"].to_local(), dist.get_rank()
 
 
@@ -92,13 +92,13 @@ def _spy(optimizer: Flora, parameter: nn.Parameter) -> list[int]:
         sizes.append(message_S.numel())
         original(self, message_S)
 
-    groups.MeshReducer.sum_ = sum_  # type: ignore[method-assign]
+    groups.MeshReducer.sum_ = sum_
     try:
         for step in range(STEPS):
             _set_gradient(parameter, step)
             optimizer.step()
     finally:
-        groups.MeshReducer.sum_ = original  # type: ignore[method-assign]
+        groups.MeshReducer.sum_ = original
     return sizes
 
 
@@ -129,7 +129,7 @@ def _whole_experts(momentum: str) -> tuple[list[int], Tensor]:
     parameter = _parameter((3, 5, 16), mesh, [Shard(0)])
     optimizer = Flora([("experts", parameter)], **{**CASE.flora, "momentum": momentum})
     sizes = _spy(optimizer, parameter)
-    return sizes, parameter.detach().full_tensor()  # type: ignore[operator]
+    return sizes, parameter.detach().full_tensor()
 
 
 @pytest.mark.parametrize("momentum", ["flora", "flora_strict", "blend"])
@@ -145,7 +145,7 @@ def _replicated_dtensor() -> tuple[list[int], Tensor]:
     mesh = init_device_mesh("cpu", (2,))
     parameter = _parameter((3, 5, 16), mesh, [Replicate()])
     optimizer = Flora([("experts", parameter)], **CASE.flora)
-    return _spy(optimizer, parameter), parameter.detach().full_tensor()  # type: ignore[operator]
+    return _spy(optimizer, parameter), parameter.detach().full_tensor()
 
 
 def test_a_replicated_dtensor_sends_nothing() -> None:

@@ -78,11 +78,11 @@ class RankPool:
             waiting = [pipe for pipe, rank in ranks.items() if rank not in results]
             ready = wait(waiting, timeout=timeout + GRACE_SECONDS)
             if not ready:
-                raise RankError(f"no answer from ranks {[ranks[p] for p in waiting]}")  # type: ignore[index]
+                raise RankError(f"no answer from ranks {[ranks[p] for p in waiting]}")
             for pipe in ready:
-                rank = ranks[pipe]  # type: ignore[index]
+                rank = ranks[pipe]
                 try:
-                    succeeded, value = pipe.recv()  # type: ignore[union-attr]
+                    succeeded, value = pipe.recv()
                 except EOFError:
                     raise RankError(f"rank {rank} died (stacks are on stderr)") from None
                 if not succeeded:

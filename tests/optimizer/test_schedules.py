@@ -48,7 +48,7 @@ def test_every_scheduler_of_torch_drives_the_rate(name: str, *, as_tensor: bool)
     optimizer = Flora(parameters.items(), **{**runs.SETTINGS, "lr": lr}, weight_decay=0.1)
     scheduler = SCHEDULERS[name](optimizer)
     sgd = torch.optim.SGD(other.values(), lr=1e-2)
-    sgd_scheduler: Any = SCHEDULERS[name](sgd)  # type: ignore[arg-type]
+    sgd_scheduler: Any = SCHEDULERS[name](sgd)
     manual = Flora(by_hand.items(), **runs.SETTINGS, weight_decay=0.1)
     rates = []
     for step in range(6):

@@ -129,7 +129,7 @@ def test_loading_into_a_used_optimizer_replaces_all_of_it() -> None:
     expected = runs.values(parameters)
     runs.train(optimizer, parameters, range(20, 23))
     optimizer.load_state_dict(saved)
-    _copy_weights(weights, parameters)  # type: ignore[arg-type]
+    _copy_weights(weights, parameters)
     runs.train(optimizer, parameters, range(4, 7))
     runs.assert_equal(runs.values(parameters), expected)
 

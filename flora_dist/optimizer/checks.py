@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is looked at before anything changes: groups when they are added, gradients at a step."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.config import check_bool, check_rate, config_of
+from flora_dist.optim.spec import geometry_of
+from flora_dist.optimizer import naming
+from flora_dist.optimizer.slots import Group, Slot, check_compressed
+from flora_dist.sketch.matrices import smallest_stable_kappa
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def takes_part(slot: Slot) -> bool:
+    """Whether a parameter has a place in the step, and in its message."""
+    if 0 in slot.part.shape:  # nothing to step, and means over no rows
+        return False
+    # Ranks must agree on who is in a message: with peers, a gradient left over on one rank does
+    # not count.
+    is_local = slot.part.reducer is None
+    return slot.tensor.requires_grad or (is_local and slot.tensor.grad is not None)
+
+
+def check_gradient(slot: Slot) -> None:
+    """Refuse a gradient that cannot be stepped, before there is state."""
+    gradient = slot.tensor.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        raise ValueError(
+            f"gradients must be dense; that of {slot.part.name!r} is {gradient.layout}. Build the "
+            "module with sparse=False."
+        )
+    slot.part.gradient()  # refuses what its layout cannot read
+
+
+def check_group(group: Group) -> None:
+    """Refuse settings and shapes that cannot be right, and warn of a transfer that amplifies."""
+    config = config_of(group)
+    check_bool("maximize", group["maximize"])
+    for name in ("lr", "weight_decay"):
+        check_rate(name, group[name])
+    names = naming.names_of([group])
+    unstable = 0
+    for name, tensor in zip(names, naming.tensors_of(group), strict=True):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"parameters must be real floating-point tensors of 16, 32 or 64 bits; {name!r} "
+                f"is {kind}. Leave it out of the optimizer."
+            )
+        size = geometry_of(name, tuple(tensor.shape), config)
+        if tensor.requires_grad:
+            check_compressed(name, size, config)
+        if size.rank is not None and config.transfer == "paper" and config.momentum != "none":
+            smallest = smallest_stable_kappa(
+                config.sketch, rank=size.rank, block=size.block, beta1=config.beta1
+            )
+            unstable = max(unstable, smallest if config.kappa < smallest else 0)
+    if unstable:
+        warnings.warn(
+            f"transfer='paper' amplifies noise faster than beta1={config.beta1} forgets it below "
+            f"kappa={unstable}; got kappa={config.kappa}. Use transfer='shrink' or a larger kappa.",
+            UserWarning,
+            stacklevel=_depth_of_caller(),
+        )
+
+
+def _depth_of_caller() -> int:
+    """The ``stacklevel`` of the user's line, seen from the caller of this function."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in {"flora_dist", "torch"}:
+        frame, depth = frame.f_back, depth + 1
+    return depth
