@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which optimizer learns most from the same tokens: one table, results.json, two pictures.
+
+    python -m tests.bench.quality            about an hour of 2 cores
+    python -m tests.bench.quality --quick    about 3 minutes
+
+Every row gets the same tokens and learning rates (`quality_plan.py`); the one with the lowest
+validation loss counts, and is run again with a second seed. Finished runs are kept in runs.jsonl at
+once: `--resume` goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from flora_dist.trainer.config import STDLIB
+from tests.bench import quality_table
+from tests.bench.quality_plan import (
+    FULL,
+    QUICK,
+    QUICK_ROWS,
+    Row,
+    Run,
+    all_rows,
+    expected_runs,
+    next_runs,
+    resized,
+    rows_named,
+)
+from tests.bench.quality_run import Bench, Settings, bench_of, start_worker, train_one
+
+
+class Store:
+    """Finished runs, in memory and in runs.jsonl, whose first line says what they share."""
+
+    def __init__(self, folder: Path, shared: Mapping[str, Any], *, resume: bool) -> None:
+        """Open the folder.
+
+        Raises:
+            ValueError: it holds runs and none were expected, or runs of other settings.
+        """
+        self._path = folder / "runs.jsonl"
+        self.records: dict[Run, dict[str, Any]] = {}
+        lines: list[dict[str, Any]] = [json.loads(json.dumps(shared))]
+        if self._path.exists():
+            lines = self._earlier(lines[0], resume=resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whole again, should the last line have been torn.
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        for line in lines[1:]:
+            self._keep(line)
+
+    def _earlier(self, shared: dict[str, Any], *, resume: bool) -> list[dict[str, Any]]:
+        if not resume:
+            raise ValueError(
+                f"a bench must not overwrite another; {str(self._path)!r} exists. Pass --resume to "
+                "go on with it, or another --out."
+            )
+        lines = []
+        for text in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not text.endswith("\n"):  # interrupted while it was written
+                break
+            lines.append(json.loads(text))
+        if not lines:
+            return [shared]
+        differing = [key for key in shared if lines[0].get(key) != shared[key]]
+        if differing:
+            raise ValueError(
+                f"runs of one table must share their settings; {str(self._path)!r} has another "
+                f"{', '.join(differing)}. Give the same arguments, or another --out."
+            )
+        return lines
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.records[Run(record["row"], record["exponent"], record["seed"])] = record
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep a finished run, on disk before anything else happens."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._keep(record)
+
+    @property
+    def losses(self) -> dict[Run, float]:
+        """Final validation losses; a run that diverged has infinity."""
+        found = {run: record["validation_loss"] for run, record in self.records.items()}
+        return {run: math.inf if loss is None else loss for run, loss in found.items()}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it: nobody ever sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def run_all(
+    pool: Executor,
+    rows: Sequence[Row],
+    settings: Settings,
+    store: Store,
+    *,
+    workers: int,
+    console: Console,
+) -> None:
+    """Train whatever is missing, `workers` runs at a time."""
+    by_name = {row.name: row for row in rows}
+    began, before = time.perf_counter(), len(store.records)
+    total = expected_runs(rows, settings.size)
+    pending: dict[Future[dict[str, Any]], Run] = {}
+    while True:
+        for run in next_runs(rows, store.losses, settings.size):
+            if len(pending) < workers and run not in pending.values():
+                pending[pool.submit(train_one, settings, by_name[run.row], run)] = run
+        if not pending:
+            return
+        finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+        for future in finished:
+            del pending[future]
+            record = future.result()
+            store.add(record)
+            done = len(store.records)
+            per_run = (time.perf_counter() - began) / (done - before)
+            loss = record["validation_loss"]
+            shown = "diverged" if loss is None else f"{loss:.4f}"
+            console.print(
+                f"{done:4d} of about {total}, {max(0, total - done) * per_run / 60:.0f} min left: "
+                f"{record['row']}, lr {record['lr']:.3g}, seed {record['seed']}: {shown}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def report(
+    rows: Sequence[Row], settings: Settings, store: Store, folder: Path, console: Console
+) -> None:
+    """results.json, the pictures and the printed table, of the rows that are complete."""
+    bench = bench_of(settings)
+    found = quality_table.lines(rows, store.records, store.losses, settings.size)
+    about = facts(settings, bench)
+    text = json.dumps({**about, "rows": found}, indent=1, allow_nan=False)
+    write_whole(folder / "results.json", text + "\n")
+    title = f"{about['parameters']:,} parameters, {about['tokens']:,} tokens per run"
+    quality_table.draw(found, folder, title)
+    console.print(quality_table.table(found, title))
+    console.print(f"{about['machine']}, torch {about['torch']}; written to {folder}")
+
+
+def facts(settings: Settings, bench: Bench) -> dict[str, Any]:
+    """Where, when and on what the table was made."""
+    size = settings.size
+    return {
+        "command": shlex.join(["python", "-m", "tests.bench.quality", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": machine(bench.world.device),
+        "torch": torch.__version__,
+        "parameters": bench.parameters,
+        "corpus": bench.corpus.fingerprint,
+        "tokens": size.steps * size.global_batch * size.sequence_length,
+        "settings": asdict(settings),
+    }
+
+
+def machine(device: torch.device) -> str:
+    """What computed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {kind}, {os.cpu_count()} cores"
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.quality", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rows, short runs")
+    parser.add_argument("--data", default=STDLIB, help="python-stdlib, a file or a folder")
+    parser.add_argument("--model", default="configs/model/llama_9m.json")
+    parser.add_argument("--out", default="runs/quality", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on in --out")
+    parser.add_argument("--rows", help="names of rows, separated by semicolons")
+    parser.add_argument("--steps", type=int, help="steps of each run")
+    parser.add_argument("--layers", type=int, help="layers of the model")
+    parser.add_argument("--global-batch", type=int, help="sequences per step")
+    parser.add_argument("--sequence-length", type=int, help="tokens per sequence")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench; returns the exit code, 130 after Ctrl-C."""
+    args = arguments(argv)
+    size = resized(
+        QUICK if args.quick else FULL,
+        steps=args.steps,
+        layers=args.layers,
+        global_batch=args.global_batch,
+        sequence_length=args.sequence_length,
+    )
+    settings = Settings(model=args.model, data=args.data, size=size, device=args.device)
+    rows = rows_named(QUICK_ROWS) if args.quick else all_rows()
+    if args.rows is not None:
+        rows = rows_named([name.strip() for name in args.rows.split(";")])
+    bench = bench_of(settings)
+    shared = {"settings": asdict(settings), "corpus": bench.corpus.fingerprint}
+    store = Store(args.out, shared, resume=args.resume)
+    console = Console(width=120)  # also into a log
+    context = get_context("spawn")
+    code = 0
+    try:
+        with ProcessPoolExecutor(args.workers, context, initializer=start_worker) as pool:
+            run_all(pool, rows, settings, store, workers=args.workers, console=console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted after {len(store.records)} runs; --resume goes on")
+        code = 130
+    report(rows, settings, store, args.out, console)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

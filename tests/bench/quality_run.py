@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the quality bench: the trainer's corpus, model and loop on one process."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flora_dist import Flora
+from flora_dist.trainer.backend import World, find_world, spread
+from flora_dist.trainer.checkpoint import Checkpoints
+from flora_dist.trainer.config import (
+    BackendConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from flora_dist.trainer.data import Corpus, Order, read_corpus
+from flora_dist.trainer.extras import stay_offline
+from flora_dist.trainer.interrupt import StopRequest
+from flora_dist.trainer.loop import Job, Measured, train
+from flora_dist.trainer.metrics import Metrics, Progress
+from flora_dist.trainer.model import build_model, parameter_count, read_model_config, shapes_only
+from flora_dist.trainer.optimizers import schedule_factor
+from flora_dist.trainer.tokenizer import ByteTokenizer
+from tests.bench.quality_plan import CENTRE, Row, Run, Size, lr_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all runs of a table share."""
+
+    model: str
+    """A transformers config; its vocabulary becomes that of bytes."""
+    data: str
+    """`python-stdlib`, a file or a folder."""
+    size: Size
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is read once per process."""
+
+    corpus: Corpus
+    network: Any
+    """The transformers config."""
+    world: World
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model."""
+        return parameter_count(shapes_only(self.network))
+
+
+@lru_cache(maxsize=1)
+def bench_of(settings: Settings) -> Bench:
+    """Read model config and corpus."""
+    stay_offline()
+    tokenizer, length = ByteTokenizer(), settings.size.sequence_length
+    network = read_model_config(ModelConfig(config=settings.model), tokenizer, length)
+    if settings.size.layers is not None:
+        network.num_hidden_layers = settings.size.layers
+    corpus = read_corpus(DataConfig(corpus=settings.data, sequence_length=length), tokenizer)
+    world = find_world(BackendConfig(device=settings.device))
+    return Bench(corpus=corpus, network=network, world=world)
+
+
+def start_worker() -> None:
+    """Take one core, and end with the process that started this one, however that ended."""
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the workers too: they end at once, the parent has something to say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # An executor's workers outlive a parent that was killed: they hold their own queue open.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only for processes that multiprocessing started"
+    parent.join()
+    os._exit(1)
+
+
+def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
+    """Train from scratch; returns what the table needs, as JSON knows it."""
+    bench = bench_of(settings)
+    config = _config(settings, run)
+    model = build_model(config.model, bench.network, seed=run.seed)
+    module = spread(model, config, bench.world)
+    lr = lr_of(row, run.exponent, bench.network.initializer_range)
+    optimizer = build(row, model, lr=lr, seed=run.seed)
+    factor = schedule_factor(config.schedule, config.train.steps)
+    job = Job(
+        config=config,
+        world=bench.world,
+        corpus=bench.corpus,
+        order=Order(
+            sequences=len(bench.corpus.train),
+            global_batch=config.train.global_batch,
+            seed=run.seed,
+        ),
+        spread=module,
+        model=model,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+    )
+    with redirect_stderr(io.StringIO()):  # Flora's summary, hundreds of times
+        measured = train(
+            job,
+            first_step=0,
+            stop=StopRequest(),
+            metrics=Metrics(None, None),
+            progress=Progress(None, None),
+            checkpoints=Checkpoints(folder=Path(), every=None, identity={}, world=bench.world),
+        )
+    return run._asdict() | {"lr": lr} | _kept(measured, optimizer, settings.size)
+
+
+def _kept(measured: Measured, optimizer: torch.optim.Optimizer, size: Size) -> dict[str, Any]:
+    tokens = size.global_batch * size.sequence_length
+    compressed = 0.0
+    if isinstance(optimizer, Flora):
+        rows = optimizer.report().rows
+        inside = sum(row.local_elements for row in rows if row.is_compressed)
+        compressed = inside / sum(row.local_elements for row in rows)
+    return {
+        "validation_loss": measured.validation_loss,
+        "training_loss": measured.loss,
+        "state_bytes": measured.state_bytes,
+        "adamw_bytes": measured.adamw_bytes,
+        "compressed_share": compressed,
+        "tokens_per_second": measured.tokens_per_second,
+        "curve": [
+            [record["step"] * tokens, record["validation_loss"]]
+            for record in measured.records
+            if "validation_loss" in record and record["step"] is not None
+        ],
+    }
+
+
+def _config(settings: Settings, run: Run) -> Config:
+    size = settings.size
+    return Config(
+        model=ModelConfig(config=settings.model),
+        data=DataConfig(corpus=settings.data, sequence_length=size.sequence_length),
+        # The loop takes the optimizer it is given; this section is only for its own programs.
+        optimizer=OptimizerConfig(name="adamw", options={"lr": 0.0}),
+        schedule=ScheduleConfig(name="cosine", warmup_steps=size.warmup, final_ratio=0.1),
+        train=TrainConfig(
+            steps=size.steps,
+            global_batch=size.global_batch,
+            micro_batch=size.global_batch,
+            seed=run.seed,
+            log_every=max(1, size.steps // 40),
+        ),
+        evaluation=EvaluationConfig(
+            every=max(1, size.steps // size.evaluations), sequences=size.sequences
+        ),
+        backend=BackendConfig(device=settings.device),
+        output=OutputConfig(name="quality", tensorboard=False, progress=False),
+    )
+
+
+def build(row: Row, model: nn.Module, *, lr: float, seed: int) -> torch.optim.Optimizer:
+    """The row's optimizer over a model."""
+    named = list(model.named_parameters())
+    match row.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(named, lr=lr, **row.options)
+        case "adafactor":
+            return torch.optim.Adafactor(named, lr=lr, **row.options)
+        case "paper":
+            return Flora.paper(groups_of(row, model), lr, seed=seed, **row.options)
+        case _:
+            return Flora(groups_of(row, model), lr, seed=seed, **row.options)
+
+
+def groups_of(row: Row, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups: parameters of equal settings together."""
+    ends = {id(module.weight) for module in _ends(model)}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        options: dict[str, Any] = {}
+        if parameter.ndim >= 2:
+            options |= row.matrices
+            if row.whole_rows is not None:
+                options |= whole_rows(row, parameter)
+        if id(parameter) in ends:
+            options |= row.ends
+        group = groups.setdefault(repr(options), {"params": [], **options})
+        group["params"].append((name, parameter))
+    return list(groups.values())
+
+
+def _ends(model: nn.Module) -> list[Any]:
+    both = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    return [module for module in both if module is not None]
+
+
+def whole_rows(row: Row, parameter: nn.Parameter) -> Mapping[str, Any]:
+    """block="full" for one matrix, at the row's ratio.
+
+    On a side that is no power of two hadamard cannot: `flora` goes gaussian there, `blend`, which
+    needs hadamard, keeps its blocks.
+    """
+    assert row.whole_rows is not None
+    side = min(parameter.shape[0], parameter.numel() // parameter.shape[0])
+    full = {"block": "full", "rank": max(1, side // row.whole_rows)}
+    if row.options.get("sketch") != "hadamard" or side.bit_count() == 1:
+        return full
+    if row.options["momentum"] == "blend":
+        return {"block": CENTRE["block"], "rank": CENTRE["block"] // row.whole_rows}
+    return full | {"sketch": "gaussian"}

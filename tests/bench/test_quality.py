@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quality bench: its plan holds every row it promises, and a slice of it runs to the end."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from flora_dist import Flora
+from flora_dist.optim.config import MOMENTA, SKETCHES, TRANSFERS
+from flora_dist.trainer.config import ModelConfig
+from flora_dist.trainer.model import build_model, read_model_config
+from flora_dist.trainer.tokenizer import ByteTokenizer
+from tests.bench import quality
+from tests.bench.quality_plan import (
+    CENTRE,
+    CONTROL,
+    FLORA,
+    FULL,
+    GRID,
+    NONE,
+    QUICK,
+    QUICK_ROWS,
+    Row,
+    Run,
+    Size,
+    all_rows,
+    lr_of,
+    next_runs,
+    rows_named,
+)
+from tests.bench.quality_run import Settings, build, groups_of
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+ROWS = {row.name: row for row in all_rows()}
+TINY = Size(
+    steps=3, layers=1, global_batch=2, sequence_length=16, evaluations=1, sequences=2, extensions=0
+)
+
+
+def llama(name: str) -> torch.nn.Module:
+    config = ModelConfig(config=str(CONFIGS / name))
+    network = read_model_config(config, ByteTokenizer(), 64)
+    network.num_hidden_layers = 1
+    return build_model(config, network, seed=0)
+
+
+def flora_rows() -> list[Row]:
+    return [row for row in all_rows() if row.optimizer == "flora"]
+
+
+def values_around(centre: dict[str, Any], option: str) -> set[Any]:
+    """What an option takes in the rows that differ from a centre in nothing else."""
+    return {
+        row.options[option]
+        for row in flora_rows()
+        if not (row.matrices or row.ends or row.whole_rows)
+        and {**row.options, option: None} == {**centre, option: None}
+    }
+
+
+def test_no_two_rows_share_a_name_or_a_setting() -> None:
+    settings = {
+        (r.optimizer, repr((r.options, r.matrices, r.ends, r.whole_rows))) for r in all_rows()
+    }
+    assert len(ROWS) == len(settings) == len(all_rows())
+
+
+def test_every_rule_is_there_at_every_ratio() -> None:
+    found = {
+        (r.options["momentum"], r.options["rank"]) for r in flora_rows() if r.factor == "ratio"
+    }
+    rules = set(MOMENTA) - {"none"}
+    assert found == {(rule, rank) for rule in rules for rank in (32, 16, 8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("kappa", {20, 200, 1000}),
+        ("blend_gain", {1.0, 2.0, 4.0, 64 / 8}),
+        ("beta1", {0.8, 0.9, 0.95}),
+        ("clip", {None, 1.0, 2.0}),
+        ("momentum", set(MOMENTA)),
+    ],
+)
+def test_a_factor_varies_alone_around_the_centre(option: str, values: set[Any]) -> None:
+    assert values_around(CENTRE, option) == values
+
+
+def test_every_sketch_and_transfer_varies_alone() -> None:
+    assert values_around(FLORA, "sketch") == set(SKETCHES)
+    # With a window change within the run: kappa 20.
+    assert values_around(FLORA | {"kappa": 20}, "transfer") == set(TRANSFERS)
+    assert values_around(CENTRE | {"kappa": 20}, "transfer") == {"shrink", "reset"}
+
+
+@pytest.mark.parametrize("rule", ["blend", "flora"])
+def test_blocks_vary_at_one_ratio(rule: str) -> None:
+    rows = [r for r in flora_rows() if r.factor == "block" and r.options["momentum"] == rule]
+    plain = [r for r in rows if r.whole_rows is None]
+    assert {r.options["block"] for r in plain} == {16, 256}
+    assert {r.options["block"] // r.options["rank"] for r in plain} == {8}
+    assert [r.whole_rows for r in rows if r not in plain] == [8]
+
+
+def test_the_baselines_and_controls_are_there() -> None:
+    assert ROWS["AdamW"].optimizer == "adamw"
+    assert ROWS["Adafactor (torch)"].optimizer == "adafactor"
+    assert ROWS[NONE].options["momentum"] == "none"
+    assert ROWS["full momentum"].options["rank"] is None
+    assert {r.whole_rows for r in all_rows() if r.optimizer == "paper"} == {2, 8}
+    scaled = {r.options["momentum"] for r in flora_rows() if r.scales_by_weight}
+    assert scaled == {"blend", "none"}
+    assert set(QUICK_ROWS) <= set(ROWS)
+    assert len(GRID) >= 4
+    assert FULL.seeds >= 2
+    assert QUICK.seeds >= 2
+
+
+def test_the_control_keeps_momentum_on_1_d_parameters_only() -> None:
+    model = llama("llama_tiny.json")
+    optimizer = build(ROWS[CONTROL], model, lr=1e-3, seed=0)
+    assert isinstance(optimizer, Flora)
+    for group in optimizer.param_groups:
+        dims = {parameter.ndim for parameter in group["params"]}
+        assert dims == ({2} if group["momentum"] == "none" else {1})
+
+
+def test_dense_ends_are_embedding_and_head_alone() -> None:
+    groups = groups_of(ROWS["blend, embedding and head dense"], llama("llama_tiny.json"))
+    dense = [name for g in groups if "rank" in g for name, _ in g["params"]]
+    assert dense == ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+def test_whole_rows_are_gaussian_where_hadamard_cannot() -> None:
+    model = torch.nn.Module()
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    for name, shape in (("even", (64, 128)), ("odd", (96, 128))):
+        model.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+    flora = {
+        g["params"][0][0]: {k: v for k, v in g.items() if k != "params"}
+        for g in groups_of(ROWS["flora, block full"], model)
+    }
+    blend = {g["params"][0][0]: g["block"] for g in groups_of(ROWS["blend, block full"], model)}
+    assert flora == {
+        "even": {"block": "full", "rank": 8},
+        "odd": {"block": "full", "rank": 12, "sketch": "gaussian"},
+    }
+    assert blend == {"even": "full", "odd": 64}
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_every_row_steps_on_llama_9m(name: str) -> None:
+    model = llama("llama_9m.json")
+    optimizer = build(ROWS[name], model, lr=1e-3, seed=0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.step()
+    after = list(model.parameters())
+    assert all(bool((a != b).any()) for a, b in zip(after, before, strict=True))
+    assert all(bool(a.isfinite().all()) for a in after)
+
+
+def test_a_relative_learning_rate_means_the_same_first_update() -> None:
+    plain, relative = ROWS["AdamW"], ROWS["Flora.paper, ratio 8"]
+    assert lr_of(plain, 1, 0.02) == 2e-3
+    assert lr_of(relative, 1, 0.02) * 0.02 == pytest.approx(2e-3, rel=1e-15)
+
+
+def planned(losses: dict[int, float], **seeds: float) -> list[tuple[int, int]]:
+    """(exponent, seed) to run next for one row with these losses of seed 0."""
+    done = {Run("AdamW", e, 0): loss for e, loss in losses.items()}
+    done |= {Run("AdamW", 1, int(seed[1:])): loss for seed, loss in seeds.items()}
+    runs = next_runs([ROWS["AdamW"]], done, FULL)
+    return [(run.exponent, run.seed) for run in runs]
+
+
+def test_a_row_runs_its_grid_then_the_second_seed_of_its_best() -> None:
+    assert planned({}) == [(e, 0) for e in GRID]
+    assert planned({-1: 3.0, 2: 1.0}) == [(0, 0), (1, 0)]
+    assert planned({-1: 3.0, 0: 2.0, 1: 1.0, 2: math.nan}) == [(1, 1)]
+    assert planned({-1: 3.0, 0: 2.0, 1: 1.0, 2: math.inf}, s1=1.0) == []
+
+
+def test_a_best_at_the_end_of_the_grid_goes_on_beyond_it_twice() -> None:
+    falling = {-1: 4.0, 0: 3.0, 1: 2.0, 2: 1.0}
+    assert planned(falling) == [(3, 0)]
+    assert planned(falling | {3: 0.9}) == [(4, 0)]
+    assert planned(falling | {3: 0.9, 4: 0.8}) == [(4, 1)]
+    assert planned({-1: 1.0, 0: 2.0, 1: 3.0, 2: 4.0}) == [(-2, 0)]
+
+
+def test_an_unknown_row_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"\['adam'\] are none of AdamW; none"):
+        rows_named(["AdamW", "adam"])
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    text = tmp_path / "text.txt"
+    text.write_text("the same seed gives the same training run; " * 60, encoding="utf-8")
+    return Settings(model=str(CONFIGS / "llama_tiny.json"), data=str(text), size=TINY, device="cpu")
+
+
+def slice_of(settings: Settings, folder: Path, *, resume: bool = False) -> quality.Store:
+    rows = rows_named(["AdamW", "blend, ratio 8"])
+    store = quality.Store(folder, {"settings": 1}, resume=resume)
+    console = Console(file=io.StringIO())
+    with ThreadPoolExecutor(1) as pool:
+        quality.run_all(pool, rows, settings, store, workers=1, console=console)
+    quality.report(rows, settings, store, folder, console)
+    return store
+
+
+def test_a_slice_runs_and_resumes_to_the_same_table(settings: Settings, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    store = slice_of(settings, whole)
+    assert len(store.records) == 2 * (len(GRID) + 1)
+    results = json.loads((whole / "results.json").read_text())
+    assert [line["row"] for line in results["rows"]] == ["AdamW", "blend, ratio 8"]
+    adamw, blend = results["rows"]
+    assert 0 < blend["state_bytes"] < adamw["state_bytes"]
+    assert adamw["share_of_adamw"] == pytest.approx(1.0, rel=1e-3)  # and a step count per tensor
+    assert blend["spread"] == max(blend["seeds"]) - min(blend["seeds"]) > 0
+    assert {file.name for file in whole.iterdir()} == {
+        "runs.jsonl",
+        "results.json",
+        "loss_by_tokens.png",
+        "loss_by_state.png",
+    }
+
+    # Interrupted while the fourth run was written down.
+    lines = (whole / "runs.jsonl").read_text().splitlines(keepends=True)
+    cut.mkdir()
+    (cut / "runs.jsonl").write_text("".join(lines[:4]) + lines[4][:40])
+    slice_of(settings, cut, resume=True)
+    again = json.loads((cut / "results.json").read_text())
+    for line in (*results["rows"], *again["rows"]):
+        del line["tokens_per_second"]
+    assert again["rows"] == results["rows"]
+
+
+def test_a_folder_with_runs_is_neither_overwritten_nor_mixed(tmp_path: Path) -> None:
+    record = {"row": "AdamW", "exponent": 0, "seed": 0, "validation_loss": None}
+    quality.Store(tmp_path, {"steps": 3}, resume=False).add(record)
+    with pytest.raises(ValueError, match=r"must not overwrite another.*--resume"):
+        quality.Store(tmp_path, {"steps": 3}, resume=False)
+    with pytest.raises(ValueError, match="has another steps"):
+        quality.Store(tmp_path, {"steps": 4}, resume=True)
+    kept = quality.Store(tmp_path, {"steps": 3}, resume=True)
+    assert kept.losses == {Run("AdamW", 0, 0): math.inf}
