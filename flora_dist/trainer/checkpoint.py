@@ -66,9 +66,11 @@ class Checkpoints:
                 "schedule": _numbers(scheduler.state_dict()),
             }
             (partial / _FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+            aside = self.folder / f".step-{step:08d}.replaced"
             if final.exists():  # the same step, taken again after a resume
-                shutil.rmtree(final)
+                final.rename(aside)
             partial.rename(final)
+            shutil.rmtree(aside, ignore_errors=True)
         wait_for_all()
 
 
