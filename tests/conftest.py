@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.harness.ranks import RankPool
+
+# All ranks are on this machine. Without this, gloo asks the resolver for the host's own address in
+# every new group, and a resolver that does not answer holds the ranks until their timeout.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 # Idle workers of another world size cost memory, not time.
 _POOLS: dict[int, RankPool] = {}

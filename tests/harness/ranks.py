@@ -35,7 +35,7 @@ class RankPool:
         self.world_size = world_size
         self._workers: list[tuple[BaseProcess, Connection]] = []
 
-    def __call__(self, body: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def __call__(self, body: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
         """Run ``body(*args)`` on every rank; return the results in rank order.
 
         ``body`` must be a module-level function: it is sent to the workers by name.
