@@ -30,19 +30,34 @@ class MeshReducer:
             message_S.copy_(there)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupReducer:
+    """Sums over the ranks of a process group; compares by value."""
+
+    group: dist.ProcessGroup
+
+    def sum_(self, message_S: Tensor) -> None:
+        """Replace a flat message by its sum; every rank gets the same bits."""
+        there = message_S.to(_device_type(message_S, self.group))
+        dist.all_reduce(there, group=self.group)
+        if there is not message_S:
+            message_S.copy_(there)
+
+
 def any_process(flag: Tensor) -> bool:
     """Whether a flag () is set on any process of the default group, which must all call this."""
-    device_type = flag.device.type
-    if f"{device_type}:" not in str(dist.get_backend_config()):
-        # Under CPU offload the flag is on the CPU and the group may only know the accelerator.
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None, (
-            "the default group's backend knows no device of this machine"
-        )
-        device_type = accelerator.type
-    count = flag.to(device=device_type, dtype=torch.float32)
+    count = flag.to(device=_device_type(flag, None), dtype=torch.float32)
     dist.all_reduce(count)
     return bool(count.item() > 0)
+
+
+def _device_type(tensor: Tensor, group: dist.ProcessGroup | None) -> str:
+    """The tensor's own, or the accelerator's where the group knows no other (CPU offload)."""
+    if f"{tensor.device.type}:" in str(dist.get_backend_config(group)):
+        return tensor.device.type
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None, "the group's backend knows no device of this machine"
+    return accelerator.type
 
 
 def process_rank() -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,24 @@ class ReplicatedLayout:
 
     def parts(self, tensor: Tensor, name: str) -> tuple[Part, ...]:
         return (ReplicatedPart(tensor, name),)
+
+    def state_of(self, state: dict[str, Any], part: Part) -> dict[str, Any]:
+        del part
+        return state
+
+
+class NamedLayout:
+    """Whole plain tensors that an engine put in place of parameters, by the names of those."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        self._parts = {id(tensor): ReplicatedPart(tensor, name) for name, tensor in named}
+
+    def claims(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._parts
+
+    def parts(self, tensor: Tensor, name: str) -> tuple[Part, ...]:
+        del name
+        return (self._parts[id(tensor)],)
 
     def state_of(self, state: dict[str, Any], part: Part) -> dict[str, Any]:
         del part

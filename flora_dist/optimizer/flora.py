@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flora_dist.comm.groups import process_rank
-from flora_dist.layouts.dtensor import DTensorLayout
-from flora_dist.layouts.replicated import ReplicatedLayout
 from flora_dist.optim.config import KNOBS, check_group_keys, config_of
 from flora_dist.optim.part import Layout
 from flora_dist.optim.spec import LEVELS
@@ -20,7 +18,8 @@ from flora_dist.optimizer import loading, naming
 from flora_dist.optimizer.arithmetic import exact_products
 from flora_dist.optimizer.checks import check_gradient, check_group, takes_part
 from flora_dist.optimizer.report import Report
-from flora_dist.optimizer.slots import Slot, make_slots
+from flora_dist.optimizer.roster import Roster
+from flora_dist.optimizer.slots import Slot
 from flora_dist.optimizer.stepping import run_step
 
 # Keys that torch itself and its schedulers write into groups.
@@ -116,14 +115,8 @@ class Flora(torch.optim.Optimizer):
         given = locals()
         defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
         config_of(defaults)
-        # Frameworks put other tensors into the groups before the first step (accelerate's FSDP2,
-        # DeepSpeed): nothing is kept per parameter but who was given, as (id, elements). Not
-        # as references, which would keep whole parameters alive; not as weak ones either, with
-        # which a module's to_empty() refuses to swap its parameters (torch.utils.swap_tensors).
-        self._given: set[tuple[int, int]] = set()
-        self._layouts: list[Layout] = [DTensorLayout(), ReplicatedLayout()]
+        self._roster = Roster()
         self._announced = False
-        self._reset()
         super().__init__(naming.as_groups(params), defaults)
 
     @classmethod
@@ -154,16 +147,29 @@ class Flora(torch.optim.Optimizer):
         check_group(merged)
         naming.check_unique(naming.names_of([*self.param_groups, group]))
         super().add_param_group(group)
-        self._given.update(_identity(tensor) for tensor in self.param_groups[-1]["params"])
-        self._reset()
+        self._roster.enter(self.param_groups[-1]["params"])
 
-    def attach_layout(self, layout: Layout) -> None:
+    def attach_layout(
+        self, layout: Layout, tensors: Sequence[Sequence[Tensor]] | None = None
+    ) -> None:
         """Let an integration say how tensors are held; the last one attached is asked first.
 
         Copies of the optimizer (pickle, deepcopy) go without: attach again.
+
+        Args:
+            layout: claims the tensors that the host has put into the groups.
+            tensors: what each group holds at its steps, for a host that takes tensors out of the
+                groups between them (ZeRO-3); None: what stands in the groups.
+
+        Raises:
+            ValueError: there is state already, of other tensors than the layout's.
         """
-        self._layouts.insert(0, layout)
-        self._reset()
+        if self.state:
+            raise ValueError(
+                "a layout must be attached before the first step; this optimizer has state for "
+                f"{len(self.state)} tensors. Attach right after the engine is built."
+            )
+        self._roster.attach(layout, tensors)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters; returns what ``closure`` returned."""
@@ -177,6 +183,8 @@ class Flora(torch.optim.Optimizer):
                 "for ever. Leave optimizer.step() out of the capture."
             )
         with torch.no_grad():
+            if self._roster.is_rehearsal(self.param_groups):
+                return loss
             slots = self._ready_slots()
             self._announce()
             with exact_products({slot.tensor.device.type for slot in slots}):
@@ -188,11 +196,12 @@ class Flora(torch.optim.Optimizer):
 
         Before the first step too; parameters that need no gradient are left out.
         """
-        slots = [slot for slot in self._configured_slots() if takes_part(slot)]
+        slots = self._roster.everything(self.param_groups, self.state)
+        slots = [slot for slot in slots if takes_part(slot)]
         return Report(
             level=LEVELS[0],
             rows=tuple(slot.report_row() for slot in slots),
-            unnamed=sum("param_names" not in slot.group for slot in slots),
+            unnamed=sum(slot.position is not None for slot in slots),
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,21 +233,16 @@ class Flora(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_given" not in self.__dict__:  # unpickled or deep-copied
-            self._layouts = [DTensorLayout(), ReplicatedLayout()]
+        if "_roster" not in self.__dict__:  # unpickled or deep-copied
+            self._roster = Roster()
             self._announced = True
-            groups = self.param_groups
-            self._given = {_identity(tensor) for group in groups for tensor in group["params"]}
-        self._reset()
-
-    def _reset(self) -> None:
-        """Forget what is derived from groups and parameters."""
-        self._slots: list[Slot] = []
-        self._signature: tuple[tuple[int, ...], ...] = ()
+            for group in self.param_groups:
+                self._roster.enter(group["params"])
+        self._roster.forget()
 
     def _ready_slots(self) -> list[Slot]:
         """Those that take part in a step, with state, in the order of their names."""
-        slots = [slot for slot in self._configured_slots() if takes_part(slot)]
+        slots = [s for s in self._roster.present(self.param_groups, self.state) if takes_part(s)]
         for slot in slots:
             check_gradient(slot)
         for slot in slots:
@@ -246,41 +250,12 @@ class Flora(torch.optim.Optimizer):
                 slot.create_state(self.state[slot.tensor])
         return sorted(slots, key=lambda slot: slot.part.name)
 
-    def _configured_slots(self) -> list[Slot]:
-        # Slots hold the groups and tensors, so an id in the signature is not used again.
-        signature = tuple((id(g), *map(id, g["params"])) for g in self.param_groups)
-        if signature != self._signature:
-            self._slots = self._make_slots()
-            self._signature = signature
-        configs = {id(group): config_of(group) for group in self.param_groups}
-        for slot in self._slots:
-            slot.configure(configs[id(slot.group)], self.state.get(slot.tensor, {}))
-        return self._slots
-
-    def _make_slots(self) -> list[Slot]:
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                self._check_known(tensor)
-        return make_slots(self.param_groups, self.state, self._layouts)
-
-    def _check_known(self, tensor: Tensor) -> None:
-        plain = isinstance(self._layout_of(tensor), ReplicatedLayout)
-        if plain and tensor.ndim == 1 and _identity(tensor) not in self._given:
-            raise ValueError(
-                "every 1-D tensor must have been given to the optimizer; one of "
-                f"{tensor.numel()} elements was not: an engine put its flat partition here, and "
-                "compressing that as a vector would keep dense state. Call the engine's attach()."
-            )
-
-    def _layout_of(self, tensor: Tensor) -> Layout | None:
-        return next((layout for layout in self._layouts if layout.claims(tensor)), None)
-
     def _checked_states(
         self, state_dict: Mapping[str, Any]
     ) -> list[tuple[Tensor, dict[str, Any], Mapping[str, Any]]]:
         loading.check_groups(state_dict["param_groups"], self.param_groups)
         states = list(loading.saved_states(state_dict, self.param_groups))
-        loading.check_states(states, self._make_slots())
+        loading.check_states(states, self._roster.fresh(self.param_groups, self.state))
         return states
 
     def _announce(self) -> None:
@@ -288,8 +263,3 @@ class Flora(torch.optim.Optimizer):
         if not self._announced and process_rank() == 0:
             sys.stderr.write(self.report().summary() + "\n")
         self._announced = True
-
-
-def _identity(tensor: Tensor) -> tuple[int, int]:
-    """An id may be used again once its tensor is gone, hardly with as many elements."""
-    return id(tensor), tensor.numel()

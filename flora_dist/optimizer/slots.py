@@ -246,7 +246,14 @@ def make_slots(
                 f"{type(tensor).__name__}. Attach the integration that knows it."
             )
         slots += [
-            Slot(tensor=tensor, part=part, layout=layout, group=group, position=position)
+            Slot(
+                tensor=tensor,
+                part=part,
+                layout=layout,
+                group=group,
+                # A layout may know the names that the groups lack.
+                position=position if part.name == name else None,
+            )
             for part in layout.parts(tensor, name)
         ]
     return slots

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flora_dist import Flora
 from flora_dist.comm import groups
 from tests.battery import zoo
-from tests.battery.flat import FlatLayout, WorldReducer, bounds_of
+from tests.battery.flat import bounds_of, layout_of
 from tests.battery.mutations import mutated
 from tests.battery.oracle import SAMPLES, STEPS, Case, trainable
 
@@ -115,7 +115,7 @@ def on_flat(case: Case) -> Weights:
     line = torch.cat([p.detach().flatten() for p in parameters.values()])
     flat = nn.Parameter(line[mine].clone())
     optimizer = Flora([flat], **case.flora)
-    optimizer.attach_layout(FlatLayout(flat, shapes, bounds))
+    optimizer.attach_layout(layout_of(flat, shapes, bounds))
     for step in range(STEPS):
         model.zero_grad()
         model(zoo.share(zoo.batch(step, SAMPLES), rank, world_size)).backward()
@@ -192,7 +192,7 @@ def run(layout: str, case: Case, mutation: str = "") -> Weights:
 def count_messages(layout: str, case: Case) -> int:
     """Messages per step that the optimizer itself asked to be summed."""
     counted = 0
-    with _spied(groups.MeshReducer) as mesh, _spied(WorldReducer) as world:
+    with _spied(groups.MeshReducer) as mesh, _spied(groups.GroupReducer) as world:
         LAYOUTS[layout][1](case)
         counted = mesh() + world()
     assert counted % STEPS == 0, counted

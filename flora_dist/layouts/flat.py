@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flat tensors: DeepSpeed ZeRO and FSDP1, where ranks own spans of parameters laid in one line.
+
+A span may cut its first and last row, and blocks inside them. Cut rows and blocks get places in
+the step's messages; no elements travel. Every holder of a cut block keeps its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.part import Part, Reducer
+from flora_dist.optim.spec import StateTensor, matrix_sizes
+from flora_dist.tiles import Cuts, Interval, Tile, find_cuts, tiles_of_span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """What each rank of a group owns of one parameter, and where this rank's share is."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    owned: tuple[Interval, ...]
+    """Each rank's elements of the row-major parameter, in the order of ranks; empty if none."""
+    offset: int
+    """Of this rank's first element in its flat tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class FlatPart:
+    """The elements of one parameter in a flat tensor of this rank."""
+
+    span: Span
+    flat: Tensor
+    tiles: tuple[Tile, ...]
+    num_elements: int
+    reducer: Reducer | None
+    """None: the group has one rank, which owns everything."""
+
+    @property
+    def name(self) -> str:
+        return self.span.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.span.shape
+
+    @property
+    def matrices(self) -> Interval:
+        return (self.tiles[0].matrices[0], self.tiles[-1].matrices[1]) if self.tiles else (0, 0)
+
+    @property
+    def splits_matrices(self) -> bool:
+        return self.reducer is not None
+
+    def cuts(self, block: int) -> Cuts:
+        matrices, rows, columns = matrix_sizes(self.shape)
+        everyone = (tile for owned in self.span.owned for tile in _tiles(self.shape, owned))
+        return find_cuts(
+            everyone, num_matrices=matrices, num_rows=rows, num_columns=columns, block=block
+        )
+
+    def weight(self) -> Tensor:
+        return self._own(self.flat.detach())
+
+    def gradient(self) -> Tensor | None:
+        return None if self.flat.grad is None else self._own(self.flat.grad)
+
+    def _own(self, flat: Tensor) -> Tensor:
+        return flat[self.span.offset : self.span.offset + self.num_elements]
+
+    def local_state_shape(self, entry: StateTensor) -> tuple[int, ...]:
+        if entry.along == "elements":
+            return (self.num_elements,)
+        if entry.along == "columns":
+            first, last = self.matrices
+            return (last - first, entry.shape[-1])
+        entries = sum(tile.num_blocks(entry.block) for tile in self.tiles)
+        return (entries,) if entry.name == "row" else (entries, entry.shape[-1])
+
+    def allocate(self, entry: StateTensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.local_state_shape(entry), dtype=dtype, device=self.flat.device)
+
+    def local(self, state: Tensor) -> Tensor:
+        return state
+
+
+class FlatLayout:
+    """Knows the flat tensors of one rank by identity; claims no others."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, tuple[FlatPart, ...]] = {}
+        self._nested: set[int] = set()
+
+    def add(
+        self, flat: Tensor, spans: Sequence[Span], *, rank: int, reducer: Reducer | None
+    ) -> None:
+        """Make a flat tensor known; its parameters' states stand by name in its own.
+
+        Args:
+            flat: 1-D, whatever parameters it holds elements of.
+            spans: all parameters that any rank of the group holds in its tensor, even if this
+                one holds nothing of them; order and names equal on all ranks.
+            rank: this rank's place in ``owned`` of each span.
+            reducer: sums over the group; None if it has one rank.
+        """
+        self._nested.add(id(flat))
+        self._parts[id(flat)] = tuple(_parts(flat, spans, rank, reducer))
+
+    def add_view(self, view: Tensor, span: Span, *, rank: int, reducer: Reducer | None) -> None:
+        """Make a 1-D tensor known that holds elements of one parameter, and its state as it is."""
+        self._parts[id(view)] = tuple(_parts(view, [span], rank, reducer))
+
+    def claims(self, tensor: Tensor) -> bool:
+        known = self._parts.get(id(tensor))
+        return known is not None and all(part.flat is tensor for part in known)
+
+    def parts(self, tensor: Tensor, name: str) -> tuple[Part, ...]:
+        del name  # the host's groups name flat tensors by what stood there before, if at all
+        return self._parts[id(tensor)]
+
+    def state_of(self, state: dict[str, Any], part: Part) -> dict[str, Any]:
+        assert isinstance(part, FlatPart)
+        if id(part.flat) not in self._nested:
+            return state
+        # DeepSpeed's swapper takes top-level tensors for elements of the partition.
+        own: dict[str, Any] = state.setdefault(part.name, {})
+        return own
+
+
+def _parts(
+    flat: Tensor, spans: Iterable[Span], rank: int, reducer: Reducer | None
+) -> Iterable[FlatPart]:
+    for span in spans:
+        start, stop = span.owned[rank]
+        yield FlatPart(
+            span=span,
+            flat=flat,
+            tiles=_tiles(span.shape, (start, stop)),
+            num_elements=stop - start,
+            reducer=reducer,
+        )
+
+
+def _tiles(shape: tuple[int, ...], owned: Interval) -> tuple[Tile, ...]:
+    _, rows, columns = matrix_sizes(shape)
+    start, stop = owned
+    if start == stop:
+        return ()
+    return tiles_of_span(start, stop, num_rows=rows, num_columns=columns)

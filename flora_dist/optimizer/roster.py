@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors the optimizer steps, by which layout, and whether it knows them at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flora_dist.layouts.dtensor import DTensorLayout
+from flora_dist.layouts.replicated import ReplicatedLayout
+from flora_dist.optim.config import config_of
+from flora_dist.optim.part import Layout
+from flora_dist.optimizer.slots import Group, Slot, make_slots
+
+State = Mapping[Tensor, dict[str, Any]]
+Signature = tuple[tuple[int, ...], ...]
+"""Which groups and tensors are stepped together, by identity."""
+MOST_SELECTIONS = 256
+
+
+class Roster:
+    """Layouts, the tensors given to the constructor, and slots once they are needed."""
+
+    def __init__(self) -> None:
+        self._layouts: list[Layout] = [DTensorLayout(), ReplicatedLayout()]
+        self._resident: Sequence[Sequence[Tensor]] | None = None
+        # Frameworks put other tensors into the groups before the first step (accelerate's FSDP2,
+        # DeepSpeed): nothing is kept per parameter but who was given, as (id, elements). Not
+        # as references, which would keep whole parameters alive; not as weak ones either, with
+        # which a module's to_empty() refuses to swap its parameters (torch.utils.swap_tensors).
+        self._given: set[tuple[int, int]] = set()
+        self.forget()
+
+    def enter(self, tensors: Iterable[Tensor]) -> None:
+        """Take in tensors that the user gave."""
+        self._given.update(map(_identity, tensors))
+        self.forget()
+
+    def attach(self, layout: Layout, tensors: Sequence[Sequence[Tensor]] | None) -> None:
+        """Ask this layout first; ``tensors`` are what each group holds when it is stepped."""
+        self._layouts.insert(0, layout)
+        self._resident = tensors
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is derived from groups and parameters."""
+        self._slots: dict[Signature, list[Slot]] = {}
+
+    def present(self, groups: Sequence[Group], state: State) -> list[Slot]:
+        """What stands in the groups now, configured by their settings."""
+        # ZeRO steps its groups and sub-groups one by one: each selection has slots of its own.
+        # Slots hold the groups and tensors, so an id in the signature is not used again.
+        signature = tuple((id(g), *map(id, g["params"])) for g in groups)
+        if signature not in self._slots:
+            if len(self._slots) >= MOST_SELECTIONS:
+                self._slots.clear()
+            self._slots[signature] = self.fresh(groups, state)
+        return _configured(self._slots[signature], state)
+
+    def everything(self, groups: Sequence[Group], state: State) -> list[Slot]:
+        """Also of tensors that the host has taken out of the groups for now."""
+        if self._resident is None:
+            return self.present(groups, state)
+        pairs = zip(groups, self._resident, strict=True)
+        filled = [{**group, "params": list(tensors)} for group, tensors in pairs]
+        return _configured(self.fresh(filled, state), state)
+
+    def fresh(self, groups: Sequence[Group], state: State) -> list[Slot]:
+        """New slots, not configured yet.
+
+        Raises:
+            ValueError: an engine put its flat partition among the parameters.
+        """
+        for group in groups:
+            for tensor in group["params"]:
+                if tensor.ndim == 1 and self._is_foreign(tensor):
+                    raise ValueError(
+                        "every 1-D tensor must have been given to the optimizer; one of "
+                        f"{tensor.numel()} elements was not: an engine put its flat partition "
+                        "here, and compressing that as a vector would keep dense state. Under "
+                        "DeepSpeed call flora_dist.deepspeed.attach(engine), elsewhere the "
+                        "engine's attach()."
+                    )
+        return make_slots(groups, state, self._layouts)
+
+    def is_rehearsal(self, groups: Sequence[Group]) -> bool:
+        """Whether an engine steps its own tensors on zeros while it is being built.
+
+        DeepSpeed's FP16_UnfusedOptimizer does, in its constructor, before anybody can attach.
+        """
+        tensors = [tensor for group in groups for tensor in group["params"]]
+        foreign = [tensor for tensor in tensors if self._is_foreign(tensor)]
+        gradients = [tensor.grad for tensor in foreign if tensor.grad is not None]
+        return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+
+    def _is_foreign(self, tensor: Tensor) -> bool:
+        """A plain tensor that no integration claims and nobody gave."""
+        if _identity(tensor) in self._given:
+            return False
+        layout = next((layout for layout in self._layouts if layout.claims(tensor)), None)
+        return isinstance(layout, ReplicatedLayout)
+
+
+def _configured(slots: list[Slot], state: State) -> list[Slot]:
+    configs = {id(slot.group): config_of(slot.group) for slot in slots}
+    for slot in slots:
+        slot.configure(configs[id(slot.group)], state.get(slot.tensor, {}))
+    return slots
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """An id may be used again once its tensor is gone, hardly with as many elements."""
+    return id(tensor), tensor.numel()
