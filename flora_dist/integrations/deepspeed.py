@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed: where ZeRO keeps each parameter, and what of DeepSpeed would be run wrong.
+
+The only file that knows DeepSpeed's names. Read in 0.19.8; ``attach`` proves on every engine that
+the map built from them still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from flora_dist.comm.groups import GroupReducer
+from flora_dist.integrations.spans import Partition, check_partitions, cut_each, cut_line
+from flora_dist.layouts.flat import FlatLayout
+from flora_dist.layouts.replicated import NamedLayout
+from flora_dist.optimizer.flora import Flora
+from flora_dist.optimizer.naming import names_by_tensor
+
+_attached: WeakKeyDictionary[Flora, ref[DeepSpeedEngine]] = WeakKeyDictionary()
+
+
+def attach(engine: DeepSpeedEngine) -> Flora:
+    """Tell an engine's Flora where ZeRO keeps each parameter; a second call does nothing.
+
+    For engines that Accelerate, the Hugging Face Trainer or your own code built; call it on every
+    rank, before the first step. ``initialize`` calls it itself.
+
+    Returns:
+        The engine's Flora, for ``report()``.
+
+    Raises:
+        TypeError: the engine's optimizer is not Flora.
+        ValueError: a feature that would be computed wrong, or an engine that has stepped already.
+        RuntimeError: this version of DeepSpeed lays parameters out in another way.
+    """
+    optimizer = engine.optimizer
+    flora = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(flora, Flora):
+        raise TypeError(
+            "attach needs an engine whose optimizer is Flora; this one has "
+            f"{type(flora).__name__}. Pass optimizer=Flora(...) or use "
+            "flora_dist.deepspeed.initialize."
+        )
+    known = _attached.get(flora)
+    if known is not None and known() is engine:
+        return flora
+    _refuse_features(engine)
+    names = names_by_tensor(engine.module.named_parameters(remove_duplicate=False))
+    if isinstance(optimizer, Flora):
+        flora.attach_layout(NamedLayout(_named(optimizer.param_groups, names)))
+    elif type(optimizer) is FP16_UnfusedOptimizer:
+        flora.attach_layout(NamedLayout(_named_copies(optimizer, names)))
+    else:
+        _attach_partitions(flora, optimizer, _partitions_of(optimizer, names))
+    _attached[flora] = ref(engine)
+    return flora
+
+
+def _attach_partitions(flora: Flora, optimizer: Any, partitions: list[Partition]) -> None:
+    check_partitions(partitions, host=f"DeepSpeed {deepspeed.__version__}", tested="0.19.8")
+    layout = FlatLayout()
+    tensors: list[list[Tensor]] = [[] for _ in optimizer.optimizer.param_groups]
+    for partition in partitions:
+        group = partition.process_group
+        reducer = GroupReducer(group=group) if dist.get_world_size(group) > 1 else None
+        layout.add(partition.flat, partition.spans, rank=dist.get_rank(group), reducer=reducer)
+        tensors[partition.param_group].append(partition.flat)
+    flora.attach_layout(layout, tensors)
+
+
+# ---- what would be computed wrong
+
+
+def _refuse_features(engine: DeepSpeedEngine) -> None:
+    features: tuple[tuple[str, Callable[[], Any], str], ...] = (
+        (
+            "DeepCompile",
+            engine.is_deepcompile_enabled,
+            "it steps inside its own graph. Remove compile.deepcompile; engine.compile() works",
+        ),
+        (
+            "AutoTP",
+            lambda: engine.autotp_size() > 1,
+            "row statistics would miss the columns on other ranks. Set "
+            "tensor_parallel.autotp_size to 0, or use FSDP2 with tensor parallelism",
+        ),
+        (
+            "ZenFlow",
+            lambda: engine.zenflow_config() is not None,
+            "it updates chosen columns apart. Remove zenflow",
+        ),
+        (
+            "MoE layers",
+            lambda: engine.has_moe_layers,
+            "expert groups divide gradients in another way. Use FSDP2 for experts",
+        ),
+        ("pipelines", lambda: engine.pipeline_parallelism, "stages share no step. Use ZeRO"),
+        ("SuperOffload", engine.super_offload, "it steps on its own. Remove super_offload"),
+        (
+            "ZeRO++ hpZ",
+            lambda: engine.zero_hpz_partition_size() > 1,
+            "partitions are kept twice. Set zero_hpz_partition_size to 1",
+        ),
+        (
+            "partial offload",
+            lambda: engine.zero_partial_offload() < 1,
+            "partitions lie on two devices. Set offload_optimizer.ratio to 1",
+        ),
+        (
+            "NVMe offload of the optimizer",
+            lambda: _offloads_to_nvme(engine.zero_offload_optimizer()),
+            "its swapper was never tried with Flora's state. Offload to the CPU",
+        ),
+    )
+    for name, is_on, why in features:
+        if is_on():
+            raise ValueError(f"Flora under DeepSpeed cannot go with {name}: {why}.")
+
+
+def _offloads_to_nvme(offload: Any) -> bool:
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme"
+
+
+# ---- where parameters are
+
+
+def _named(groups: Sequence[dict[str, Any]], names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
+    for group in groups:
+        for parameter in group["params"]:
+            yield names[id(parameter)], parameter
+
+
+def _named_copies(
+    optimizer: FP16_UnfusedOptimizer, names: dict[int, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Stage 0 in low precision steps whole fp32 copies."""
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    for parameters, copies in groups:
+        for parameter, copy in zip(parameters, copies, strict=True):
+            yield names[id(parameter)], copy
+
+
+def _partitions_of(optimizer: Any, names: dict[int, str]) -> list[Partition]:
+    # Exact classes: a subclass (ZenFlow, SuperOffload) may hold its partitions otherwise.
+    if type(optimizer) is DeepSpeedZeroOptimizer:
+        return list(_partitions_of_stage_1_and_2(optimizer, names))
+    if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        return list(_partitions_of_stage_3(optimizer, names))
+    if type(optimizer) is BF16_Optimizer:
+        return list(_partitions_of_bf16(optimizer, names))
+    raise ValueError(
+        "Flora knows the partitions of ZeRO stages 1, 2 and 3; this engine has "
+        f"{type(optimizer).__module__}.{type(optimizer).__name__}. Use one of these stages."
+    )
+
+
+def _partitions_of_stage_1_and_2(
+    optimizer: DeepSpeedZeroOptimizer, names: dict[int, str]
+) -> Iterator[Partition]:
+    # Not `_hp_mapping`: it keeps the order before round_robin_gradients and points elsewhere.
+    for index, parameters in enumerate(optimizer.round_robin_bit16_groups):
+        group = optimizer.real_dp_process_group[index]
+        yield Partition(
+            flat=optimizer.single_partition_of_fp32_groups[index],
+            param_group=index,
+            process_group=group,
+            spans=cut_line(
+                [(names[id(p)], tuple(p.shape)) for p in parameters],
+                offsets=optimizer.round_robin_bit16_offsets[index],
+                size=int(optimizer.partition_size[index]),
+                rank=dist.get_rank(group),
+                world_size=dist.get_world_size(group),
+            ),
+            weights=[_whole(p) for p in parameters],
+        )
+
+
+def _partitions_of_bf16(optimizer: BF16_Optimizer, names: dict[int, str]) -> Iterator[Partition]:
+    """Stage 1 in bf16 with fp32 accumulation."""
+    for index, parameters in enumerate(optimizer.bf16_groups):
+        group = optimizer.real_dp_process_group[index]
+        sizes = [p.numel() for p in parameters]
+        flat = optimizer.fp32_groups_flat_partition[index]
+        yield Partition(
+            flat=flat,
+            param_group=index,
+            process_group=group,
+            spans=cut_line(
+                [(names[id(p)], tuple(p.shape)) for p in parameters],
+                offsets=[sum(sizes[:i]) for i in range(len(sizes))],
+                size=flat.numel(),
+                rank=dist.get_rank(group),
+                world_size=dist.get_world_size(group),
+            ),
+            weights=[_whole(p) for p in parameters],
+        )
+
+
+def _partitions_of_stage_3(
+    optimizer: DeepSpeedZeroOptimizer_Stage3, names: dict[int, str]
+) -> Iterator[Partition]:
+    for index, parameters in enumerate(optimizer.fp16_groups):  # sub-groups
+        groups = {optimizer._get_param_partition_group(p) for p in parameters}
+        if len(groups) != 1:
+            raise ValueError(
+                "parameters of a sub-group must be partitioned over the same ranks; sub-group "
+                f"{index} has {len(groups)} process groups. Give them parameter groups apart."
+            )
+        group = groups.pop()
+        yield Partition(
+            flat=optimizer.fp32_partitioned_groups_flat[index],
+            param_group=optimizer.sub_group_to_group_id[index],
+            process_group=group,
+            spans=cut_each(
+                [(names[id(p)], tuple(p.ds_shape)) for p in parameters],
+                sizes=[p.partition_numel() for p in parameters],
+                world_size=dist.get_world_size(group),
+            ),
+            weights=[_shard(p) for p in parameters],
+        )
+
+
+def _whole(parameter: nn.Parameter) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: parameter.detach().reshape(-1)[start:stop]
+
+
+def _shard(parameter: Any) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: parameter.ds_tensor.detach().reshape(-1)[: stop - start]

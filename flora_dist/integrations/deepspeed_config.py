@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A DeepSpeed JSON config: its "optimizer" and "flora" blocks, and what Flora has to have set."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from flora_dist.optim.config import KNOBS
+from flora_dist.optim.spec import LEVELS
+
+TYPE = "Flora"
+_SETTINGS = ("lr", "weight_decay", "maximize", *KNOBS)
+_AVAILABLE = LEVELS[:1]
+
+
+def check_flora_block(config: Mapping[str, Any]) -> None:
+    """Refuse a "flora" block that says what this version cannot do.
+
+    Raises:
+        ValueError: an unknown key or level.
+    """
+    for key in config:
+        if key != "flora" and key.lower() == "flora":
+            raise ValueError(
+                f'the config\'s block of Flora is called "flora"; got {key!r}, which DeepSpeed '
+                "would ignore. Rename it."
+            )
+    block = config.get("flora", {})
+    _check_keys("flora", block, ("gradients",))
+    level = block.get("gradients", LEVELS[0])
+    if level not in _AVAILABLE:
+        raise ValueError(
+            f'"flora"."gradients" must be one of {", ".join(_AVAILABLE)} in this version; got '
+            f"{level!r}. Leave it out, or set it to {_AVAILABLE[0]!r}."
+        )
+
+
+def optimizer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of Flora in the "optimizer" block.
+
+    Raises:
+        ValueError: another type, or a setting that Flora does not have.
+    """
+    block = config.get("optimizer")
+    if block is None:
+        raise ValueError(
+            'a config without an optimizer object needs an "optimizer" block; it has none. Add '
+            '"optimizer": {"type": "Flora", "params": {"lr": 1e-3}}.'
+        )
+    _check_keys("optimizer", block, ("type", "params"))
+    if block.get("type") != TYPE:
+        raise ValueError(
+            f'"optimizer"."type" must be {TYPE!r}; got {block.get("type")!r}. Write {TYPE!r}, or '
+            "call deepspeed.initialize for another optimizer."
+        )
+    settings = dict(block.get("params", {}))
+    _check_keys("optimizer.params", settings, _SETTINGS)
+    return settings
+
+
+def prepared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without the "optimizer" block, as DeepSpeed needs it for an optimizer object.
+
+    The two keys let ZeRO take an optimizer that is not DeepSpeed's own, also with offload.
+
+    Raises:
+        ValueError: a key says the contrary.
+    """
+    needed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    for key, value in needed.items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"Flora under ZeRO needs {key!r}: {str(value).lower()}; the config says "
+                f"{config[key]!r}. Leave it out."
+            )
+    kept = {key: value for key, value in config.items() if key != "optimizer"}
+    return {**copy.deepcopy(kept), **needed}
+
+
+def _check_keys(block: str, given: Any, known: Collection[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f'the block "{block}" must be an object; got {given!r}. Write {{...}}.')
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            raise TypeError(f'the block "{block}" has the unknown key {key!r}. {hint}')

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flat partitions of an engine as spans of parameters, and the proof that they are right."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flora_dist.layouts.flat import Span
+
+Shapes = Sequence[tuple[str, tuple[int, ...]]]
+"""Names and whole shapes of parameters, in the order of the flat tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """One flat tensor of this rank, and what every rank of its group holds of its parameters."""
+
+    flat: Tensor
+    param_group: int
+    """Index among the optimizer's parameter groups."""
+    process_group: dist.ProcessGroup
+    spans: tuple[Span, ...]
+    weights: Sequence[Callable[[int, int], Tensor]]
+    """For each span: this rank's elements [start, stop) as the model itself holds them."""
+
+
+def cut_line(
+    shapes: Shapes, *, offsets: Sequence[int], size: int, rank: int, world_size: int
+) -> tuple[Span, ...]:
+    """Parameters laid in one line, which is cut in partitions of ``size`` elements.
+
+    >>> [span.owned for span in cut_line(
+    ...     [("a", (2, 3)), ("b", (4,))], offsets=[0, 6], size=5, rank=1, world_size=2)]
+    [((0, 5), (5, 6)), ((0, 0), (0, 4))]
+    """
+    bounds = [size * place for place in range(world_size + 1)]
+    spans = []
+    for (name, shape), offset in zip(shapes, offsets, strict=True):
+        inside = [min(max(bound - offset, 0), math.prod(shape)) for bound in bounds]
+        spans.append(
+            Span(
+                name=name,
+                shape=shape,
+                owned=tuple(itertools.pairwise(inside)),
+                offset=max(0, offset - bounds[rank]),
+            )
+        )
+    return tuple(spans)
+
+
+def cut_each(shapes: Shapes, *, sizes: Sequence[int], world_size: int) -> tuple[Span, ...]:
+    """Each parameter cut in chunks of its own size, a rank's chunks padded and laid in a line.
+
+    >>> [(span.owned, span.offset) for span in cut_each(
+    ...     [("a", (2, 3)), ("b", (3,))], sizes=[4, 2], world_size=2)]
+    [(((0, 4), (4, 6)), 0), (((0, 2), (2, 3)), 4)]
+    """
+    spans, offset = [], 0
+    for (name, shape), size in zip(shapes, sizes, strict=True):
+        bounds = [min(size * place, math.prod(shape)) for place in range(world_size + 1)]
+        owned = tuple(itertools.pairwise(bounds))
+        spans.append(Span(name=name, shape=shape, owned=owned, offset=offset))
+        offset += size
+    return tuple(spans)
+
+
+def check_partitions(partitions: Sequence[Partition], *, host: str, tested: str) -> None:
+    """Prove that the spans of all ranks tile every parameter and hold its weights.
+
+    Every rank raises if one has to.
+
+    Raises:
+        RuntimeError: the engine lays its partitions out otherwise.
+    """
+    for partition in partitions:
+        group = partition.process_group
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        mine = ([(s.name, s.shape, s.owned[rank]) for s in partition.spans], _wrong(partition))
+        everyone: list[Any] = [None] * world_size
+        dist.all_gather_object(everyone, mine, group=group)
+        found = [wrong for _, wrong in everyone if wrong] + list(_gaps(partition, everyone))
+        if found:
+            raise RuntimeError(
+                f"the spans of all ranks must tile every parameter and hold its weights; {found[0]}"
+                f" with {host}. Use a version that was tested: {tested}."
+            )
+
+
+def _wrong(partition: Partition) -> str:
+    """The first span whose elements of the flat tensor are not the model's; empty if none."""
+    rank = dist.get_rank(partition.process_group)
+    for span, weight in zip(partition.spans, partition.weights, strict=True):
+        start, stop = span.owned[rank]
+        theirs = weight(start, stop)
+        ours = partition.flat.detach()[span.offset : span.offset + stop - start]
+        if theirs.shape != ours.shape or not _are_equal(ours, theirs):
+            return f"{span.name!r} [{start}, {stop}) differs on rank {rank}"
+    return ""
+
+
+def _are_equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Masters are wider than the model's weights; NaN equals NaN."""
+    ours = ours.to(device=theirs.device, dtype=theirs.dtype)
+    return torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def _gaps(partition: Partition, everyone: Sequence[Any]) -> Iterator[str]:
+    """What the ranks themselves say they hold, against the map of this one."""
+    for index, span in enumerate(partition.spans):
+        claims = [listed[index] if index < len(listed) else None for listed, _ in everyone]
+        if claims != [(span.name, span.shape, owned) for owned in span.owned]:
+            yield f"ranks disagree on who holds {span.name!r}"
+        ends = [0, *(end for _, end in span.owned)]
+        starts = [*(start for start, _ in span.owned), math.prod(span.shape)]
+        if ends != starts:
+            yield f"{span.name!r} is not covered by {span.owned}"
