@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.harness.launched import LaunchedPool, deepspeed_command, torchrun_command
 from tests.harness.ranks import RankPool
 
 # All ranks are on this machine. Without this, gloo asks the resolver for the host's own address in
@@ -16,11 +17,18 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 # Idle workers of another world size cost memory, not time.
 _POOLS: dict[int, RankPool] = {}
+_LAUNCHED: dict[int, LaunchedPool] = {}
 
 
 def pool_of(world_size: int) -> RankPool:
     """The session's pool of that size."""
     return _POOLS.setdefault(world_size, RankPool(world_size))
+
+
+def launched_pool_of(world_size: int) -> LaunchedPool:
+    """The session's launch of that size: torchrun for three ranks, else the deepspeed launcher."""
+    command = torchrun_command if world_size == 3 else deepspeed_command
+    return _LAUNCHED.setdefault(world_size, LaunchedPool(command, world_size))
 
 
 @pytest.fixture
@@ -34,5 +42,5 @@ def ranks(request: pytest.FixtureRequest) -> RankPool:
 @pytest.fixture(scope="session", autouse=True)
 def _stop_pools() -> Iterator[None]:
     yield
-    for pool in _POOLS.values():
+    for pool in (*_POOLS.values(), *_LAUNCHED.values()):
         pool.close()
