@@ -21,8 +21,8 @@ Standard library only, so that the planner runs without torch.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 Interval = tuple[int, int]
 
@@ -170,6 +170,23 @@ class Slots:
         """The disjoint intervals, ascending."""
         return tuple(zip(self._starts, self._stops, strict=True))
 
+    def indices(self) -> Iterator[int]:
+        """The indices that have a place, ascending."""
+        for start, stop in self.intervals():
+            yield from range(start, stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """What another rank holds pieces of together with this one."""
+
+    rank: int
+    """Its place in the group."""
+    rows: tuple[int, ...]
+    """Places of shared rows among this rank's cut rows, ascending by row."""
+    blocks: tuple[int, ...]
+    """Places of shared blocks among this rank's cut blocks, likewise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cuts:
@@ -183,6 +200,12 @@ class Cuts:
     blocks: Slots
     num_lines: int
     """E N, the rows of all matrices."""
+    rows_anywhere: bool
+    """Whether any rank has a cut row; equal on all ranks."""
+    blocks_anywhere: bool
+    """Whether any rank has a cut block; equal on all ranks."""
+    peers: tuple[Peer, ...] | None = None
+    """Who shares this rank's cuts; None: ``rows`` and ``blocks`` are those of all ranks."""
 
     def row_slot(self, line: int) -> int:
         """Place of the row numbered ``line`` among the cut rows."""
@@ -192,44 +215,88 @@ class Cuts:
         """Place of block ``block`` of the row numbered ``line`` among the cut blocks."""
         return self.blocks.at(block * self.num_lines + line)
 
-    def runs_of_blocks(self) -> Iterator[tuple[int, int, int]]:
-        """Cut blocks in slot order as (block, first line, last line + 1)."""
-        for start, stop in self.blocks.intervals():
-            while start < stop:  # an interval may run over the end of a block column
-                block, line = divmod(start, self.num_lines)
-                end = min(stop, (block + 1) * self.num_lines)
-                yield block, line, line + end - start
-                start = end
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A batch of matrices cut in blocks."""
+
+    num_matrices: int
+    """E."""
+    num_rows: int
+    """N."""
+    num_columns: int
+    """M."""
+    block: int
+    """Columns per block; a row's last block may be shorter."""
 
 
-def find_cuts(
-    tiles: Iterable[Tile], *, num_matrices: int, num_rows: int, num_columns: int, block: int
-) -> Cuts:
-    """Rows and blocks that the tiles of all ranks cut.
-
-    Args:
-        tiles: every rank's tiles of one parameter, any order.
-        num_matrices: E.
-        num_rows: N.
-        num_columns: M.
-        block: columns per block; a row's last block may be shorter.
+def find_cuts(tiles: Iterable[Tile], grid: Grid) -> Cuts:
+    """Rows and blocks that tiles cut: every rank's tiles of one parameter, in any order.
 
     >>> spans = [tiles_of_span(a, b, num_rows=4, num_columns=6) for a, b in ((0, 8), (8, 24))]
-    >>> cuts = find_cuts(
-    ...     [t for s in spans for t in s], num_matrices=1, num_rows=4, num_columns=6, block=4
-    ... )
+    >>> grid = Grid(num_matrices=1, num_rows=4, num_columns=6, block=4)
+    >>> cuts = find_cuts([t for s in spans for t in s], grid)
     >>> len(cuts.rows), cuts.row_slot(1), len(cuts.blocks), cuts.block_slot(1, 0)
     (1, 0, 1, 0)
     """
-    num_lines = num_matrices * num_rows
+    num_lines = grid.num_matrices * grid.num_rows
     rows: list[Interval] = []
     blocks: list[Interval] = []
     for tile in tiles:
-        if tile.columns == (0, num_columns):
+        if tile.columns == (0, grid.num_columns):
             continue
-        cut = tile.cut_blocks(block, num_columns)
+        cut = tile.cut_blocks(grid.block, grid.num_columns)
         for matrix in range(*tile.matrices):
-            lines = (matrix * num_rows + tile.rows[0], matrix * num_rows + tile.rows[1])
+            lines = (matrix * grid.num_rows + tile.rows[0], matrix * grid.num_rows + tile.rows[1])
             rows.append(lines)
             blocks.extend((k * num_lines + lines[0], k * num_lines + lines[1]) for k in cut)
-    return Cuts(rows=Slots(rows), blocks=Slots(blocks), num_lines=num_lines)
+    return Cuts(
+        rows=Slots(rows),
+        blocks=Slots(blocks),
+        num_lines=num_lines,
+        rows_anywhere=bool(rows),
+        blocks_anywhere=bool(blocks),
+    )
+
+
+def find_shared_cuts(owned: Sequence[Interval], rank: int, grid: Grid) -> Cuts:
+    """Cuts of one rank's span of a row-major batch, and who shares them.
+
+    A span has at most two cut rows and two cut blocks, whatever the number of ranks.
+
+    Args:
+        owned: each rank's span; empty if it owns nothing.
+        rank: whose cuts.
+        grid: the batch.
+
+    >>> grid = Grid(num_matrices=1, num_rows=4, num_columns=6, block=4)
+    >>> cuts = find_shared_cuts([(0, 8), (8, 11), (11, 24)], 0, grid)
+    >>> len(cuts.rows), [(p.rank, p.rows, p.blocks) for p in cuts.peers]
+    (1, [(1, (0,), (0,)), (2, (0,), ())])
+    """
+    mine = _cuts_of_span(owned[rank], grid)
+    lines, blocks = set(mine.rows.indices()), set(mine.blocks.indices())
+    peers = []
+    for other, (start, stop) in enumerate(owned):
+        touched = range(start // grid.num_columns, -(-stop // grid.num_columns))
+        if other == rank or start == stop or not any(line in touched for line in lines):
+            continue
+        theirs = _cuts_of_span((start, stop), grid)
+        shared_rows = sorted(lines.intersection(theirs.rows.indices()))
+        shared_blocks = sorted(blocks.intersection(theirs.blocks.indices()))
+        if shared_rows:
+            rows = tuple(mine.rows.at(index) for index in shared_rows)
+            places = tuple(mine.blocks.at(index) for index in shared_blocks)
+            peers.append(Peer(rank=other, rows=rows, blocks=places))
+    columns = [stop % grid.num_columns for start, stop in owned if start < stop]
+    return replace(
+        mine,
+        rows_anywhere=any(columns),
+        blocks_anywhere=any(column % grid.block for column in columns),
+        peers=tuple(peers),
+    )
+
+
+def _cuts_of_span(span: Interval, grid: Grid) -> Cuts:
+    tiles = tiles_of_span(*span, num_rows=grid.num_rows, num_columns=grid.num_columns)
+    return find_cuts(tiles, grid)

@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from flora_dist.tiles import Slots, Tile, find_cuts, split, tiles_of_span
+from flora_dist.tiles import (
+    Cuts,
+    Grid,
+    Slots,
+    Tile,
+    find_cuts,
+    find_shared_cuts,
+    split,
+    tiles_of_span,
+)
 
 SIZES = list(itertools.product((1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 5)))
 """E, N, M."""
@@ -171,27 +180,75 @@ def test_cuts_are_the_rows_and_blocks_that_no_rank_holds_whole(
             places = [divmod(i, columns) for i in _all_elements(share, rows, columns)]
             held["rows"].update({(line,) for line, _ in places})
             held["blocks"].update({(line, column // block) for line, column in places})
-        cuts = find_cuts(
-            [tile for share in shares for tile in share],
-            num_matrices=matrices,
-            num_rows=rows,
-            num_columns=columns,
-            block=block,
-        )
+        grid = Grid(num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
+        cuts = find_cuts([tile for share in shares for tile in share], grid)
         cut_rows = sorted(line for (line,), count in held["rows"].items() if count > 1)
         assert [cuts.row_slot(line) for line in cut_rows] == list(range(len(cuts.rows)))
         cut_blocks = sorted((k, line) for (line, k), count in held["blocks"].items() if count > 1)
         slots = [cuts.block_slot(line, k) for k, line in cut_blocks]
         assert slots == list(range(len(cuts.blocks)))
-        runs = list(cuts.runs_of_blocks())
-        assert [(k, line) for k, a, b in runs for line in range(a, b)] == cut_blocks
-        assert all(0 <= a < b <= lines for _, a, b in runs)
+        assert [divmod(index, lines) for index in cuts.blocks.indices()] == cut_blocks
+        assert (cuts.rows_anywhere, cuts.blocks_anywhere) == (bool(cut_rows), bool(cut_blocks))
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8])
+@pytest.mark.parametrize(("matrices", "rows", "columns"), [(1, 4, 7), (3, 2, 8), (2, 3, 10)])
+def test_ranks_agree_on_the_cuts_they_share(
+    matrices: int, rows: int, columns: int, block: int
+) -> None:
+    grid = Grid(num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
+    dealer, size = random.Random(block), matrices * rows * columns
+    for _ in range(50):
+        ends = [0, *sorted(dealer.choices(range(size + 1), k=dealer.randrange(7))), size]
+        owned = list(itertools.pairwise(ends))
+        everywhere = find_cuts([t for a, b in owned for t in _span(a, b, rows, columns)], grid)
+        each = [find_shared_cuts(owned, rank, grid) for rank in range(len(owned))]
+        holders: dict[str, dict[int, set[int]]] = {"rows": {}, "blocks": {}}
+        for rank, cuts in enumerate(each):
+            assert cuts.rows_anywhere == everywhere.rows_anywhere
+            assert cuts.blocks_anywhere == everywhere.blocks_anywhere
+            assert len(cuts.rows) <= 2
+            assert len(cuts.blocks) <= 2
+            for kind, index in _indices(cuts):
+                holders[kind].setdefault(index, set()).add(rank)
+        # every cut row and block has holders, and each holder names all the others
+        assert sorted(holders["rows"]) == list(everywhere.rows.indices())
+        assert sorted(holders["blocks"]) == list(everywhere.blocks.indices())
+        for rank, cuts in enumerate(each):
+            assert cuts.peers is not None
+            named = {
+                (kind, index, peer.rank)
+                for peer in cuts.peers
+                for kind, places in (("rows", peer.rows), ("blocks", peer.blocks))
+                for index in _at(cuts, kind, places)
+            }
+            assert named == {
+                (kind, index, other)
+                for kind, index in _indices(cuts)
+                for other in holders[kind][index] - {rank}
+            }
+            for peer in cuts.peers:  # and both sides list them in one order
+                other = next(p for p in each[peer.rank].peers or () if p.rank == rank)
+                for kind in ("rows", "blocks"):
+                    ours = _at(cuts, kind, getattr(peer, kind))
+                    assert ours == _at(each[peer.rank], kind, getattr(other, kind))
+
+
+def _indices(cuts: Cuts) -> list[tuple[str, int]]:
+    rows = [("rows", index) for index in cuts.rows.indices()]
+    return rows + [("blocks", index) for index in cuts.blocks.indices()]
+
+
+def _at(cuts: Cuts, kind: str, places: Iterable[int]) -> list[int]:
+    indices = list(getattr(cuts, kind).indices())
+    return [indices[place] for place in places]
 
 
 def test_a_rank_alone_with_pieces_of_rows_cuts_them_too() -> None:
     """Rows are cut by a tile that does not reach both ends, whoever holds the rest."""
     for columns, block in (((2, 8), 0), ((0, 6), 1), ((5, 6), 1)):
         tile = Tile(matrices=(0, 1), rows=(1, 3), columns=columns)
-        cuts = find_cuts([tile], num_matrices=1, num_rows=4, num_columns=8, block=4)
+        grid = Grid(num_matrices=1, num_rows=4, num_columns=8, block=4)
+        cuts = find_cuts([tile], grid)
         assert cuts.rows.intervals() == ((1, 3),)
-        assert list(cuts.runs_of_blocks()) == [(block, 1, 3)]
+        assert [divmod(i, 4) for i in cuts.blocks.indices()] == [(block, 1), (block, 2)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,15 @@ class MeshReducer:
         if there is not message_S:
             message_S.copy_(there)
 
+    def exchange(self, sent_S: Tensor, sizes: Mapping[int, int]) -> Tensor:
+        """Never asked: with column shards every rank holds pieces of the same rows."""
+        raise AssertionError(f"parts of a mesh sum their cuts; got {sizes} for {sent_S.shape}")
+
+    @property
+    def rank(self) -> int:
+        """Place among the ranks of the mesh."""
+        return self.mesh.get_rank()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupReducer:
@@ -42,6 +52,19 @@ class GroupReducer:
         dist.all_reduce(there, group=self.group)
         if there is not message_S:
             message_S.copy_(there)
+
+    def exchange(self, sent_S: Tensor, sizes: Mapping[int, int]) -> Tensor:
+        """Send each peer its share of a flat message; returns theirs, laid out alike."""
+        there = sent_S.to(_device_type(sent_S, self.group))
+        received = torch.empty_like(there)
+        splits = [sizes.get(peer, 0) for peer in range(dist.get_world_size(self.group))]
+        dist.all_to_all_single(received, there, splits, splits, group=self.group)
+        return received.to(sent_S.device)
+
+    @property
+    def rank(self) -> int:
+        """Place in the group."""
+        return dist.get_rank(self.group)
 
 
 def any_process(flag: Tensor) -> bool:

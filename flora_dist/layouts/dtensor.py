@@ -27,7 +27,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from flora_dist.comm.groups import MeshReducer
 from flora_dist.optim.part import Part
-from flora_dist.optim.spec import StateTensor, is_batch, matrix_sizes
+from flora_dist.optim.spec import StateTensor, grid_of, is_batch, matrix_sizes
 from flora_dist.tiles import Cuts, Interval, Tile, find_cuts
 
 
@@ -55,10 +55,7 @@ class DTensorPart:
         )
 
     def cuts(self, block: int) -> Cuts:
-        matrices, rows, columns = matrix_sizes(self.shape)
-        return find_cuts(
-            self.everyone, num_matrices=matrices, num_rows=rows, num_columns=columns, block=block
-        )
+        return find_cuts(self.everyone, grid_of(self.shape, block))
 
     def weight(self) -> Tensor:
         return _local(self.tensor)

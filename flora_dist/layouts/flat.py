@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.part import Part, Reducer
-from flora_dist.optim.spec import StateTensor, matrix_sizes
-from flora_dist.tiles import Cuts, Interval, Tile, find_cuts, tiles_of_span
+from flora_dist.optim.spec import StateTensor, grid_of, matrix_sizes
+from flora_dist.tiles import Cuts, Interval, Tile, find_shared_cuts, tiles_of_span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,8 @@ class FlatPart:
     """The elements of one parameter in a flat tensor of this rank."""
 
     span: Span
+    rank: int
+    """This rank's place among the owners."""
     flat: Tensor
     tiles: tuple[Tile, ...]
     num_elements: int
@@ -60,11 +62,7 @@ class FlatPart:
         return self.reducer is not None
 
     def cuts(self, block: int) -> Cuts:
-        matrices, rows, columns = matrix_sizes(self.shape)
-        everyone = (tile for owned in self.span.owned for tile in _tiles(self.shape, owned))
-        return find_cuts(
-            everyone, num_matrices=matrices, num_rows=rows, num_columns=columns, block=block
-        )
+        return find_shared_cuts(self.span.owned, self.rank, grid_of(self.shape, block))
 
     def weight(self) -> Tensor:
         return self._own(self.flat.detach())
@@ -141,6 +139,7 @@ def _parts(
         start, stop = span.owned[rank]
         yield FlatPart(
             span=span,
+            rank=rank,
             flat=flat,
             tiles=_tiles(span.shape, (start, stop)),
             num_elements=stop - start,

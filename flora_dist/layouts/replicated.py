@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.part import Part
-from flora_dist.optim.spec import StateTensor, matrix_sizes
+from flora_dist.optim.spec import StateTensor, grid_of, matrix_sizes
 from flora_dist.tiles import Cuts, Interval, Tile, find_cuts
 
 
@@ -43,8 +43,7 @@ class ReplicatedPart:
         return None
 
     def cuts(self, block: int) -> Cuts:
-        matrices, rows, columns = matrix_sizes(self.shape)
-        return find_cuts((), num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
+        return find_cuts((), grid_of(self.shape, block))
 
     def weight(self) -> Tensor:
         return self.tensor.detach()

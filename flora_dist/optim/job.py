@@ -89,8 +89,11 @@ class Update(Protocol):
     def couple(self, totals: Terms) -> Terms:
         """From the sums of message 1 to the terms of message 2; empty where none is needed."""
 
+    def tally(self, totals: Terms) -> Terms:
+        """From the sums of message 2 to the terms of message 3; empty where none is needed."""
+
     def finish(self, totals: Terms) -> None:
-        """From the sums of message 2 to new weights and state."""
+        """From the sums of message 3 to new weights and state."""
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

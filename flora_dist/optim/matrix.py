@@ -68,7 +68,7 @@ class MatrixUpdate:
                 terms["history"] = self._zeros(self._summed)
         if job.config.scale_parameter:
             terms["weight"] = self._zeros(self._summed)
-        if len(job.cuts.rows):
+        if job.cuts.rows_anywhere:
             terms["rows"] = self._zeros(len(job.cuts.rows))
         for piece in build_pieces(job, self._batches()):
             self._measure_piece(piece, terms)
@@ -122,18 +122,17 @@ class MatrixUpdate:
         self._settle()
         job = self.job
         terms: Terms = {}
-        if len(job.cuts.rows) and self._sums_known_early():
+        if job.cuts.rows_anywhere and self._sums_known_early():
             terms["squares"] = self._zeros(self._summed)
             if self._asks_history():
                 terms["cross"] = self._zeros(self._summed)
-        if self._asks_update():
-            terms["update"] = self._zeros(self._summed)
-        if self._cut_blocks is not None and self._rule is not None and len(job.cuts.blocks):
+        if self._cut_blocks is not None and self._rule is not None and job.cuts.blocks_anywhere:
             assert job.geometry.rank is not None
             terms["blocks"] = self._zeros(len(job.cuts.blocks), job.geometry.rank)
         if terms:
             for piece in build_pieces(job, self._batches()):
-                self._couple_piece(piece, terms)
+                if self._is_cut(piece.tile):
+                    self._couple_piece(piece, terms)
         self._own = terms
         return terms if job.part.splits_matrices else {}
 
@@ -161,43 +160,47 @@ class MatrixUpdate:
 
     def _couple_piece(self, piece: Piece, terms: Terms) -> None:
         matrices = self._matrices(piece.tile)
-        is_cut = self._is_cut(piece.tile)
-        if not is_cut and "update" not in terms:
-            return
         x_ENW = self._normalise(piece)
-        if is_cut and "squares" in terms:
+        if "squares" in terms:
             terms["squares"][matrices] += x_ENW.square().sum((1, 2))
             if "cross" in terms:
                 assert piece.momentum is not None
                 old_ENW = self._basis.read(piece.momentum.to(self._dtype), piece.tile)
                 terms["cross"][matrices] += (x_ENW * old_ENW).sum((1, 2))
-        if self._rule is None or self._cut_blocks is None:
-            return
-        compressed = self._basis.compress(x_ENW, piece.tile)
-        if is_cut and "blocks" in terms:
+        if "blocks" in terms:
+            assert self._cut_blocks is not None
+            compressed = self._basis.compress(x_ENW, piece.tile)
             self._cut_blocks.add_partial_(terms["blocks"], compressed, piece.tile)
-        if "update" in terms:
-            assert piece.momentum is not None
-            beta = self.job.config.beta1
-            moved = beta * self._basis.move(piece.momentum.to(self._dtype), piece.tile)
-            terms["update"][matrices] += self._cut_blocks.partial_square_sum(
-                moved, (1 - beta) * compressed, self._basis, piece.tile
-            )
+
+    def tally(self, totals: Terms) -> Terms:
+        """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
+        self._coupled = {**self._own, **totals}
+        terms: Terms = {}
+        if self._asks_update():
+            ones_E11 = torch.ones(1, 1, 1, dtype=self._dtype, device=self._weight.device)
+            terms["update"] = self._zeros(self._summed)
+            for piece in build_pieces(self.job, self._batches()):
+                update_ENW, _ = self._advance(piece, ones_E11)
+                terms["update"][self._matrices(piece.tile)] += update_ENW.square().sum((1, 2))
+        self._own = terms
+        return terms if self.job.part.splits_matrices else {}
 
     # ---- the step itself
 
     def finish(self, totals: Terms) -> None:
         """Clip, update weights and state, count the step."""
         job, num_elements = self.job, self.job.geometry.num_rows * self.job.geometry.num_columns
-        totals = {**self._own, **totals}
-        factor_H = job.clip_factor(self._square_sum(totals), num_elements)
+        tallied = {**self._own, **totals}
+        factor_H = job.clip_factor(self._square_sum(tallied), num_elements)
         scales = "weight" in self._totals
         weight_H = self._totals["weight"][self._held] if scales else None
         rate_H = job.rate(weight_H, num_elements) * torch.ones_like(factor_H)
         weights = self._batches()
         for piece in build_pieces(job, weights):
             here = self._here(piece.tile)
-            update_ENW = self._advance(piece, factor_H[here].view(-1, 1, 1), totals)
+            update_ENW, momentum = self._advance(piece, factor_H[here].view(-1, 1, 1))
+            if momentum is not None:
+                write_momentum_(job, piece, momentum)
             write_weight_(job, piece, update_ENW * rate_H[here].view(-1, 1, 1))
             piece.row_EN.copy_(self._row_of(piece))
         if weights and weights[0].data_ptr() != self._weight.data_ptr():
@@ -205,50 +208,38 @@ class MatrixUpdate:
         job.local("column").view(-1, job.geometry.num_columns).copy_(self._new_column_HM)
         job.count_step()
 
-    def _square_sum(self, totals: Terms) -> Tensor:
+    def _square_sum(self, tallied: Terms) -> Tensor:
         """Squared norm (H,) of what is clipped, over all ranks."""
         if self.job.config.clip is None:
             return self._zeros(self._held.stop - self._held.start)
         if self._asks_update():
-            return self._strict_square_sum(totals)
+            return tallied["update"][self._held]
         squares = self._squares
-        if "squares" in totals:
-            cross = totals.get("cross")
+        if "squares" in self._coupled:
+            cross = self._coupled.get("cross")
             squares = Squares(
-                x2=squares.x2 + totals["squares"][self._held],
+                x2=squares.x2 + self._coupled["squares"][self._held],
                 cross=squares.cross + (0.0 if cross is None else cross[self._held]),
                 history=squares.history,
             )
         return squares.x2 if self._rule is None else self._rule.square_sum(squares)
 
-    def _strict_square_sum(self, totals: Terms) -> Tensor:
-        square_sum_H = totals["update"][self._held]
-        if "blocks" in totals:
-            assert self._cut_blocks is not None
-            added = (1 - self.job.config.beta1) * totals["blocks"]
-            square_sum_H = square_sum_H + self._cut_blocks.square_sum(
-                added, self._basis, self.job.part.matrices
-            )
-        return square_sum_H
-
-    def _advance(self, piece: Piece, factor_E11: Tensor, totals: Terms) -> Tensor:
-        """The clipped update of a piece; writes its momentum."""
+    def _advance(self, piece: Piece, factor_E11: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The clipped update of a piece, and its new momentum."""
         x_ENW = self._normalise(piece)
         if self._rule is None:
-            return x_ENW * factor_E11
+            return x_ENW * factor_E11, None
         if self._rule.clips_input:
             x_ENW = x_ENW * factor_E11
         compressed = self._basis.compress(x_ENW, piece.tile)
-        if self._cut_blocks is not None and "blocks" in totals:
+        if self._cut_blocks is not None and "blocks" in self._coupled:
             factor = factor_E11 if self._rule.clips_input else None
-            self._cut_blocks.fill_(compressed, totals["blocks"], piece.tile, factor)
+            self._cut_blocks.fill_(compressed, self._coupled["blocks"], piece.tile, factor)
         assert piece.momentum is not None
-        momentum = piece.momentum.to(self._dtype)
         update_ENW, momentum = self._rule.advance(
-            x_ENW, compressed, momentum, self._basis, piece.tile
+            x_ENW, compressed, piece.momentum.to(self._dtype), self._basis, piece.tile
         )
-        write_momentum_(self.job, piece, momentum)
-        return update_ENW if self._rule.clips_input else update_ENW * factor_E11
+        return (update_ENW if self._rule.clips_input else update_ENW * factor_E11), momentum
 
     def _normalise(self, piece: Piece) -> Tensor:
         # X = G / sqrt(R C / mean(R))

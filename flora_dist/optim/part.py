@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from flora_dist.tiles import Cuts, Interval, Tile
 
 Terms = dict[str, Tensor]
 """Named plain tensors that one parameter contributes to a message; a sum over ranks keeps them."""
+SLOTTED = ("rows", "blocks")
+"""Terms with a place (of the first dim) per cut row or cut block of ``Part.cuts``."""
 
 
 class Reducer(Protocol):
@@ -25,6 +28,17 @@ class Reducer(Protocol):
 
     def sum_(self, message_S: Tensor) -> None:
         """Replace a flat message by its sum over the ranks; every rank gets the same bits."""
+
+    def exchange(self, sent_S: Tensor, sizes: Mapping[int, int]) -> Tensor:
+        """Send each peer its share of a flat message; returns theirs, laid out alike.
+
+        ``sizes``: numbers per peer, ascending by its place in the group; equal on both sides.
+        Every rank of the group calls this, also with nothing to send.
+        """
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
 
 
 class Part(Protocol):

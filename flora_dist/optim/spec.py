@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flora_dist.optim.config import FloraConfig
+from flora_dist.tiles import Grid
 
 FORMAT_VERSION = 1
 """Version of the state's names, shapes and meanings; kept with every parameter's state."""
@@ -134,6 +135,12 @@ def matrix_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
     if is_batch(shape):
         return shape[0], shape[1], shape[2]
     return 1, shape[0], math.prod(shape[1:])
+
+
+def grid_of(shape: tuple[int, ...], block: int) -> Grid:
+    """A parameter's matrices, cut in blocks of so many columns."""
+    matrices, rows, columns = matrix_sizes(shape)
+    return Grid(num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
 
 
 def _block_and_rank(name: str, rows: int, columns: int, config: FloraConfig) -> tuple[int, int]:

@@ -46,6 +46,11 @@ class VectorUpdate:
         self._totals = totals
         return {}
 
+    def tally(self, totals: Terms) -> Terms:
+        """Nor a third."""
+        del totals
+        return {}
+
     def finish(self, totals: Terms) -> None:
         """Clip, add, write."""
         del totals

@@ -43,9 +43,11 @@ class Flora(torch.optim.Optimizer):
     rank keeps only the state of its own shard, and the same seed gives the same run on one
     process, DDP, FSDP2, HSDP and tensor parallelism, to float rounding.
 
-    ``step()`` sends one message of sums, an all-reduce per sharded axis of the mesh; two with
-    ``flora_strict`` or where columns are sharded; none on plain tensors. Parameters sharded over
-    other axes have messages of their own; the number does not depend on that of parameters.
+    ``step()`` sends one message of sums, an all-reduce per sharded axis of the mesh; one more with
+    ``flora_strict``, and one more where columns are sharded; none on plain tensors. Under ZeRO and
+    FSDP1: two all-reduces, and two exchanges among those who share a cut row or block. Parameters
+    sharded over other axes have messages of their own; the number does not depend on that of
+    parameters, nor a rank's bytes on the number of ranks.
 
     Args:
         params: parameters, groups, or ``model.named_parameters()`` (preferred: projections hang

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step over all parameters: measure, sum, couple, sum, finish.
+"""One step over all parameters: measure, sum, couple, sum, tally, sum, finish.
 
-Two messages at most per group of ranks, whatever the number of parameters.
+Three messages at most per group of ranks, whatever the number of parameters; most layouts and rules
+have nothing to say in the second and third.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def run_step(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> N
     updates = [update for update, here in zip(updates, present, strict=True) if here]
     pairs = zip(updates, totals, strict=True)
     totals = _sum(updates, [update.couple(total) for update, total in pairs])
+    pairs = zip(updates, totals, strict=True)
+    totals = _sum(updates, [update.tally(total) for update, total in pairs])
     for update, total in zip(updates, totals, strict=True):
         update.finish(total)
 
@@ -53,7 +56,8 @@ def _sum(updates: Sequence[Update], terms: Sequence[Terms]) -> list[Terms]:
         places.setdefault(update.job.part.reducer, []).append(index)
     totals: list[Terms] = [{} for _ in updates]
     for reducer, indices in places.items():
-        sums = sum_terms([terms[index] for index in indices], reducer)
+        cuts = [updates[index].job.cuts for index in indices]
+        sums = sum_terms([terms[index] for index in indices], cuts, reducer)
         for index, total in zip(indices, sums, strict=True):
             totals[index] = total
     return totals

@@ -120,13 +120,16 @@ def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: s
         ("fsdp2 x3", "flora_strict", 2),
         ("hsdp 2x2", "flora", 1),
         ("columns x3", "flora", 2),
-        ("columns x3", "flora_strict", 2),
+        ("columns x3", "flora_strict", 3),
         ("tp x2", "flora", 2),
         # one for what the data axis alone shards, two for what both do
         ("fsdp2 x tp 2x2", "flora", 3),
         ("ddp x2", "flora", 0),
-        ("flat x3", "flora", 2),
-        ("flat x3", "flora_strict", 2),
+        # each with an exchange between those who share cut rows or blocks
+        ("flat x3", "flora", 4),
+        ("flat x3", "flora_strict", 4),
+        ("flat x3", "blend", 4),
+        ("flat x3", "none", 3),
     ],
 )
 def test_the_number_of_messages_is_fixed(layout: str, momentum: str, messages: int) -> None:
