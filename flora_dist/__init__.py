@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flora_dist import deepspeed as deepspeed
+    from flora_dist import fsdp1 as fsdp1
     from flora_dist.optimizer.flora import Flora
     from flora_dist.optimizer.report import Report
 
@@ -15,13 +17,17 @@ __version__ = "0.1.0"
 __all__ = ["Flora", "Report", "__version__"]
 
 _HOMES = {"Flora": "flora_dist.optimizer.flora", "Report": "flora_dist.optimizer.report"}
+# Not in __all__: import * would need DeepSpeed.
+_FRAMEWORKS = ("deepspeed", "fsdp1")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FRAMEWORKS:
+        return import_module(f"flora_dist.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'flora_dist' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted((*__all__, *_FRAMEWORKS))

@@ -25,7 +25,7 @@ from flora_dist.integrations.spans import Partition, check_partitions, cut_each,
 from flora_dist.layouts.flat import FlatLayout
 from flora_dist.layouts.replicated import NamedLayout
 from flora_dist.optimizer.flora import Flora
-from flora_dist.optimizer.naming import names_by_tensor
+from flora_dist.sketch.keys import canonical_name
 
 _attached: WeakKeyDictionary[Flora, ref[DeepSpeedEngine]] = WeakKeyDictionary()
 
@@ -56,13 +56,16 @@ def attach(engine: DeepSpeedEngine) -> Flora:
     if known is not None and known() is engine:
         return flora
     _refuse_features(engine)
-    names = names_by_tensor(engine.module.named_parameters(remove_duplicate=False))
+    # Of tied names the first, as a plain run's Flora(model.named_parameters()) has it.
+    names = {id(p): canonical_name(name) for name, p in engine.module.named_parameters()}
     if isinstance(optimizer, Flora):
         flora.attach_layout(NamedLayout(_named(optimizer.param_groups, names)))
     elif type(optimizer) is FP16_UnfusedOptimizer:
         flora.attach_layout(NamedLayout(_named_copies(optimizer, names)))
     else:
         _attach_partitions(flora, optimizer, _partitions_of(optimizer, names))
+    # Not at the first step: stages 1 and 2 hide all groups but one from a step.
+    flora.announce()
     _attached[flora] = ref(engine)
     return flora
 

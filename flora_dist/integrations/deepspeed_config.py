@@ -38,6 +38,23 @@ def check_flora_block(config: Mapping[str, Any]) -> None:
         )
 
 
+def check_filled_in(config: Mapping[str, Any], where: str = "") -> None:
+    """Refuse "auto": DeepSpeed itself takes it for its own default, bf16 for off, or fails.
+
+    Raises:
+        ValueError: naming the first such key.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_filled_in(value, f"{where}{key}.")
+        elif value == "auto":
+            raise ValueError(
+                f'every value of the config must be filled in; {where}{key} is "auto", which only '
+                "the Hugging Face Trainer and accelerate fill in. Write the value, or leave the "
+                "key out for DeepSpeed's default, or call attach on the engine they build."
+            )
+
+
 def optimizer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of Flora in the "optimizer" block.
 
@@ -87,4 +104,4 @@ def _check_keys(block: str, given: Any, known: Collection[str]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-            raise TypeError(f'the block "{block}" has the unknown key {key!r}. {hint}')
+            raise ValueError(f'the block "{block}" has the unknown key {key!r}. {hint}')

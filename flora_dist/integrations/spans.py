@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -82,11 +83,13 @@ def check_partitions(partitions: Sequence[Partition], *, host: str, tested: str)
     """
     for partition in partitions:
         group = partition.process_group
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        mine = ([(s.name, s.shape, s.owned[rank]) for s in partition.spans], _wrong(partition))
-        everyone: list[Any] = [None] * world_size
+        mine = ([(span.name, _digest(span)) for span in partition.spans], _wrong(partition))
+        everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
-        found = [wrong for _, wrong in everyone if wrong] + list(_gaps(partition, everyone))
+        found = [wrong for _, wrong in everyone if wrong]
+        found += _disagreements([listed for listed, _ in everyone])
+        # Of this rank's map; that all have it was just shown, so all find the same.
+        found += _gaps(partition.spans)
         if found:
             raise RuntimeError(
                 f"the spans of all ranks must tile every parameter and hold its weights; {found[0]}"
@@ -112,12 +115,20 @@ def _are_equal(ours: Tensor, theirs: Tensor) -> bool:
     return torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def _gaps(partition: Partition, everyone: Sequence[Any]) -> Iterator[str]:
-    """What the ranks themselves say they hold, against the map of this one."""
-    for index, span in enumerate(partition.spans):
-        claims = [listed[index] if index < len(listed) else None for listed, _ in everyone]
-        if claims != [(span.name, span.shape, owned) for owned in span.owned]:
-            yield f"ranks disagree on who holds {span.name!r}"
+def _digest(span: Span) -> bytes:
+    """Stands for who holds what of a parameter; the whole map would grow with the ranks' square."""
+    return hashlib.sha256(repr((span.shape, span.owned)).encode()).digest()[:8]
+
+
+def _disagreements(listed: Sequence[Sequence[tuple[str, bytes]]]) -> Iterator[str]:
+    """Parameters that ranks list or cut differently; ``listed`` is equal on all ranks."""
+    for entries in itertools.zip_longest(*listed):
+        if len(set(entries)) > 1:
+            yield f"ranks disagree on who holds {next(e[0] for e in entries if e)!r}"
+
+
+def _gaps(spans: Sequence[Span]) -> Iterator[str]:
+    for span in spans:
         ends = [0, *(end for _, end in span.owned)]
         starts = [*(start for start, _ in span.owned), math.prod(span.shape)]
         if ends != starts:

@@ -188,7 +188,7 @@ class Flora(torch.optim.Optimizer):
             if self._roster.is_rehearsal(self.param_groups):
                 return loss
             slots = self._ready_slots()
-            self._announce()
+            self.announce()
             with exact_products({slot.tensor.device.type for slot in slots}):
                 run_step(slots, self.state)
         return loss
@@ -260,8 +260,8 @@ class Flora(torch.optim.Optimizer):
         loading.check_states(states, self._roster.fresh(self.param_groups, self.state))
         return states
 
-    def _announce(self) -> None:
-        """Print the report's summary once, on process 0, before the first step."""
+    def announce(self) -> None:
+        """Print the report's summary once, on process 0; the first step does if nobody has."""
         if not self._announced and process_rank() == 0:
             sys.stderr.write(self.report().summary() + "\n")
         self._announced = True

@@ -73,18 +73,6 @@ def names_of(groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             position += 1
 
 
-def names_by_tensor(named: Iterable[tuple[str, Tensor]]) -> dict[int, str]:
-    """Canonical names by the tensors' ids; of tied ones the smallest.
-
-    ``named``: ``model.named_parameters(remove_duplicate=False)``.
-    """
-    names: dict[int, str] = {}
-    for name, tensor in named:
-        canonical = canonical_name(name)
-        names[id(tensor)] = min(canonical, names.get(id(tensor), canonical))
-    return names
-
-
 def position_name(position: int) -> str:
     """The name of a parameter that was given none.
 

@@ -71,10 +71,18 @@ class Roster:
         """New slots, not configured yet.
 
         Raises:
-            ValueError: an engine put its flat partition among the parameters.
+            ValueError: an engine put its flat partition, or FSDP1 its views of one, among the
+                parameters and nobody attached.
         """
         for group in groups:
             for tensor in group["params"]:
+                if is_marked_by_fsdp1(tensor) and self._is_unclaimed(tensor):
+                    raise ValueError(
+                        "parameters that FSDP1 has flattened must be attached; one of shape "
+                        f"{tuple(tensor.shape)} on this rank is not, and stepping that as it lies "
+                        "would keep dense state. Call flora_dist.fsdp1.attach(model, optimizer) "
+                        "after wrapping."
+                    )
                 if tensor.ndim == 1 and self._is_foreign(tensor):
                     raise ValueError(
                         "every 1-D tensor must have been given to the optimizer; one of "
@@ -97,10 +105,16 @@ class Roster:
 
     def _is_foreign(self, tensor: Tensor) -> bool:
         """A plain tensor that no integration claims and nobody gave."""
-        if _identity(tensor) in self._given:
-            return False
+        return _identity(tensor) not in self._given and self._is_unclaimed(tensor)
+
+    def _is_unclaimed(self, tensor: Tensor) -> bool:
         layout = next((layout for layout in self._layouts if layout.claims(tensor)), None)
         return isinstance(layout, ReplicatedLayout)
+
+
+def is_marked_by_fsdp1(tensor: Tensor) -> bool:
+    """Whether FullyShardedDataParallel has cut a parameter, or is what it has cut them from."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 def _configured(slots: list[Slot], state: State) -> list[Slot]:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -20,8 +20,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from flora_dist import Flora
+from flora_dist import Flora, fsdp1
 from flora_dist.comm import groups
+from flora_dist.sketch.keys import canonical_name
 from tests.battery import zoo
 from tests.battery.flat import bounds_of, layout_of
 from tests.battery.mutations import mutated
@@ -104,6 +105,33 @@ def _train_sharded(case: Case, mesh: DeviceMesh) -> Weights:
     return _train(model, model, case)
 
 
+def on_fsdp1(case: Case) -> Weights:
+    """One process too, where FSDP1 takes NO_SHARD."""
+    model = wrap_in_fsdp1(zoo.build(case.dtype))
+    optimizer = Flora(model.named_parameters(), **case.flora)
+    fsdp1.attach(model, optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        tokens = zoo.batch(step, SAMPLES)
+        model(zoo.share(tokens, dist.get_rank(), dist.get_world_size())).backward()
+        optimizer.step()
+    return fsdp1_weights(model)
+
+
+def wrap_in_fsdp1(model: zoo.Zoo, **options: Any) -> FullyShardedDataParallel:
+    """Four units of their own, the rest with the root."""
+    settings = {"use_orig_params": True, "device_id": torch.device("cpu"), **options}
+    for name in ("up", "down", "conv", "single"):
+        setattr(model, name, FullyShardedDataParallel(getattr(model, name), **settings))
+    return FullyShardedDataParallel(model, **settings)
+
+
+def fsdp1_weights(model: FullyShardedDataParallel) -> Weights:
+    """Whole weights of the parameters that train, on every rank."""
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        return {canonical_name(name): weight for name, weight in trainable(model).items()}
+
+
 def on_flat(case: Case) -> Weights:
     """ZeRO by hand: whole model everywhere, mean gradients, each rank steps its span."""
     model = zoo.build(case.dtype)
@@ -175,6 +203,9 @@ LAYOUTS: dict[str, tuple[int, Callable[[Case], Weights]]] = {
     "columns x3": (3, on_columns),
     "tp x2": (2, on_tensor_parallel),
     "fsdp2 x tp 2x2": (4, on_fsdp2_and_tensor_parallel),
+    "fsdp1 x1": (1, on_fsdp1),
+    "fsdp1 x2": (2, on_fsdp1),
+    "fsdp1 x3": (3, on_fsdp1),
     "flat x1": (1, on_flat),
     "flat x2": (2, on_flat),
     "flat x3": (3, on_flat),
@@ -191,24 +222,34 @@ def run(layout: str, case: Case, mutation: str = "") -> Weights:
 
 def count_messages(layout: str, case: Case) -> int:
     """Messages per step that the optimizer itself asked to be summed."""
-    counted = 0
-    with _spied(groups.MeshReducer) as mesh, _spied(groups.GroupReducer) as world:
-        LAYOUTS[layout][1](case)
-        counted = mesh() + world()
-    assert counted % STEPS == 0, counted
-    return counted // STEPS
+    return counted(lambda: LAYOUTS[layout][1](case))
+
+
+def counted(train: Callable[[], Any]) -> int:
+    """The same of a run of ``STEPS`` steps."""
+    doors = [
+        (groups.MeshReducer, "sum_"),
+        (groups.GroupReducer, "sum_"),
+        (groups.GroupReducer, "exchange"),
+    ]
+    with ExitStack() as stack:
+        counts = [stack.enter_context(_spied(*door)) for door in doors]
+        train()
+        total = sum(count() for count in counts)
+    assert total % STEPS == 0, total
+    return total // STEPS
 
 
 @contextmanager
-def _spied(reducer: Any) -> Iterator[Callable[[], int]]:
-    original, calls = reducer.sum_, []
+def _spied(reducer: Any, method: str) -> Iterator[Callable[[], int]]:
+    original, calls = getattr(reducer, method), []
 
-    def sum_(self: Any, message_S: Tensor) -> None:
-        calls.append(message_S.numel())
-        original(self, message_S)
+    def spy(self: Any, *arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(self, *arguments)
 
-    reducer.sum_ = sum_
+    setattr(reducer, method, spy)
     try:
         yield lambda: len(calls)
     finally:
-        reducer.sum_ = original
+        setattr(reducer, method, original)

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from flora_dist.comm import groups
+from flora_dist.integrations import fsdp1
 from flora_dist.optim.basis import SketchedBasis
 from flora_dist.optimizer import stepping
 from flora_dist.sketch import keys
@@ -19,8 +22,8 @@ def _unsummed(*names: str) -> Callable[[Any], Callable[..., Any]]:
     """Terms of these names keep this rank's own values."""
 
     def mutate(original: Any) -> Callable[..., Any]:
-        def sum_terms(terms: Any, reducer: Any) -> Any:
-            totals = original(terms, reducer)
+        def sum_terms(terms: Any, cuts: Any, reducer: Any) -> Any:
+            totals = original(terms, cuts, reducer)
             for own, total in zip(terms, totals, strict=True):
                 total.update({name: own[name] for name in names if name in own})
             return totals
@@ -54,13 +57,45 @@ MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 """Name -> (where, attribute, from the right one to the wrong one)."""
 
 
+def _without_padding(original: Any) -> Callable[..., Any]:
+    del original
+
+    def offsets(flat: Any) -> Iterator[int]:
+        start = 0
+        for shape in flat._shapes:
+            yield start
+            start += shape.numel()
+
+    return offsets
+
+
+def _over_the_world(original: Any) -> Callable[..., None]:
+    def sum_(self: Any, message_S: Tensor) -> None:
+        original(replace(self, group=dist.group.WORLD), message_S)
+
+    return sum_
+
+
+def _in_the_unit(original: Any) -> Callable[..., Any]:
+    del original
+    return lambda flat, walk: list(flat._fqns)  # noqa: ARG005 - the function's signature
+
+
+FSDP1_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "padding between parameters": (fsdp1, "_offsets", _without_padding),
+    "sums within the shard group": (groups.GroupReducer, "sum_", _over_the_world),
+    "names in the model": (fsdp1, "_names", _in_the_unit),
+}
+"""Those of FSDP1's map; its arithmetic has those above."""
+
+
 @contextmanager
 def mutated(name: str) -> Iterator[None]:
     """Break one mechanism; none for the empty name."""
     if not name:
         yield
         return
-    home, attribute, mutate = MUTATIONS[name]
+    home, attribute, mutate = {**MUTATIONS, **FSDP1_MUTATIONS}[name]
     original = getattr(home, attribute)
     setattr(home, attribute, mutate(original))
     try:

@@ -121,6 +121,7 @@ def all_rows() -> tuple[Row, ...]:
         *_paper(),
         *_scaled(),
         *_blends("gain", {"blend_gain": (1.0, 4.0, 8.0)}),
+        _small_gain(),
         *_blends("beta1", {"beta1": (0.8, 0.95)}),
         *_blends("clip", {"clip": (None, 2.0)}),
         *_blocks(),
@@ -196,6 +197,12 @@ def _blends(factor: str, changes: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
         for value in values:
             shown = f"{value:g}" if isinstance(value, float) else value
             yield _flora(f"blend, {option} {shown}", factor, CENTRE | {option: value})
+
+
+def _small_gain() -> Row:
+    """At ratio 2 the centre's gain is block/rank already, the whole of the momentum."""
+    options = CENTRE | {"rank": 32, "blend_gain": 1.0}
+    return _flora("blend, ratio 2, blend_gain 1", "gain", options)
 
 
 def _blocks() -> Iterator[Row]:
