@@ -34,9 +34,9 @@ class ReferenceSettings:
     """
 
     lr: float = 1e-3
-    momentum: str = "flora"
+    momentum: str = "blend"
     sketch: str = "hadamard"
-    blend_gain: float = 2.0
+    blend_gain: float | None = None
     beta1: float = 0.9
     kappa: int = 1000
     transfer: str = "shrink"
@@ -145,8 +145,9 @@ def _rule(
         # U = M A_new
         return clipped(expand(momentum, new, columns), s.clip), momentum
     # U = X + gain (R/B) (M - X A_new^T) A_new
-    gain = s.blend_gain * new.shape[0] / new.shape[1]
-    return x + gain * expand(momentum - c, new, columns), momentum
+    ratio = new.shape[1] / new.shape[0]
+    gain = min(2.0, ratio / 2) if s.blend_gain is None else s.blend_gain
+    return x + gain / ratio * expand(momentum - c, new, columns), momentum
 
 
 def _is_batch(x: Tensor) -> bool:

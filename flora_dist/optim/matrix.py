@@ -40,7 +40,7 @@ class MatrixUpdate:
         self.job = job
         self._weight = job.part.weight()
         self._dtype = arithmetic_dtype(self._weight.dtype)
-        self._rule = rule_of(job.config, dense=job.sketches is None)
+        self._rule = rule_of(job.config, job.geometry)
         self._basis: Basis = DenseBasis()
         if job.sketches is not None and self._rule is not None:
             self._basis = job.sketches.change(

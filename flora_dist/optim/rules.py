@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flora_dist.optim.basis import Basis
 from flora_dist.optim.config import FloraConfig
+from flora_dist.optim.spec import Geometry
 from flora_dist.tiles import Tile
 
 
@@ -122,17 +123,19 @@ class BlendRule:
         return squares.x2
 
 
-def rule_of(config: FloraConfig, *, dense: bool) -> Rule | None:
+def rule_of(config: FloraConfig, geometry: Geometry) -> Rule | None:
     """The rule of a group's parameters; None: no momentum, U = X with X clipped.
 
     Dense momentum changes no basis, so there ``flora_strict`` is ``flora`` and needs one message.
     """
+    rank = geometry.rank
     match config.momentum:
         case "none":
             return None
         case "blend":
-            return BlendRule(beta=config.beta1, gain=1.0 if dense else config.blend_gain)
-        case "flora_strict" if not dense:
+            gain = 1.0 if rank is None else config.gain_at(geometry.block / rank)
+            return BlendRule(beta=config.beta1, gain=gain)
+        case "flora_strict" if rank is not None:
             return FloraStrictRule(beta=config.beta1)
         case _:
             return FloraRule(beta=config.beta1)

@@ -57,8 +57,10 @@ class Flora(torch.optim.Optimizer):
         block: consecutive row elements per block, a power of two, or "full": the smaller of rows
             and columns.
         sketch: "hadamard" (least noise), "gaussian" (the paper) or "rademacher".
-        momentum: "flora" (the authors' code), "flora_strict" (Algorithm 2), "blend" or "none".
-        blend_gain: weight of the sketched momentum under "blend", 1 to block/rank.
+        momentum: "blend" (momentum inside the sketched subspace, the gradient itself outside),
+            "flora" (the authors' code), "flora_strict" (Algorithm 2) or "none".
+        blend_gain: weight of the sketched momentum under "blend", 1 to block/rank; None:
+            min(2, block / (2 rank)).
         beta1: decay of the momentum.
         kappa: steps between projections.
         transfer: momentum at a new projection: "shrink" (least squares), "paper" or "reset".
@@ -97,8 +99,8 @@ class Flora(torch.optim.Optimizer):
         rank: int | None = 8,
         block: int | str = 64,
         sketch: str = "hadamard",
-        momentum: str = "flora",
-        blend_gain: float = 2.0,
+        momentum: str = "blend",
+        blend_gain: float | None = None,
         beta1: float = 0.9,
         kappa: int = 1000,
         transfer: str = "shrink",

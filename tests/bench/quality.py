@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which optimizer learns most from the same tokens: one table, results.json, two pictures.
 
-    python -m tests.bench.quality            about an hour of 2 cores
+    python -m tests.bench.quality            about 75 minutes of 2 cores
     python -m tests.bench.quality --quick    about 3 minutes
 
 Every row gets the same tokens and learning rates (`quality_plan.py`); the one with the lowest

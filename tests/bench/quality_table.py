@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from rich.table import Table
 
 from tests.bench.quality_plan import (
@@ -28,6 +31,10 @@ Line = dict[str, Any]
 """One row of results.json."""
 CENTRE_NAME = "blend, ratio 8"
 _COLUMNS = 4
+WIDTH_OF_LABEL = 0.3
+"""Decades of state bytes."""
+HEIGHT_OF_LABEL = 0.009
+"""Nats."""
 
 
 def lines(
@@ -151,6 +158,8 @@ def _by_tokens(found: Sequence[Line], title: str) -> Figure:
                 _curve(panel, line, style=style)
         panel.set_title(factor)
         panel.set_xlabel("tokens")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.set_ylabel("validation loss (nats/token)")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=6)
@@ -169,6 +178,7 @@ def _by_state(found: Sequence[Line], title: str) -> Figure:
     figure = _figure(10.0, 7.0, title)
     axes = figure.subplots()
     factors = list(dict.fromkeys(line["factor"] for line in found))
+    labelled: list[tuple[float, float]] = []
     for number, factor in enumerate(factors):
         chosen = [line for line in found if line["factor"] == factor and line["mean"] is not None]
         if not chosen:
@@ -178,19 +188,30 @@ def _by_state(found: Sequence[Line], title: str) -> Figure:
             [line["mean"] for line in chosen],
             yerr=[line["spread"] / 2 for line in chosen],
             fmt="o",
-            color=f"C{number}",
+            color=colormaps["tab20"](number),
             capsize=3,
             label=factor,
         )
         for line in chosen:
             place = (line["state_bytes"], line["mean"])
-            axes.annotate(
-                line["row"], place, (4, 3), textcoords="offset points", fontsize=6, color="0.3"
-            )
+            if not _is_taken(place, labelled):
+                labelled.append(place)
+                axes.annotate(
+                    line["row"], place, (4, 3), textcoords="offset points", fontsize=7, color="0.3"
+                )
     axes.set_xscale("log")
+    axes.margins(x=0.12)
     axes.set_xlabel("optimizer state (bytes)")
     axes.set_ylabel("validation loss (nats/token), mean and range of the seeds")
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
     return figure
+
+
+def _is_taken(place: tuple[float, float], labelled: Iterable[tuple[float, float]]) -> bool:
+    """Whether a label would lie on another one; the rows that tell most come first."""
+    return any(
+        abs(math.log10(place[0] / x)) < WIDTH_OF_LABEL and abs(place[1] - y) < HEIGHT_OF_LABEL
+        for x, y in labelled
+    )

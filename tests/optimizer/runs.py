@@ -27,8 +27,15 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "bias": (7,),
     "scale": (),
 }
-# clip active, and windows that change
-SETTINGS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "block": 8, "kappa": 3, "clip": 0.3}
+# clip active, and windows that change; a rule that goes with every sketch and transfer
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-2,
+    "rank": 2,
+    "block": 8,
+    "momentum": "flora",
+    "kappa": 3,
+    "clip": 0.3,
+}
 
 
 def draw(name: str, step: int, shape: Iterable[int], dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,7 @@ _DECKS: dict[str, list[Any]] = {
     "kappa": [1, 2, 3, 5],
     "maximize": [False, True],
     "beta1": [0.0, 0.5, 0.9, 0.99],
-    "blend_gain": [0.0, 1.0, 2.0, 4.0],
+    "blend_gain": [None, 0.0, 1.0, 4.0],
     "eps": [1e-37, 1e-30, 1e-3],
     "seed": [0, 1, -(2**63), 2**63 - 1],
     "lr": [1e-4, 1e-2, 1.0],

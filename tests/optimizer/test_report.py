@@ -35,7 +35,7 @@ MODELS = {"zoo": lambda: zoo.build(torch.float32), "conv": _conv_net, "attention
         {"state_dtype": "bfloat16"},
         {"momentum": "none"},
         {"rank": None},
-        {"rank": 2, "block": "full", "sketch": "gaussian"},
+        {"rank": 2, "block": "full", "sketch": "gaussian", "momentum": "flora"},
         {"rank": 1, "block": 4, "momentum": "blend"},
     ],
     ids=str,
@@ -71,7 +71,7 @@ def test_every_trainable_parameter_has_a_line_that_says_how_and_why() -> None:
     assert {row.name for row in report.rows} == trained
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert set(lines) == trained | {"parameter", "all"}
-    assert "flora, hadamard 2 per block of 8, bfloat16" in lines["up.weight"]
+    assert "blend, hadamard 2 per block of 8, bfloat16" in lines["up.weight"]
     assert "37x20" in lines["up.weight"]
     assert "dense: 1-D" in lines["norm.weight"]
     # blocks of 2 keep one number each: 2 of 3 columns
@@ -84,7 +84,7 @@ def test_the_summary_names_the_level_and_puts_equal_layers_on_one_line() -> None
     layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(12)])
     summary = Flora(layers.named_parameters(), rank=8).report().summary()
     assert "gradients=dense" in summary
-    assert "  flora, hadamard 8 per block of 64, float32: *.weight (12)" in summary.splitlines()
+    assert "  blend, hadamard 8 per block of 64, float32: *.weight (12)" in summary.splitlines()
     assert "  dense: 1-D: *.bias (12)" in summary.splitlines()
 
 

@@ -173,7 +173,7 @@ def test_hadamard_over_whole_rows_needs_a_power_of_two_and_gaussian_does_not() -
     weight = nn.Parameter(torch.ones(2000, 1376))
 
     def make(sketch: str) -> Flora:
-        return Flora([("down", weight)], rank=4, block="full", sketch=sketch)
+        return Flora([("down", weight)], rank=4, block="full", sketch=sketch, momentum="flora")
 
     words = ["hadamard", "power of two", "'down'", "1376", "Pass block=64"]
     runs.assert_refused(words, lambda: make("hadamard"))
