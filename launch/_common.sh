@@ -23,25 +23,32 @@ is_supported_python() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 }
 
-# Debian calls the default interpreter's package python3-venv and that of any other one pythonX.Y-venv.
-venv_package() {
+# python_package PART: Debian calls the default interpreter's packages python3-PART and those of any other
+# one pythonX.Y-PART.
+python_package() {
     if [[ $BASE_PYTHON == python3 ]]; then
-        echo python3-venv
+        echo "python3-$1"
     else
-        "$BASE_PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'
+        "$BASE_PYTHON" -c 'import sys; print("python%d.%d-%s" % (*sys.version_info[:2], sys.argv[1]))' "$1"
     fi
+}
+
+# DeepSpeed compiles its helper for the CPU against torch's headers, which include Python.h.
+has_python_headers() {
+    "$1" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 }
 
 require_machine() {
     local missing=()
     if ! command -v "$BASE_PYTHON" >/dev/null; then
-        missing+=(python3 python3-venv)
+        missing+=(python3 python3-venv python3-dev)
     elif ! is_supported_python "$BASE_PYTHON"; then
         refuse "Python must be 3.10 or newer; '$BASE_PYTHON' is $("$BASE_PYTHON" -V 2>&1)." \
             "Use Debian 12, Ubuntu 22.04 or newer, or name another one: PYTHON=python3.12 $0"
-    # Debian and Ubuntu ship venv without ensurepip, so venv alone proves nothing.
-    elif ! "$BASE_PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
-        missing+=("$(venv_package)")
+    else
+        # Debian and Ubuntu ship venv without ensurepip, so venv alone proves nothing.
+        "$BASE_PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing+=("$(python_package venv)")
+        has_python_headers "$BASE_PYTHON" || missing+=("$(python_package dev)")
     fi
     command -v g++ >/dev/null || missing+=(g++)
     if ((${#missing[@]})); then
@@ -78,7 +85,7 @@ fingerprint() {
     } | sha256sum | cut -d ' ' -f 1
 }
 
-# install_extra EXTRA: pip only when something changed; `dev` contains `train`.
+# install_extra EXTRA[,EXTRA]: pip only when something changed; `dev` contains `train` and `deepspeed`.
 install_extra() {
     local extra=$1 now installed=''
     now=$(fingerprint)

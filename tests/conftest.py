@@ -8,12 +8,23 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness.launched import LaunchedPool, deepspeed_command, torchrun_command
+from tests.harness.launched import (
+    ROOT,
+    LaunchedPool,
+    clear_locks,
+    deepspeed_command,
+    torchrun_command,
+)
 from tests.harness.ranks import RankPool
 
 # All ranks are on this machine. Without this, gloo asks the resolver for the host's own address in
 # every new group, and a resolver that does not answer holds the ranks until their timeout.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+# DeepSpeed compiles its helper for the CPU once per clone. Not in the user's own cache: a run of
+# theirs that was killed there has left a lock that every later one waits for.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+clear_locks(older_than=600.0)
 
 # Idle workers of another world size cost memory, not time.
 _POOLS: dict[int, RankPool] = {}

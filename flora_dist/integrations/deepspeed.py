@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from flora_dist.comm.groups import GroupReducer
+from flora_dist.integrations.deepspeed_config import check_features, refusal
 from flora_dist.integrations.spans import Partition, check_partitions, cut_each, cut_line
 from flora_dist.layouts.flat import FlatLayout
 from flora_dist.layouts.replicated import NamedLayout
@@ -86,53 +87,17 @@ def _attach_partitions(flora: Flora, optimizer: Any, partitions: list[Partition]
 
 
 def _refuse_features(engine: DeepSpeedEngine) -> None:
-    features: tuple[tuple[str, Callable[[], Any], str], ...] = (
-        (
-            "DeepCompile",
-            engine.is_deepcompile_enabled,
-            "it steps inside its own graph. Remove compile.deepcompile; engine.compile() works",
-        ),
-        (
-            "AutoTP",
-            lambda: engine.autotp_size() > 1,
-            "row statistics would miss the columns on other ranks. Set "
-            "tensor_parallel.autotp_size to 0, or use FSDP2 with tensor parallelism",
-        ),
-        (
-            "ZenFlow",
-            lambda: engine.zenflow_config() is not None,
-            "it updates chosen columns apart. Remove zenflow",
-        ),
+    check_features(engine.config)
+    for name, is_on, why in (
         (
             "MoE layers",
-            lambda: engine.has_moe_layers,
+            engine.has_moe_layers,
             "expert groups divide gradients in another way. Use FSDP2 for experts",
         ),
-        ("pipelines", lambda: engine.pipeline_parallelism, "stages share no step. Use ZeRO"),
-        ("SuperOffload", engine.super_offload, "it steps on its own. Remove super_offload"),
-        (
-            "ZeRO++ hpZ",
-            lambda: engine.zero_hpz_partition_size() > 1,
-            "partitions are kept twice. Set zero_hpz_partition_size to 1",
-        ),
-        (
-            "partial offload",
-            lambda: engine.zero_partial_offload() < 1,
-            "partitions lie on two devices. Set offload_optimizer.ratio to 1",
-        ),
-        (
-            "NVMe offload of the optimizer",
-            lambda: _offloads_to_nvme(engine.zero_offload_optimizer()),
-            "its swapper was never tried with Flora's state. Offload to the CPU",
-        ),
-    )
-    for name, is_on, why in features:
-        if is_on():
-            raise ValueError(f"Flora under DeepSpeed cannot go with {name}: {why}.")
-
-
-def _offloads_to_nvme(offload: Any) -> bool:
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme"
+        ("pipelines", engine.pipeline_parallelism, "stages share no step. Use ZeRO"),
+    ):
+        if is_on:
+            raise refusal(name, why)
 
 
 # ---- where parameters are

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from flora_dist.optim.config import KNOBS
@@ -14,6 +14,82 @@ from flora_dist.optim.spec import LEVELS
 TYPE = "Flora"
 _SETTINGS = ("lr", "weight_decay", "maximize", *KNOBS)
 _AVAILABLE = LEVELS[:1]
+_OFFLOAD = "zero_optimization.offload_optimizer"
+_REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    (
+        "DeepCompile",
+        "compile.deepcompile",
+        bool,
+        "it steps inside its own graph. Remove compile.deepcompile; engine.compile() works",
+    ),
+    (
+        "AutoTP",
+        "tensor_parallel.autotp_size",
+        lambda size: size > 1,
+        "row statistics would miss the columns on other ranks. Set tensor_parallel.autotp_size to "
+        "0, or use FSDP2 with tensor parallelism",
+    ),
+    (
+        "ZenFlow",
+        "zero_optimization.zenflow",
+        lambda block: block is not None,
+        "it updates chosen columns apart. Remove zenflow",
+    ),
+    (
+        "SuperOffload",
+        f"{_OFFLOAD}.super_offload",
+        bool,
+        "it steps on its own. Remove super_offload",
+    ),
+    (
+        "partial offload",
+        f"{_OFFLOAD}.ratio",
+        lambda ratio: ratio < 1,
+        "partitions lie on two devices. Set offload_optimizer.ratio to 1",
+    ),
+    (
+        "ZeRO++ hpZ",
+        "zero_optimization.zero_hpz_partition_size",
+        lambda size: size > 1,
+        "partitions are kept twice. Set zero_hpz_partition_size to 1",
+    ),
+    (
+        "NVMe offload of the optimizer",
+        f"{_OFFLOAD}.device",
+        lambda device: device == "nvme",
+        # Tried with libaio: steps equal those of CPU offload bit for bit.
+        "it steps right, but load_checkpoint of DeepSpeed 0.19 reads its swap files alone, and "
+        "Flora's state would be lost. Offload to the CPU",
+    ),
+    (
+        "NVMe offload of parameters",
+        "zero_optimization.offload_param.device",
+        lambda device: device == "nvme",
+        # Tried with libaio: steps are right, save and load did not return.
+        "attach cannot compare what is on disk, and checkpoints hung when tried. Offload to the "
+        "CPU",
+    ),
+)
+"""What it is called, where it stands, whether it is on, and why not."""
+
+
+def check_features(config: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed would compute wrong with Flora, or fail at with a riddle.
+
+    Raises:
+        ValueError: such a feature is on.
+    """
+    for name, path, is_on, why in _REFUSED:
+        value: Any = config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None and is_on(value):
+            raise refusal(name, why)
+
+
+def refusal(feature: str, why: str) -> ValueError:
+    """The error for a feature; ``why`` ends with a remedy."""
+    return ValueError(f"Flora under DeepSpeed cannot go with {feature}: {why}.")
 
 
 def check_flora_block(config: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from flora_dist.integrations.deepspeed import attach
 from flora_dist.integrations.deepspeed_config import (
+    check_features,
     check_filled_in,
     check_flora_block,
     optimizer_settings,
@@ -54,13 +55,15 @@ def initialize(
         engine, ZeRO's optimizer, data loader, scheduler; the last two None where not asked for.
 
     Raises:
-        ValueError: an unknown key or setting, with the nearest known one; an "auto".
+        ValueError: an unknown key or setting, with the nearest known one; an "auto"; a feature
+            that would be computed wrong.
         TypeError: another optimizer than Flora.
     """
     if model is None:
         raise ValueError("initialize needs a model; got None. Pass model=.")
     args, settings = _settings(args, config if config is not None else config_params)
     check_filled_in(settings)
+    check_features(settings)
     check_flora_block(settings)
     if optimizer is None:
         parameters = model_parameters

@@ -6,18 +6,17 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist.trainer.config import BackendConfig, Config
+from flora_dist.trainer.sharded import fsdp1, fsdp2, hsdp
+from flora_dist.trainer.spread import Spread, World, autocast, over
 
 # The buffers are the rotary tables: constants, equal everywhere, so no forward pass sends them.
 # torch 2.13 renamed the argument; older ones do not know the new name.
@@ -26,37 +25,6 @@ _NO_BUFFERS: dict[str, Any] = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else {"broadcast_buffers": False}
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """The processes of this run, as one of them sees it."""
-
-    process_rank: int
-    """Number of this process, from 0; process 0 speaks and writes."""
-    size: int
-    """Number of processes."""
-    device: torch.device
-    """Where this process computes."""
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this is the process that prints and writes the run's files."""
-        return self.process_rank == 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A model spread over the processes."""
-
-    module: nn.Module
-    """What is called: forward runs through it."""
-    synchronising: Callable[[bool], AbstractContextManager[object]]
-    """Context of one micro-batch; with False, gradients stay on the process."""
-    arithmetic: Callable[[], AbstractContextManager[object]]
-    """Context of a forward pass that sets its precision."""
-    free: Callable[[], None] = lambda: None
-    """Free whole weights that a forward pass without a backward pass has left behind."""
 
 
 def find_world(config: BackendConfig) -> World:
@@ -154,15 +122,17 @@ def largest_over_processes(value: int, device: torch.device) -> int:
 
 
 def spread(model: nn.Module, config: Config, world: World) -> Spread:
-    """Put the model on the device and spread it as the backend says."""
+    """Put the model on the device and spread it as the backend says; not for `deepspeed`."""
     return _BACKENDS[config.backend.name](model, config, world)
 
 
 def _alone(model: nn.Module, config: Config, world: World) -> Spread:
-    return Spread(
+    return over(
+        model,
+        config,
         module=model.to(world.device),
         synchronising=lambda _: nullcontext(),
-        arithmetic=_autocast(config, world),
+        arithmetic=autocast(config, world),
     )
 
 
@@ -170,70 +140,19 @@ def _ddp(model: nn.Module, config: Config, world: World) -> Spread:
     module = DistributedDataParallel(
         model.to(world.device), gradient_as_bucket_view=True, **_NO_BUFFERS
     )
-    return Spread(
+    return over(
+        model,
+        config,
         module=module,
         synchronising=lambda last: nullcontext() if last else module.no_sync(),
-        arithmetic=_autocast(config, world),
+        arithmetic=autocast(config, world),
     )
-
-
-def _fsdp2(model: nn.Module, config: Config, world: World) -> Spread:
-    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    return _fully_sharded(model, config, mesh)
-
-
-def _hsdp(model: nn.Module, config: Config, world: World) -> Spread:
-    shape = (config.backend.replicate or 1, config.backend.shard or 1)
-    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return _fully_sharded(model, config, mesh)
-
-
-def _fully_sharded(model: nn.Module, config: Config, mesh: DeviceMesh) -> Spread:
-    policy = MixedPrecisionPolicy()
-    if config.train.precision == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    reshard = config.backend.reshard_after_forward
-    for layer in _layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # The root's weights (embedding, head) are needed again at once: freeing them gains nothing.
-    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-
-    @contextmanager
-    def synchronising(last: bool) -> Iterator[None]:
-        root.set_requires_gradient_sync(last)
-        yield
-
-    def free() -> None:
-        # Only a backward pass reshards what the forward pass kept. Until then the model's
-        # parameters are the whole ones, and neither optimizer nor checkpoint knows those.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-    return Spread(module=model, synchronising=synchronising, arithmetic=nullcontext, free=free)
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The transformer's layers: the children of the ModuleList that holds most weights."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return []
-    return list(max(lists, key=lambda layers: sum(map(_weights, layers))))
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _autocast(config: Config, world: World) -> Callable[[], AbstractContextManager[object]]:
-    if config.train.precision == "float32":
-        return nullcontext
-    return lambda: torch.autocast(world.device.type, dtype=torch.bfloat16)
 
 
 _BACKENDS: dict[str, Callable[[nn.Module, Config, World], Spread]] = {
     "none": _alone,
     "ddp": _ddp,
-    "fsdp2": _fsdp2,
-    "hsdp": _hsdp,
+    "fsdp1": fsdp1,
+    "fsdp2": fsdp2,
+    "hsdp": hsdp,
 }

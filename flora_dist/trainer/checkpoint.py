@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim.lr_scheduler import LambdaLR
 
-from flora_dist.trainer.backend import World, wait_for_all
+from flora_dist.trainer.backend import wait_for_all
+from flora_dist.trainer.spread import World
 
 _FACTS = "trainer.json"
 

@@ -106,7 +106,10 @@ class TrainConfig:
     seed: int = 0
     """The run's one seed: weights, order of the data, dropout, and Flora's projections."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: arithmetic of the model only; weights and reductions stay float32."""
+    """`bfloat16`: arithmetic of the model only; weights and reductions stay float32.
+
+    Under deepspeed its "bf16": weights in bfloat16 with float32 masters, reduced as the JSON says.
+    """
     max_grad_norm: float | None = None
     """Clip the gradient's global norm to this before the step; none by default."""
     log_every: int = 10
@@ -145,7 +148,7 @@ class EvaluationConfig:
 class BackendConfig:
     """How the model is spread over the processes."""
 
-    name: Literal["none", "ddp", "fsdp2", "hsdp"] = "none"
+    name: Literal["none", "ddp", "fsdp1", "fsdp2", "hsdp", "deepspeed"] = "none"
     """`none` is one process; `hsdp` is FSDP2 on a replicate x shard mesh."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA with nccl where there is one, else CPU with gloo."""
@@ -154,9 +157,24 @@ class BackendConfig:
     shard: int | None = None
     """hsdp: number of processes one copy is cut into."""
     reshard_after_forward: bool = True
-    """fsdp2, hsdp: free a layer's full weights between forward and backward."""
+    """fsdp1, fsdp2, hsdp: free a layer's full weights between forward and backward."""
+    config: str | None = None
+    """deepspeed: its JSON config."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """deepspeed: laid over the JSON key by key; null takes a key out."""
 
     def __post_init__(self) -> None:
+        if self.name != "deepspeed" and (self.config is not None or self.changes):
+            raise ValueError(
+                "backend.config and backend.changes belong to deepspeed; "
+                f"backend.name={self.name!r} has {self.config!r} and {dict(self.changes)!r}. "
+                "Remove them, or set name: deepspeed."
+            )
+        if self.name == "deepspeed" and self.config is None:
+            raise ValueError(
+                "deepspeed needs backend.config, the path of its JSON config; it has none. "
+                "See configs/deepspeed."
+            )
         sizes = (self.replicate, self.shard)
         if self.name != "hsdp" and sizes != (None, None):
             raise ValueError(

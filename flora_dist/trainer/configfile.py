@@ -224,7 +224,8 @@ def _with_paths(config: Config, folder: Path) -> Config:
         )
 
     change = dataclasses.replace
-    model, data, checkpoint = config.model, config.data, config.checkpoint
+    model, data, backend = config.model, config.data, config.backend
+    checkpoint = config.checkpoint
     return change(
         config,
         model=change(
@@ -237,5 +238,6 @@ def _with_paths(config: Config, folder: Path) -> Config:
             corpus=found(data.corpus, "data.corpus", STDLIB),
             tokenizer=found(data.tokenizer, "data.tokenizer", BYTE),
         ),
+        backend=change(backend, config=found(backend.config, "backend.config")),
         checkpoint=change(checkpoint, resume=found(checkpoint.resume, "checkpoint.resume")),
     )

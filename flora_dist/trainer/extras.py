@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+
+def needs_train_extra() -> AbstractContextManager[None]:
+    """Turn a missing third-party package into an error that names the extra."""
+    return _needs("flora-dist[train]")
+
+
+def needs_deepspeed_extra() -> AbstractContextManager[None]:
+    """The same for the packages of the deepspeed backend."""
+    return _needs("flora-dist[train,deepspeed]")
 
 
 @contextmanager
-def needs_train_extra() -> Iterator[None]:
-    """Turn a missing third-party package into an error that names the extra."""
+def _needs(requirement: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
@@ -18,7 +27,7 @@ def needs_train_extra() -> Iterator[None]:
             raise
         raise ValueError(
             f"the trainer needs the package {error.name!r}, which is not installed. "
-            'Run: pip install "flora-dist[train]"'
+            f'Run: pip install "{requirement}"'
         ) from error
 
 

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from flora_dist.trainer.backend import Spread, World, largest_over_processes, sum_over_processes
+from flora_dist.trainer.backend import largest_over_processes, sum_over_processes
 from flora_dist.trainer.checkpoint import Checkpoints
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.data import IGNORED, Corpus, Order
@@ -21,6 +20,7 @@ from flora_dist.trainer.evaluate import validation_loss
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.metrics import Metrics, Progress, Record
 from flora_dist.trainer.model import sum_of_losses
+from flora_dist.trainer.spread import Spread, World, local_part
 from flora_dist.trainer.traffic import Traffic
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -67,7 +67,7 @@ class Measured:
     tokens_per_second: float | None
     """Over all processes; without evaluation, checkpoints and the first steps."""
     weight_bytes: int
-    """Weights on the process that holds most."""
+    """Weights, an engine's masters included, on the process that holds most."""
     state_bytes: int
     """Optimizer state on the process that holds most, measured on its tensors."""
     adamw_bytes: int
@@ -92,7 +92,7 @@ def accumulate(
         with spread.synchronising(number == len(micro_batches)):
             with spread.arithmetic():
                 loss = sum_of_losses(spread.module, inputs, labels)
-            torch.autograd.backward(loss * (world.size / tokens))
+            spread.backward(loss * (world.size / tokens))
         total += loss.detach()
     return total
 
@@ -157,12 +157,8 @@ def _take_step(job: Job, step: int, stop: StopRequest) -> _Taken | None:
         return None
     torch.manual_seed(_dropout_seed(config.seed, step, job.world))
     losses = accumulate(job.spread, batches, tokens, job.world)
-    if config.max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(job.model.parameters(), config.max_grad_norm)
     lr = float(job.scheduler.get_last_lr()[0])
-    job.optimizer.step()
-    job.optimizer.zero_grad()
-    job.scheduler.step()
+    job.spread.update(job.optimizer, job.scheduler)
     return _Taken(step=step + 1, losses=losses, tokens=tokens, lr=lr)
 
 
@@ -232,33 +228,32 @@ def _measured(
     job: Job, steps: int, clock: _Clock, bytes_sent: int | None, records: list[Record]
 ) -> Measured:
     device = job.world.device
-    weights = list(job.model.parameters())
-    state = [value for values in job.optimizer.state.values() for value in values.values()]
     losses = [value for record in records if (value := record.get("loss")) is not None][-10:]
     checks = [value for record in records if (value := record.get("validation_loss")) is not None]
-    trained = sum(_local(p).numel() for p in weights if p.requires_grad)
+    trained = sum(tensor.numel() for tensor in job.spread.trained())
     return Measured(
         steps=steps,
         finished=steps == job.config.train.steps,
         loss=sum(losses) / len(losses) if losses else None,
         validation_loss=checks[-1] if checks else None,
         tokens_per_second=clock.rate,
-        weight_bytes=largest_over_processes(_held_bytes(weights), device),
-        state_bytes=largest_over_processes(_held_bytes(state), device),
+        weight_bytes=largest_over_processes(_held_bytes(job.spread.weights()), device),
+        state_bytes=largest_over_processes(_held_bytes(job.optimizer.state.values()), device),
         adamw_bytes=largest_over_processes(8 * trained, device),
         bytes_sent=bytes_sent,
         records=records,
     )
 
 
-def _held_bytes(values: Sequence[object]) -> int:
-    """Bytes of the tensors among `values` that this process holds."""
-    tensors = (_local(value) for value in values if isinstance(value, torch.Tensor))
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _held_bytes(values: Iterable[object]) -> int:
+    """Bytes of the tensors among `values`, nested ones too, that this process holds."""
+    total = 0
+    for value in values:
+        if isinstance(value, Mapping):  # flat layouts keep a state for each parameter of a tensor
+            total += _held_bytes(value.values())
+        elif isinstance(value, torch.Tensor):
+            total += local_part(value).numel() * value.itemsize
+    return total
 
 
 def checkpoint_folder(run: Path) -> Path:

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from flora_dist.trainer.backend import (
-    World,
     check_world,
     find_world,
     process_group,
-    spread,
     wait_for_all,
 )
 from flora_dist.trainer.checkpoint import Checkpoints, check_checkpoint, load_checkpoint
@@ -24,10 +20,12 @@ from flora_dist.trainer.configfile import as_yaml
 from flora_dist.trainer.data import Corpus, Order, read_corpus
 from flora_dist.trainer.extras import needs_train_extra, stay_offline
 from flora_dist.trainer.interrupt import EXIT_CODE, StopRequest
+from flora_dist.trainer.learner import build_learner, check_learner
 from flora_dist.trainer.loop import Job, Measured, checkpoint_folder, train
 from flora_dist.trainer.metrics import open_metrics, open_progress
 from flora_dist.trainer.model import build_model, parameter_count, read_model_config, shapes_only
-from flora_dist.trainer.optimizers import LABELS, build_optimizer, schedule_factor
+from flora_dist.trainer.optimizers import LABELS, build_optimizer
+from flora_dist.trainer.spread import World
 from flora_dist.trainer.summary import Summary, summary_table, write_summary
 from flora_dist.trainer.tokenizer import open_tokenizer
 
@@ -109,11 +107,7 @@ def run(config: Config) -> int:
 def _plan(config: Config, world: World) -> Plan:
     """Check everything that can be checked before a process group or a file exists."""
     check_world(config, world.size)
-    if config.optimizer.name == "adafactor" and config.backend.name in {"fsdp2", "hsdp"}:
-        raise ValueError(
-            "torch.optim.Adafactor cannot step DTensors (torch 2.13: its in-place squares need a "
-            f"placement change); backend.name={config.backend.name!r}. Use none or ddp."
-        )
+    check_learner(config, world)
     tokenizer = open_tokenizer(config.data.tokenizer)
     network = read_model_config(config.model, tokenizer, config.data.sequence_length)
     corpus = read_corpus(config.data, tokenizer)
@@ -195,22 +189,21 @@ def _one(
             f"{plan.world.size} x {plan.world.device.type}, {config.backend.name}",
             soft_wrap=True,
         )
-    model_spread = spread(model, config, plan.world)
-    optimizer = build_optimizer(optimizer_config, model.named_parameters(), seed=config.train.seed)
-    factor = schedule_factor(config.schedule, config.train.steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    learner = build_learner(model, optimizer_config, config, plan.world)
     first_step = 0 if compared else plan.first_step
     if first_step:
-        load_checkpoint(Path(config.checkpoint.resume or ""), model, optimizer, scheduler)
+        load_checkpoint(
+            Path(config.checkpoint.resume or ""), model, learner.optimizer, learner.scheduler
+        )
     job = Job(
         config=config,
         world=plan.world,
         corpus=plan.corpus,
         order=plan.order,
-        spread=model_spread,
+        spread=learner.spread,
         model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        optimizer=learner.optimizer,
+        scheduler=learner.scheduler,
     )
     checkpoints = Checkpoints(
         folder=checkpoint_folder(plan.folder),
@@ -232,6 +225,7 @@ def _one(
             progress=progress,
             checkpoints=checkpoints,
         )
+    learner.spread.close()
     return measured, parameters
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,25 @@ def torchrun(processes: int, log_folder: Path, *overrides: str) -> subprocess.Po
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def deepspeed_launch(processes: int, log_folder: Path, *overrides: str) -> int:
+    """Run the trainer under the deepspeed launcher, each process's output in a file of its own."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_accelerators", str(processes), "--no_local_rank"]
+    command += ["--master_port", str(_free_port()), "--enable_each_rank_log", str(log_folder)]
+    command += ["--module", "flora_dist.trainer", "--config", str(TINY)]
+    for override in overrides:
+        command += ["--set", override]
+    environment = ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, env=environment, check=False, timeout=240).returncode
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def output_of(log_folder: Path, process_rank: int) -> str:

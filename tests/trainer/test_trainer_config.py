@@ -87,7 +87,7 @@ def test_an_exponent_without_a_dot_is_a_number() -> None:
         ("data.corpus=5", "data.corpus must be of type str"),
         ("data=5", "data must be a section"),
         ("output.overwrite=1", "must be of type bool"),
-        ("backend.name=fsdp", "one of none, ddp, fsdp2, hsdp; it is 'fsdp'. Did you mean 'fsdp2'"),
+        ("backend.name=fsdp", "one of none, ddp, fsdp1.*; it is 'fsdp'. Did you mean 'fsdp"),
         ("backend.shard=2", "belong to hsdp"),
         ("backend={name: hsdp, shard: 2}", "hsdp needs backend.replicate"),
         ("schedule.warmup_steps=6", "below train.steps"),

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from flora_dist.trainer.backend import World, spread
+from flora_dist.trainer.backend import spread
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.loop import accumulate
 from flora_dist.trainer.run import run
+from flora_dist.trainer.spread import World
 from tests.trainer.ragged import MICRO_BATCH, micro_batches, tiny_model, token_count, whole_batch
 from tests.trainer.support import Workers, metrics, output_of, tiny_overrides, torchrun
 
-LAYOUTS = [(2, "ddp"), (2, "fsdp2"), (4, "hsdp")]
+LAYOUTS = [(2, "ddp"), (2, "fsdp1"), (2, "fsdp2"), (4, "hsdp")]
 ALONE = World(process_rank=0, size=1, device=torch.device("cpu"))
 
 # Float32 sums of a few thousand terms in another order: about 1e-7 x sqrt(1e3), relative to the
@@ -102,9 +103,15 @@ def test_ddps_bytes_are_one_all_reduce_of_the_gradients(workers: Workers) -> Non
     assert saved["bytes_sent"] == 2 * gradients // 2  # 2 (w-1)/w at w = 2
 
 
-def test_fsdp2s_bytes_are_its_gathers_and_one_reduce_scatter(workers: Workers) -> None:
-    saved = torch.load(workers(2) / "fsdp2.gradients.pt", weights_only=True)
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
+def test_fsdps_bytes_are_its_gathers_and_one_reduce_scatter(name: str, workers: Workers) -> None:
+    saved = torch.load(workers(2) / f"{name}.gradients.pt", weights_only=True)
     layers, root = padded_bytes(saved["weighted"])
+    if name == "fsdp1":  # cuts flat parameters, which are even here, not rows
+        layers, root = (
+            sum(4 * g.numel() for n, g in saved["weighted"].items() if (".layers." in n) == inside)
+            for inside in (True, False)
+        )
     micro = 8 // 2 // MICRO_BATCH
     # Each micro-batch gathers a layer for forward and again for backward, the root once.
     gathers = micro * (2 * layers + root)

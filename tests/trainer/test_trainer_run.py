@@ -83,7 +83,7 @@ def test_floras_state_bytes_are_those_of_its_own_report(tiny: Tiny, tmp_path: Pa
     assert summary["measured"]["state_bytes"] == optimizer.report().state_bytes
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp1", "fsdp2"])
 def test_one_process_without_torchrun_runs_every_backend_and_sends_nothing(
     backend: str, tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -17,19 +17,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from flora_dist.trainer.backend import World, find_world, process_group, spread
+from flora_dist.sketch.keys import canonical_name
+from flora_dist.trainer.backend import find_world, process_group, spread
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.loop import accumulate
 from flora_dist.trainer.run import run
+from flora_dist.trainer.spread import World
 from flora_dist.trainer.traffic import Traffic
 from tests.trainer.ragged import MICRO_BATCH, micro_batches, tiny_model, token_count
 from tests.trainer.support import TINY, tiny_overrides
 
 BACKENDS = {
-    2: {"ddp": ["backend.name=ddp"], "fsdp2": ["backend.name=fsdp2"]},
+    2: {name: [f"backend.name={name}"] for name in ("ddp", "fsdp1", "fsdp2")},
     4: {"hsdp": ["backend.name=hsdp", "backend.replicate=2", "backend.shard=2"]},
 }
 
@@ -79,26 +82,29 @@ def gradients(config: Config, path: Path) -> None:
         results = {}
         # DDP lays its buckets out anew in its second round, and tells the others how.
         for name in ("first", "second", "weighted"):
-            model.zero_grad()
+            model_spread.module.zero_grad()
             with Traffic() as traffic:
                 accumulate(model_spread, batches, token_count(), world)
-            results[name] = full_gradients(model)
-        model.zero_grad()
+            results[name] = full_gradients(model_spread.module)
+        model_spread.module.zero_grad()
         own_tokens = sum(int((labels >= 0).sum()) for _, labels in batches)
         # What a trainer that divides by its own count, and leaves the rest to averaging, does.
         alone = World(process_rank=world.process_rank, size=1, device=world.device)
         accumulate(model_spread, batches, own_tokens, alone)
-        results["unweighted"] = full_gradients(model)
+        results["unweighted"] = full_gradients(model_spread.module)
         if world.speaks:
             torch.save({**results, "bytes_sent": traffic.bytes_sent}, path)
     assert len(batches) * MICRO_BATCH * world.size == 8
 
 
-def full_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
-        for name, p in model.named_parameters()
-    }
+def full_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    with FullyShardedDataParallel.summon_full_params(module, with_grads=True):  # FSDP1's, if any
+        return {
+            canonical_name(name): (
+                p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
+            )
+            for name, p in module.named_parameters()
+        }
 
 
 def interrupted(overrides: list[str], folder: Path, rank: int) -> int:

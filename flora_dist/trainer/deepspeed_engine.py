@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The deepspeed backend: one of its engines as the loop's model, gradient and step."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from flora_dist.trainer.config import Config, OptimizerConfig
+from flora_dist.trainer.deepspeed_json import engine_settings
+from flora_dist.trainer.extras import needs_deepspeed_extra
+from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
+from flora_dist.trainer.spread import Learner, Spread, World
+
+
+def check_engine(config: Config, world: World) -> None:
+    """Find what DeepSpeed would refuse, before there is a process group or a file.
+
+    Raises:
+        ValueError: no package, another accelerator, or a config that contradicts the run's.
+    """
+    settings = engine_settings(config, world.size)
+    _import_deepspeed(world)
+    from deepspeed.runtime.zero.config import get_zero_config
+    from pydantic import ValidationError
+
+    try:
+        get_zero_config(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise ValueError(
+            f"{config.backend.config} must be as DeepSpeed wants it; {where}={first['input']!r}: "
+            f"{first['msg']}. Correct it."
+        ) from error
+
+
+def build_engine(
+    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World
+) -> Learner:
+    """An engine around the model, with the optimizer and the run's schedule."""
+    from flora_dist import Flora
+    from flora_dist import deepspeed as flora_deepspeed
+    from flora_dist.integrations.deepspeed_config import prepared
+
+    deepspeed = _import_deepspeed(world)
+    os.environ.setdefault("LOCAL_RANK", "0")  # wanted without a launcher too: one process
+    built = build_optimizer(optimizer, model.named_parameters(), seed=config.train.seed)
+    factor = schedule_factor(config.schedule, config.train.steps)
+    initialize: Callable[..., Any] = deepspeed.initialize
+    if isinstance(built, Flora):
+        initialize = flora_deepspeed.initialize
+    with _only_process_zero_speaks(world):
+        engine, _, _, scheduler = initialize(
+            model=model,
+            optimizer=built,
+            config=prepared(engine_settings(config, world.size)),
+            lr_scheduler=lambda inner: LambdaLR(inner, factor),
+        )
+    return Learner(spread=_spread(engine, built), optimizer=built, scheduler=scheduler)
+
+
+def _spread(engine: Any, optimizer: torch.optim.Optimizer) -> Spread:
+    own = {id(p) for p in engine.module.parameters()}
+
+    @contextmanager
+    def counting(last: bool) -> Iterator[None]:
+        yield
+        if not last:
+            engine.step()  # between boundaries it only counts the micro-batch
+
+    def update(_: torch.optim.Optimizer, __: LambdaLR) -> None:
+        engine.step()  # clips, steps, clears the gradients and moves the scheduler
+
+    def masters() -> list[torch.Tensor]:
+        return [tensor for tensor in optimizer.state if id(tensor) not in own]
+
+    def weights() -> list[torch.Tensor]:
+        # Stage 3 leaves an empty parameter and keeps this process's part beside it.
+        return [getattr(p, "ds_tensor", p) for p in engine.module.parameters()] + masters()
+
+    return Spread(
+        module=engine,
+        synchronising=counting,
+        arithmetic=nullcontext,
+        update=update,
+        weights=weights,
+        trained=lambda: list(optimizer.state),
+        # The loop has divided by the tokens of the global batch: accumulation is in that already.
+        backward=lambda loss: engine.backward(loss, scale_wrt_gas=False),
+        close=engine.destroy,
+    )
+
+
+def _import_deepspeed(world: World) -> Any:
+    """The package, on the accelerator on which the run computes."""
+    # Read once, at the first import; the package otherwise looks for accelerators by itself.
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    with needs_deepspeed_extra():
+        import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING if world.speaks else logging.ERROR)
+    # Said of every optimizer but DeepSpeed's own and torch's Adam; attach() has proved the layout.
+    logger.addFilter(_is_not_about_flora)
+    # DeepSpeed 0.19 calls by its old name what torch 2.13 has renamed; every process would say so.
+    warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
+    found = get_accelerator().device_name()
+    if torch.device(found).type != world.device.type:
+        raise ValueError(
+            f"DeepSpeed must compute where the run does; it has {found!r}, the run "
+            f"{world.device.type!r}. Set the variable DS_ACCELERATOR={world.device.type}."
+        )
+    return deepspeed
+
+
+def _is_not_about_flora(record: logging.LogRecord) -> bool:
+    return "ZeRO with an untested optimizer" not in record.getMessage()
+
+
+@contextmanager
+def _only_process_zero_speaks(world: World) -> Iterator[None]:
+    """DeepSpeed prints on every process that it has compiled its helper."""
+    with nullcontext() if world.speaks else redirect_stdout(io.StringIO()):
+        yield

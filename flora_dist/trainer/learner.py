@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model, optimizer and schedule put together as the backend needs it, after its own checks."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from flora_dist.trainer.backend import spread
+from flora_dist.trainer.config import Config, OptimizerConfig
+from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
+from flora_dist.trainer.spread import Learner, World
+
+_DTENSORS = ("fsdp2", "hsdp")
+_FLAT = ("fsdp1", "deepspeed")
+
+
+def check_learner(config: Config, world: World) -> None:
+    """Refuse what the backend cannot do.
+
+    Raises:
+        ValueError: Adafactor or checkpoints where they do not work, or a DeepSpeed config that
+            contradicts the run's.
+    """
+    name = config.backend.name
+    if config.optimizer.name == "adafactor" and name in _DTENSORS:
+        raise ValueError(
+            "torch.optim.Adafactor cannot step DTensors (torch 2.13: its in-place squares need a "
+            f"placement change); backend.name={name!r}. Use none or ddp."
+        )
+    if config.optimizer.name == "adafactor" and name in _FLAT:
+        raise ValueError(
+            "torch.optim.Adafactor needs whole matrices: in flat parts it keeps second moments "
+            f"element by element; backend.name={name!r}. Use none or ddp."
+        )
+    checkpoint = config.checkpoint
+    if name in _FLAT and (checkpoint.every is not None or checkpoint.resume is not None):
+        raise ValueError(
+            f"checkpoints need whole rows or DTensors in this version; backend.name={name!r} has "
+            f"checkpoint.every={checkpoint.every!r} and checkpoint.resume={checkpoint.resume!r}. "
+            "Set both to null, or use ddp, fsdp2 or hsdp."
+        )
+    if name == "deepspeed":
+        from flora_dist.trainer.deepspeed_engine import check_engine
+
+        check_engine(config, world)
+
+
+def build_learner(
+    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World
+) -> Learner:
+    """Spread the model and give it the optimizer and the run's schedule."""
+    builder = {"fsdp1": _fsdp1, "deepspeed": _deepspeed}.get(config.backend.name, _plain)
+    return builder(model, optimizer, config, world)
+
+
+def _plain(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:
+    model_spread = spread(model, config, world)
+    built = build_optimizer(optimizer, model.named_parameters(), seed=config.train.seed)
+    factor = schedule_factor(config.schedule, config.train.steps)
+    return Learner(spread=model_spread, optimizer=built, scheduler=LambdaLR(built, factor))
+
+
+def _fsdp1(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:
+    from flora_dist import Flora, fsdp1
+
+    learner = _plain(model, optimizer, config, world)
+    if isinstance(learner.optimizer, Flora):
+        fsdp1.attach(learner.spread.module, learner.optimizer)
+    return learner
+
+
+def _deepspeed(
+    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World
+) -> Learner:
+    from flora_dist.trainer.deepspeed_engine import build_engine
+
+    return build_engine(model, optimizer, config, world)

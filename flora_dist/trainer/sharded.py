@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FSDP1, FSDP2 and HSDP: the transformer's layers and the root, each sharded as one unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import CustomPolicy
+
+from flora_dist.trainer.config import Config
+from flora_dist.trainer.spread import Spread, World, over
+
+
+def fsdp1(model: nn.Module, config: Config, world: World) -> Spread:
+    """FullyShardedDataParallel over all processes; Flora has to be attached."""
+    layers = set(_layers(model))
+    low = config.train.precision == "bfloat16"
+    frees = config.backend.reshard_after_forward
+    root = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=CustomPolicy(lambda module: module in layers),
+        sharding_strategy=(
+            ShardingStrategy.FULL_SHARD if frees else ShardingStrategy.SHARD_GRAD_OP
+        ),
+        mixed_precision=(
+            MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if low else None
+        ),
+        device_id=world.device,
+        use_orig_params=True,
+    )
+    return over(
+        root,
+        config,
+        module=root,
+        synchronising=lambda last: nullcontext() if last else root.no_sync(),
+        arithmetic=nullcontext,
+        # Each process holds flat parts: torch's own function would take their norms for whole ones.
+        clip=root.clip_grad_norm_,
+    )
+
+
+def fsdp2(model: nn.Module, config: Config, world: World) -> Spread:
+    """fully_shard over all processes."""
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    return _fully_sharded(model, config, mesh)
+
+
+def hsdp(model: nn.Module, config: Config, world: World) -> Spread:
+    """fully_shard over groups of processes that each hold the whole model."""
+    shape = (config.backend.replicate or 1, config.backend.shard or 1)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return _fully_sharded(model, config, mesh)
+
+
+def _fully_sharded(model: nn.Module, config: Config, mesh: DeviceMesh) -> Spread:
+    policy = MixedPrecisionPolicy()
+    if config.train.precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    reshard = config.backend.reshard_after_forward
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The root's weights (embedding, head) are needed again at once: freeing them gains nothing.
+    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+    @contextmanager
+    def synchronising(last: bool) -> Iterator[None]:
+        root.set_requires_gradient_sync(last)
+        yield
+
+    def free() -> None:
+        # Only a backward pass reshards what the forward pass kept. Until then the model's
+        # parameters are the whole ones, and neither optimizer nor checkpoint knows those.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    return over(
+        model,
+        config,
+        module=model,
+        synchronising=synchronising,
+        arithmetic=nullcontext,
+        free=free,
+    )
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer's layers: the children of the ModuleList that holds most weights."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return []
+    return list(max(lists, key=lambda layers: sum(map(_weights, layers))))
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

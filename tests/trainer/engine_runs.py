@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each process does in the tests of the deepspeed backend: many engines, one launch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flora_dist.deepspeed
+from flora_dist import Flora
+from flora_dist.trainer.backend import find_world
+from flora_dist.trainer.checkpoint import Checkpoints
+from flora_dist.trainer.config import Config
+from flora_dist.trainer.configfile import load_config
+from flora_dist.trainer.data import Order, read_corpus
+from flora_dist.trainer.interrupt import StopRequest
+from flora_dist.trainer.learner import build_learner, check_learner
+from flora_dist.trainer.loop import Job, accumulate, train
+from flora_dist.trainer.metrics import Metrics, Progress
+from flora_dist.trainer.spread import Learner, World
+from flora_dist.trainer.tokenizer import ByteTokenizer
+from tests.trainer.ragged import micro_batches, tiny_model, token_count
+from tests.trainer.support import TINY
+
+
+def _learner(config: Config, world: World) -> tuple[torch.nn.Module, Learner]:
+    check_learner(config, world)
+    model = tiny_model(config)
+    return model, build_learner(model, config.optimizer, config, world)
+
+
+def trained(overrides: list[str]) -> dict[str, Any]:
+    """Train configs/tiny.yaml; the records, what was measured, and Flora's own count of its state.
+
+    Not `run`: that opens and closes the process group, which the processes of a launch keep.
+    """
+    config = load_config(TINY, overrides)
+    world = find_world(config.backend)
+    model, learner = _learner(config, world)
+    corpus = read_corpus(config.data, ByteTokenizer())
+    job = Job(
+        config=config,
+        world=world,
+        corpus=corpus,
+        order=Order(sequences=len(corpus.train), global_batch=config.train.global_batch, seed=0),
+        spread=learner.spread,
+        model=model,
+        optimizer=learner.optimizer,
+        scheduler=learner.scheduler,
+    )
+    measured = train(
+        job,
+        first_step=0,
+        stop=StopRequest(),
+        metrics=Metrics(None, None),
+        progress=Progress(None, None),
+        checkpoints=Checkpoints(folder=Path(), every=None, identity={}, world=world),
+    )
+    optimizer = learner.optimizer
+    reported = optimizer.report().state_bytes if isinstance(optimizer, Flora) else None
+    learner.spread.close()
+    return {**asdict(measured), "reported": reported}
+
+
+def gradient_norm(overrides: list[str]) -> float:
+    """The norm that the engine finds of the ragged batch's gradient."""
+    config = load_config(TINY, overrides)
+    world = find_world(config.backend)
+    _, learner = _learner(config, world)
+    accumulate(learner.spread, micro_batches(world.process_rank, world.size), token_count(), world)
+    learner.spread.update(learner.optimizer, learner.scheduler)
+    norm = float(learner.spread.module.get_global_grad_norm())
+    learner.spread.close()
+    return norm
+
+
+def steps_as_it_stands(path: str) -> tuple[list[float], str]:
+    """Two steps of a small model from a JSON alone; the losses, and the class of the optimizer."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    engine, *_ = flora_dist.deepspeed.initialize(model=model, config=path)
+    samples = json.loads(Path(path).read_text())["train_micro_batch_size_per_gpu"]
+    inputs = torch.randn(samples, 64, dtype=torch.bfloat16)
+    losses = []
+    for _ in range(2):
+        loss = engine(inputs).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    name = type(flora_dist.deepspeed.attach(engine)).__name__
+    engine.destroy()
+    return losses, name
