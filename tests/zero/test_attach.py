@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attach`` on engines that others built, and what happens without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+
+import flora_dist.deepspeed
+import flora_dist.register  # noqa: F401 - for what it does
+from flora_dist import Flora
+from tests.conftest import launched_pool_of
+from tests.zero.small import PARAMS, STAGES, build, config_of, counts, start, train, weights
+
+pytestmark = pytest.mark.deepspeed
+UNTESTED = {"zero_allow_untested_optimizer": True}
+BF16 = {"bf16": {"enabled": True}}
+
+
+def by_deepspeed(stage: int, **blocks: Any) -> Any:
+    """An engine from ``deepspeed.initialize``, which knows the type since it is registered."""
+    engine, *_ = deepspeed.initialize(model=build(), config=config_of(stage, **UNTESTED, **blocks))
+    return engine
+
+
+def registered(stage: int) -> None:
+    assert torch.optim.Flora is Flora
+    engine = by_deepspeed(stage)
+    flora = flora_dist.deepspeed.attach(engine)
+    assert {row.name for row in flora.report().rows} >= {"up.weight"}
+    train(engine, range(3))
+    ours, _ = start(config_of(stage))
+    train(ours, range(3))
+    assert all(torch.equal(weights(engine)[n], w) for n, w in weights(ours).items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_registered_type_and_attach_do_what_initialize_does(stage: int) -> None:
+    launched_pool_of(2)(registered, stage)
+
+
+def unattached(stage: int, blocks: dict[str, Any]) -> None:
+    engine = by_deepspeed(stage, **blocks)  # steps once on zeros in stage 0: must not raise
+    with pytest.raises(ValueError, match=r"flora_dist\.deepspeed\.attach\(engine\)"):
+        train(engine, range(1))
+    flora = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    assert not flora.state
+
+
+@pytest.mark.parametrize(
+    ("stage", "blocks"), [(0, BF16), (1, {}), (2, {}), (3, {}), (1, BF16), (2, BF16), (3, BF16)]
+)
+def test_the_first_step_names_attach_where_nobody_attached(
+    stage: int, blocks: dict[str, Any]
+) -> None:
+    launched_pool_of(2)(unattached, stage, blocks)
+
+
+def needs_no_attach() -> None:
+    engine = by_deepspeed(0)
+    train(engine, range(2))
+    assert counts(engine.optimizer) == {2}
+    with pytest.raises(ValueError, match="before the first step"):
+        flora_dist.deepspeed.attach(engine)
+
+
+def test_stage_0_in_fp32_steps_without_attach_and_is_refused_it_afterwards() -> None:
+    launched_pool_of(2)(needs_no_attach)
+
+
+def after_steps(stage: int) -> None:
+    engine, flora = start(config_of(stage))
+    train(engine, range(1))
+    # Attached before: a second call is nothing, also now.
+    assert flora_dist.deepspeed.attach(engine) is flora
+    train(engine, range(1))
+    assert counts(flora) == {2}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_attaching_twice_is_attaching_once(stage: int) -> None:
+    launched_pool_of(2)(after_steps, stage)
+
+
+def moved_to_another_engine() -> None:
+    model = build()
+    flora = Flora(model.named_parameters(), **PARAMS)
+    first, _ = start(config_of(0), model=model, optimizer=flora)
+    train(first, range(1))
+    with pytest.raises(ValueError, match="before the first step"):
+        start(config_of(0), model=model, optimizer=flora)
+
+
+def test_an_optimizer_that_has_stepped_is_not_attached_to_another_engine() -> None:
+    launched_pool_of(1)(moved_to_another_engine)
+
+
+def with_adamw(stage: int) -> None:
+    adamw = {"type": "AdamW", "params": {"torch_adam": True}}
+    engine, *_ = deepspeed.initialize(model=build(), config=config_of(stage, optimizer=adamw))
+    with pytest.raises(TypeError, match="this one has AdamW"):
+        flora_dist.deepspeed.attach(engine)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_with_another_optimizer_is_a_type_error(stage: int) -> None:
+    launched_pool_of(2)(with_adamw, stage)
+
+
+def without_optimizer(stage: int) -> None:
+    config = config_of(stage)
+    del config["optimizer"]
+    engine, *_ = deepspeed.initialize(model=build(), config=config)
+    with pytest.raises(TypeError, match="needs an engine whose optimizer is Flora"):
+        flora_dist.deepspeed.attach(engine)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_without_optimizer_is_a_type_error(stage: int) -> None:
+    launched_pool_of(2)(without_optimizer, stage)

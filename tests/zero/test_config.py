@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's config with Flora in it: what is refused, and how it is found; no engine is built."""
+
+from __future__ import annotations
+
+import copy
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flora_dist.deepspeed
+from flora_dist.integrations.deepspeed_config import optimizer_settings, prepared
+from tests.zero.small import PARAMS, build, config_of
+
+
+def refused(config: Any, match: str, kind: type[Exception] = ValueError, **more: Any) -> None:
+    with pytest.raises(kind, match=match):
+        flora_dist.deepspeed.initialize(model=build(), config=config, **more)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "match"),
+    [
+        ({"optimizer": {"type": "Flora", "parms": {}}}, "unknown key 'parms'.*'params'"),
+        ({"optimizer": {"type": "Flora", "params": {"lrr": 1}}}, "unknown key 'lrr'.*'lr'"),
+        ({"optimizer": {"type": "Flora", "params": {"betas": [0.9, 0.99]}}}, "'beta1'|'beta2'"),
+        ({"optimizer": {"type": "Flora", "params": {"x" * 20: 1}}}, "Known: lr, weight_decay"),
+        ({"optimizer": {"type": "flora", "params": {}}}, "must be 'Flora'; got 'flora'"),
+        ({"optimizer": {"type": "AdamW", "params": {}}}, "must be 'Flora'; got 'AdamW'"),
+        ({"optimizer": {"params": {}}}, "must be 'Flora'; got None"),
+        ({"flora": {"gradient": "dense"}}, "unknown key 'gradient'.*'gradients'"),
+        ({"flora": {"rank": 8}}, "unknown key 'rank'"),
+        ({"flora": {"gradients": "compressed"}}, "must be one of dense in this version"),
+        ({"flora": {"gradients": "exact"}}, "must be one of dense in this version"),
+        ({"FLORA": {"gradients": "dense"}}, "called \"flora\"; got 'FLORA'"),
+        ({"Flora": {}}, "called \"flora\"; got 'Flora'"),
+        ({"zero_allow_untested_optimizer": False}, "needs 'zero_allow_untested_optimizer': true"),
+        ({"zero_force_ds_cpu_optimizer": True}, "needs 'zero_force_ds_cpu_optimizer': false"),
+        ({"optimizer": {"type": "Flora", "params": {"rank": 0}}}, "rank"),
+    ],
+)
+def test_a_config_that_would_not_do_what_it_says_is_refused(
+    blocks: dict[str, Any], match: str
+) -> None:
+    refused(config_of(2, **blocks), match)
+
+
+@pytest.mark.parametrize("block", ["flora", "optimizer"])
+def test_a_block_that_is_no_object_is_refused(block: str) -> None:
+    refused(config_of(2, **{block: "Flora"}), f'"{block}" must be an object', TypeError)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "path"),
+    [
+        ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled"),  # DeepSpeed would train in fp32
+        ({"optimizer": {"type": "Flora", "params": {"lr": "auto"}}}, "optimizer.params.lr"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}, "scheduler"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "zero_optimization"),
+    ],
+)
+def test_auto_is_refused_since_nobody_fills_it_in(blocks: dict[str, Any], path: str) -> None:
+    refused(config_of(2, **blocks), f'{path}.* is "auto".*attach')
+
+
+def test_a_config_without_an_optimizer_needs_an_optimizer_object() -> None:
+    config = config_of(2)
+    del config["optimizer"]
+    refused(config, 'needs an "optimizer" block')
+
+
+def test_another_optimizer_is_a_type_error() -> None:
+    model = build()
+    with pytest.raises(TypeError, match="runs Flora; got AdamW"):
+        flora_dist.deepspeed.initialize(
+            model=model, config=config_of(2), optimizer=torch.optim.AdamW(model.parameters())
+        )
+
+
+def test_a_model_is_needed() -> None:
+    with pytest.raises(ValueError, match="needs a model"):
+        flora_dist.deepspeed.initialize(config=config_of(2))
+
+
+def test_one_config_is_given_not_two_and_not_none() -> None:
+    args = Namespace(deepspeed_config="zero2.json")
+    refused(config_of(2), "got both", args=args)
+    refused(None, "got neither")
+    refused(None, "got neither", args=Namespace(deepspeed_config=None))
+
+
+def test_a_config_is_read_from_a_path_by_argument_or_by_args(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(config_of(2, flora={"gradint": "dense"})))
+    refused(str(path), "unknown key 'gradint'")
+    refused(None, "unknown key 'gradint'", args=Namespace(deepspeed_config=str(path)))
+    refused(None, "unknown key 'gradint'", config_params=str(path))
+
+
+def test_a_path_that_leads_nowhere_is_refused() -> None:
+    refused("nowhere.json", "string path to an existing deepspeed config")
+
+
+def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text('{"optimizer": {}, "optimizer": {}}')
+    refused(str(path), "[Dd]uplicate keys")
+
+
+def test_what_deepspeed_gets_is_a_copy_without_the_optimizer_block() -> None:
+    config = config_of(2, flora={"gradients": "dense"})
+    before = copy.deepcopy(config)
+    result = prepared(config)
+    result["zero_optimization"]["stage"] = 3
+    assert config == before
+    assert "optimizer" not in result
+    assert result["zero_allow_untested_optimizer"] is True
+    assert result["zero_force_ds_cpu_optimizer"] is False
+    assert prepared(result) == result
+
+
+def test_the_params_are_floras_arguments() -> None:
+    assert optimizer_settings(config_of(2)) == PARAMS
+    assert optimizer_settings({"optimizer": {"type": "Flora"}}) == {}
