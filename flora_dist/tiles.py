@@ -278,8 +278,10 @@ def find_shared_cuts(owned: Sequence[Interval], rank: int, grid: Grid) -> Cuts:
     lines, blocks = set(mine.rows.indices()), set(mine.blocks.indices())
     peers = []
     for other, (start, stop) in enumerate(owned):
+        if other == rank or start == stop:
+            continue
         touched = range(start // grid.num_columns, -(-stop // grid.num_columns))
-        if other == rank or start == stop or not any(line in touched for line in lines):
+        if not any(line in touched for line in lines):
             continue
         theirs = _cuts_of_span((start, stop), grid)
         shared_rows = sorted(lines.intersection(theirs.rows.indices()))

@@ -44,6 +44,7 @@ prepare_deepspeed() {
     if [[ -z $(find "$kept" -name deepspeed_shm_comm.so -print -quit 2>/dev/null) ]]; then
         say "DeepSpeed compiles its helper for the CPU first, about a minute; it is kept in $kept"
     fi
+    [[ -d $kept ]] || return 0
     # torch waits for ever for a lock whose owner was killed.
     find "$kept" -path '*/deepspeed_shm_comm/lock' 2>/dev/null | while read -r lock; do
         say "another program loads DeepSpeed's helper; if none does, it was killed meanwhile: rm $lock"

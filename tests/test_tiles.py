@@ -234,6 +234,14 @@ def test_ranks_agree_on_the_cuts_they_share(
                     assert ours == _at(each[peer.rank], kind, getattr(other, kind))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 0), (5, 0), (0, 5)])
+def test_a_parameter_without_elements_has_no_cuts(rows: int, columns: int) -> None:
+    grid = Grid(num_matrices=1, num_rows=rows, num_columns=columns, block=4)
+    for rank in range(3):
+        cuts = find_shared_cuts([(0, 0)] * 3, rank, grid)
+        assert (len(cuts.rows), len(cuts.blocks), cuts.peers) == (0, 0, ())
+
+
 def _indices(cuts: Cuts) -> list[tuple[str, int]]:
     rows = [("rows", index) for index in cuts.rows.indices()]
     return rows + [("blocks", index) for index in cuts.blocks.indices()]

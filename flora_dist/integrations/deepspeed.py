@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed: where ZeRO keeps each parameter, and what of DeepSpeed would be run wrong.
 
-The only file that knows DeepSpeed's names. Read in 0.19.8; ``attach`` proves on every engine that
-the map built from them still holds.
+Knows the names of DeepSpeed's engines and partitions. Read in 0.19.8; ``attach`` proves on every
+engine that the map built from them still holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from flora_dist.comm.groups import GroupReducer
-from flora_dist.integrations.deepspeed_config import check_features, refusal
+from flora_dist.integrations.deepspeed_config import check_features, check_flora_block, refusal
 from flora_dist.integrations.spans import Partition, check_partitions, cut_each, cut_line
 from flora_dist.layouts.flat import FlatLayout
 from flora_dist.layouts.replicated import NamedLayout
@@ -42,7 +42,8 @@ def attach(engine: DeepSpeedEngine) -> Flora:
 
     Raises:
         TypeError: the engine's optimizer is not Flora.
-        ValueError: a feature that would be computed wrong, or an engine that has stepped already.
+        ValueError: a feature that would be computed wrong, a "flora" block that cannot be followed,
+            or an engine that has stepped already.
         RuntimeError: this version of DeepSpeed lays parameters out in another way.
     """
     optimizer = engine.optimizer
@@ -87,6 +88,7 @@ def _attach_partitions(flora: Flora, optimizer: Any, partitions: list[Partition]
 
 
 def _refuse_features(engine: DeepSpeedEngine) -> None:
+    check_flora_block(engine.config)
     check_features(engine.config)
     for name, is_on, why in (
         (
@@ -95,9 +97,23 @@ def _refuse_features(engine: DeepSpeedEngine) -> None:
             "expert groups divide gradients in another way. Use FSDP2 for experts",
         ),
         ("pipelines", engine.pipeline_parallelism, "stages share no step. Use ZeRO"),
+        (
+            "tensor parallelism of an mpu",
+            _tensor_parallel_size(engine.mpu) > 1,
+            "each rank's columns or rows would pass for a whole matrix. Use FSDP2 with tensor "
+            "parallelism",
+        ),
     ):
         if is_on:
             raise refusal(name, why)
+
+
+def _tensor_parallel_size(mpu: Any) -> int:
+    """By the names that Megatron's model parallel units have had."""
+    for name in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
+        if hasattr(mpu, name):
+            return int(getattr(mpu, name)())
+    return 1
 
 
 # ---- where parameters are

@@ -128,7 +128,7 @@ class FlatLayout:
         if id(part.flat) not in self._nested:
             return state
         # DeepSpeed's swapper takes top-level tensors for elements of the partition.
-        own: dict[str, Any] = state.setdefault(part.name, {})
+        own: dict[str, Any] = state.get(part.name, {})
         return own
 
 

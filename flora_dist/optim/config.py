@@ -21,9 +21,8 @@ SMALLEST_EPS = 1e-37
 class FloraConfig:
     """Everything that decides a group's arithmetic except ``lr`` and ``weight_decay``.
 
-    Rows named below are those of the quality bench (tests/bench/README.md) that set a default.
-
     Those two change at every step of a schedule and may be tensors, so they stay in the group.
+    Rows named below are those of the quality bench (tests/bench/README.md) that set a default.
     """
 
     rank: int | None = 8

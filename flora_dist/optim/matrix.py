@@ -7,7 +7,8 @@
 RMS looks as if it needed C first, so a message more; but mean(R) = mean(C), and with S1_j the sum
 over rows of G_ij^2 / R_i (R is local), |X|^2 = mean(R) sum_j S1_j / C_j: S1 travels with the
 column sums. The same holds for <X, M A>. Rows that several ranks hold pieces of know R only
-after message 1; their share of RMS, and the sketches of their cut blocks, are message 2.
+after message 1; their share of RMS, and the sketches of their cut blocks, are message 2. The strict
+rule's RMS follows from the momentum alone, which cut blocks have after that: message 3.
 
 Shape suffixes: E matrices (of the batch; H: those this rank touches), N rows, M columns, W columns
 of a piece, K blocks of a piece, R rank.

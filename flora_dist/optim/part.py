@@ -97,4 +97,7 @@ class Layout(Protocol):
         """The parameters in ``tensor``: itself, or those whose spans a flat partition holds."""
 
     def state_of(self, state: dict[str, Any], part: Part) -> dict[str, Any]:
-        """Where ``part``'s state stands in the state of its tensor: that itself, or nested."""
+        """``part``'s state in that of its tensor: that itself, or what stands under its name.
+
+        Changes nothing: a new dict where there is none under the name yet.
+        """

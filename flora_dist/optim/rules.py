@@ -39,7 +39,7 @@ class Rule(Protocol):
     asks_history: ClassVar[bool]
     """RMS(U) needs the sums that hold M A_old."""
     asks_update: ClassVar[bool]
-    """RMS(U) does not follow from sums known before the normalisation: a second message."""
+    """RMS(U) does not follow from sums known before the normalisation: a message of its own."""
 
     def advance(
         self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
@@ -93,7 +93,7 @@ class FloraStrictRule:
         return basis.expand(new, tile), new
 
     def square_sum(self, squares: Squares) -> Tensor:
-        raise AssertionError(f"RMS(U) comes with the second message; asked from {squares}")
+        raise AssertionError(f"RMS(U) comes with the third message; asked from {squares}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ class Flora(torch.optim.Optimizer):
     Each row of a matrix is cut in blocks; a block's momentum is ``rank`` numbers, its product with
     a random matrix A regenerated from ``seed``, the parameter's name and the step's window. Every
     rank keeps only the state of its own shard, and the same seed gives the same run on one
-    process, DDP, FSDP2, HSDP and tensor parallelism, to float rounding.
+    process, DDP, FSDP1, FSDP2, HSDP, tensor parallelism and ZeRO 0 to 3, to float rounding.
 
     ``step()`` sends one message of sums, an all-reduce per sharded axis of the mesh; one more with
     ``flora_strict``, and one more where columns are sharded; none on plain tensors. Under ZeRO and
@@ -187,12 +187,15 @@ class Flora(torch.optim.Optimizer):
                 "for ever. Leave optimizer.step() out of the capture."
             )
         with torch.no_grad():
-            if self._roster.is_rehearsal(self.param_groups):
+            if self._roster.is_rehearsal(self.param_groups, self.state):
                 return loss
             slots = self._ready_slots()
             self.announce()
             with exact_products({slot.tensor.device.type for slot in slots}):
-                run_step(slots, self.state)
+                # torch's DCP, which asks for state by a step on zeros, does not know ZeRO; and
+                # one group's zeros there say nothing of the others.
+                may_rehearse = not self._roster.is_stepped_in_turns
+                run_step(slots, self.state, may_only_create_state=may_rehearse)
         return loss
 
     def report(self) -> Report:

@@ -75,10 +75,25 @@ def check_states(
     ``slots`` are fresh ones: checking configures them by the saved settings.
     """
     by_tensor = {id(tensor): (state, group) for tensor, state, group in states}
+    for tensor, state, _ in states:
+        _check_nested_names(state, [slot for slot in slots if slot.tensor is tensor])
     for slot in slots:
         if id(slot.tensor) in by_tensor:
             state, group = by_tensor[id(slot.tensor)]
             slot.configure(config_of(group), state)
+
+
+def _check_nested_names(state: dict[str, Any], slots: Sequence[Slot]) -> None:
+    """Refuse states, kept by name in a flat tensor's, of parameters that it does not hold."""
+    if all(slot.own_state(state) is state for slot in slots):
+        return
+    names = {slot.part.name for slot in slots}
+    if unknown := sorted(set(state) - names):
+        raise ValueError(
+            "a flat tensor's state must be of the parameters it holds; the state has "
+            f"{unknown[0]!r}, the tensor {', '.join(sorted(names))}. Build the engine over the "
+            "same model."
+        )
 
 
 def copy_in(value: Any, tensor: Tensor) -> Any:

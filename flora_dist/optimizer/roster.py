@@ -93,15 +93,21 @@ class Roster:
                     )
         return make_slots(groups, state, self._layouts)
 
-    def is_rehearsal(self, groups: Sequence[Group]) -> bool:
+    def is_rehearsal(self, groups: Sequence[Group], state: State) -> bool:
         """Whether an engine steps its own tensors on zeros while it is being built.
 
         DeepSpeed's FP16_UnfusedOptimizer does, in its constructor, before anybody can attach.
         """
         tensors = [tensor for group in groups for tensor in group["params"]]
-        foreign = [tensor for tensor in tensors if self._is_foreign(tensor)]
-        gradients = [tensor.grad for tensor in foreign if tensor.grad is not None]
+        if state or not all(map(self._is_foreign, tensors)):
+            return False
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+
+    @property
+    def is_stepped_in_turns(self) -> bool:
+        """Whether the host steps its groups one after the other (ZeRO)."""
+        return self._resident is not None
 
     def _is_foreign(self, tensor: Tensor) -> bool:
         """A plain tensor that no integration claims and nobody gave."""

@@ -99,6 +99,8 @@ class Slot:
         )
         if self.position is not None:
             own["position"] = self.position
+        if own is not state:
+            state[self.part.name] = own
 
     def _dtype(self, entry: StateTensor) -> torch.dtype:
         if entry.dtype == "bfloat16":

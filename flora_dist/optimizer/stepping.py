@@ -22,8 +22,16 @@ from flora_dist.optim.vector import VectorUpdate
 from flora_dist.optimizer.slots import Slot
 
 
-def run_step(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Update the parameters of ``slots``, which every rank gives in the same order."""
+def run_step(
+    slots: Sequence[Slot],
+    state: Mapping[Tensor, dict[str, Any]],
+    *,
+    may_only_create_state: bool,
+) -> None:
+    """Update the parameters of ``slots``, which every rank gives in the same order.
+
+    ``may_only_create_state``: a first step of rate 0 on zeros does not count.
+    """
     # Without peers a missing gradient is missing everywhere; with peers it takes a place in the
     # message, since another rank may have one.
     jobs = [slot.job(state[slot.tensor]) for slot in slots]
@@ -32,7 +40,7 @@ def run_step(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> N
     totals = _sum(updates, [update.measure() for update in updates])
     if any(job.config.skip_nonfinite for job in jobs) and not _are_finite(updates):
         return
-    if _only_creates_state(updates):
+    if may_only_create_state and _only_creates_state(updates):
         return
     present = _presence(updates, totals)
     totals = [total for total, here in zip(totals, present, strict=True) if here]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from flora_dist.integrations.deepspeed_config import check_features, prepared
 from flora_dist.trainer.config import Config, OptimizerConfig
 from flora_dist.trainer.deepspeed_json import engine_settings
 from flora_dist.trainer.extras import needs_deepspeed_extra
@@ -30,6 +31,9 @@ def check_engine(config: Config, world: World) -> None:
     """
     settings = engine_settings(config, world.size)
     _import_deepspeed(world)
+    prepared(settings)
+    if config.optimizer.name == "flora":
+        check_features(settings)
     from deepspeed.runtime.zero.config import get_zero_config
     from pydantic import ValidationError
 
@@ -50,7 +54,6 @@ def build_engine(
     """An engine around the model, with the optimizer and the run's schedule."""
     from flora_dist import Flora
     from flora_dist import deepspeed as flora_deepspeed
-    from flora_dist.integrations.deepspeed_config import prepared
 
     deepspeed = _import_deepspeed(world)
     os.environ.setdefault("LOCAL_RANK", "0")  # wanted without a launcher too: one process

@@ -37,7 +37,9 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
     settings = _changed(_read(Path(config.backend.config or "")), config.backend.changes)
     _check_spelling(settings)
     for key, why in _ELSEWHERE.items():
-        if settings.get(key) not in (None, {"enabled": False}):
+        block = settings.get(key)
+        is_off = isinstance(block, Mapping) and key != "scheduler" and not block.get("enabled")
+        if block is not None and not is_off:
             raise _refused(key, f"is not for the trainer: {why}")
     try:
         check_flora_block(settings)

@@ -66,6 +66,11 @@ def test_what_the_json_says_alike_may_stand(settings: Settings) -> None:
     assert got["flora"] == {"gradients": "dense"}
 
 
+def test_a_block_that_is_off_may_stand(settings: Settings) -> None:
+    off = {"enabled": False, "loss_scale": 0}
+    assert settings({"fp16": off, "torch_autocast": {"enabled": False}})["fp16"] == off
+
+
 def test_changes_are_laid_over_the_json_and_null_takes_out(settings: Settings) -> None:
     tree = {"zero_optimization": {"stage": 2, "overlap_comm": True}, "gradient_clipping": 1.0}
     got = settings(
@@ -129,6 +134,25 @@ def test_an_unknown_key_of_zero_is_found_before_anything_is_written(
     with pytest.raises(ValueError, match=r"zero_optimization.overlap=True: Extra inputs are not"):
         run(tiny(f"backend={{name: deepspeed, config: {path}}}"))
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "cannot go with elastic"),
+        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer"),
+    ],
+)
+def test_what_flora_cannot_go_with_is_found_before_anything_is_written(
+    tree: dict[str, Any], words: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    # Incident: it was found by the engine, after overwrite had removed the folder of the last run.
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(tree))
+    config = tiny(f"backend={{name: deepspeed, config: {path}}}", FLORA)
+    with pytest.raises(ValueError, match=words):
+        run(config)
+    assert not Path(config.output.folder, config.output.name).exists()
 
 
 def test_without_deepspeed_the_error_names_the_extra(

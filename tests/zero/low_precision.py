@@ -115,7 +115,7 @@ def counts_from_the_start(run: Run, steps: Iterable[int]) -> list[set[tuple[int,
 def step_in_the_constructor(run: Run) -> str:
     """What an engine's constructor says if its step on zeros were a step; empty if nothing."""
     original = Roster.is_rehearsal
-    Roster.is_rehearsal = lambda self, groups: False  # type: ignore[method-assign]  # noqa: ARG005
+    Roster.is_rehearsal = lambda self, groups, state: False  # type: ignore[method-assign]  # noqa: ARG005
     try:
         engine, _ = start(run)
         engine.destroy()

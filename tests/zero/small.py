@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -89,17 +88,3 @@ def states(flora: Flora) -> Iterator[tuple[str, dict[str, Any]]]:
 def counts(flora: Flora) -> set[int]:
     """The steps that the states of this rank have counted."""
     return {own["step"] for _, own in states(flora)}
-
-
-def equal_on_all_ranks(value: Any) -> bool:
-    """Whether every rank has the same value."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return all(other == value for other in everyone)
-
-
-def shared_folder(path: Path) -> Path:
-    """A folder that every rank sees."""
-    path.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    return path

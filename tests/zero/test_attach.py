@@ -42,6 +42,45 @@ def test_a_registered_type_and_attach_do_what_initialize_does(stage: int) -> Non
     launched_pool_of(2)(registered, stage)
 
 
+def level_refused(block: dict[str, str], words: str) -> None:
+    engine = by_deepspeed(1, flora=block)
+    with pytest.raises(ValueError, match=words):
+        flora_dist.deepspeed.attach(engine)
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"gradients": "compressed"}, "must be one of dense"),
+        ({"gradient": "dense"}, "Did you mean 'gradients'"),
+    ],
+)
+def test_attach_refuses_a_flora_block_that_it_cannot_follow(
+    block: dict[str, str], words: str
+) -> None:
+    # Incident: engines that others built trained at level dense whatever the block said.
+    launched_pool_of(2)(level_refused, block, words)
+
+
+def other_names() -> None:
+    engine, flora = start(config_of(2))
+    train(engine, range(2))
+    saved = flora.state_dict()
+    flat = next(iter(saved["state"]))
+    saved["state"][flat] = {f"old.{name}": s for name, s in saved["state"][flat].items()}
+    before = weights(engine)
+    with pytest.raises(ValueError, match=r"the state has 'old\.down\.bias', the tensor"):
+        flora.load_state_dict(saved)
+    assert all(torch.equal(before[name], value) for name, value in weights(engine).items())
+    assert not any(name.startswith("old.") for state in flora.state.values() for name in state)
+
+
+def test_state_of_parameters_that_a_partition_does_not_hold_is_refused() -> None:
+    # Incident: it was kept beside new zeros, and the run went on as if it had never trained.
+    launched_pool_of(2)(other_names)
+
+
 def unattached(stage: int, blocks: dict[str, Any]) -> None:
     engine = by_deepspeed(stage, **blocks)  # steps once on zeros in stage 0: must not raise
     with pytest.raises(ValueError, match=r"flora_dist\.deepspeed\.attach\(engine\)"):

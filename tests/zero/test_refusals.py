@@ -47,6 +47,8 @@ def nvme(folder: str = "nowhere") -> dict[str, Any]:
         (zero(3, offload_optimizer={**CPU, "super_offload": True}), "SuperOffload"),
         (zero(3, offload_optimizer={**CPU, "ratio": 0.5}), "partial offload"),
         (zero(3, zero_hpz_partition_size=2), "ZeRO\\+\\+ hpZ"),
+        (zero(2, elastic_checkpoint=True), "elastic checkpoints"),
+        (config_of(2, checkpoint={"load_universal": True}), "universal checkpoints"),
         (zero(3, offload_optimizer=nvme()), "NVMe offload of the optimizer"),
         (zero(3, offload_optimizer=CPU, offload_param=nvme()), "NVMe offload of parameters"),
     ],
@@ -127,6 +129,29 @@ def experts_refused(stage: int) -> None:
 @pytest.mark.deepspeed
 def test_moe_layers_are_refused() -> None:
     launched_pool_of(2)(experts_refused, 0)
+
+
+class TwoWide:
+    """A model parallel unit, as Megatron has it, of two ranks."""
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return 2
+
+
+def unit_refused() -> None:
+    engine, *_ = deepspeed.initialize(
+        model=build(), config={**config_of(1), "zero_allow_untested_optimizer": True}
+    )
+    engine.mpu = TwoWide()
+    with pytest.raises(ValueError, match="cannot go with tensor parallelism of an mpu: "):
+        flora_dist.deepspeed.attach(engine)
+    engine.mpu = None
+    engine.destroy()
+
+
+@pytest.mark.deepspeed
+def test_the_tensor_parallelism_of_a_model_parallel_unit_is_refused() -> None:
+    launched_pool_of(2)(unit_refused)
 
 
 def pipeline_refused(stage: int) -> None:
