@@ -54,6 +54,12 @@ _REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
         "partitions are kept twice. Set zero_hpz_partition_size to 1",
     ),
     (
+        "ZeRO++ qgZ",
+        "zero_optimization.zero_quantized_gradients",
+        bool,
+        "gradients from its own all-to-all were never compared. Leave it out",
+    ),
+    (
         "elastic checkpoints",
         "zero_optimization.elastic_checkpoint",
         bool,

@@ -47,6 +47,7 @@ def nvme(folder: str = "nowhere") -> dict[str, Any]:
         (zero(3, offload_optimizer={**CPU, "super_offload": True}), "SuperOffload"),
         (zero(3, offload_optimizer={**CPU, "ratio": 0.5}), "partial offload"),
         (zero(3, zero_hpz_partition_size=2), "ZeRO\\+\\+ hpZ"),
+        (zero(3, zero_quantized_gradients=True), "ZeRO\\+\\+ qgZ"),
         (zero(2, elastic_checkpoint=True), "elastic checkpoints"),
         (config_of(2, checkpoint={"load_universal": True}), "universal checkpoints"),
         (zero(3, offload_optimizer=nvme()), "NVMe offload of the optimizer"),
