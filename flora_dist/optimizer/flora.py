@@ -73,6 +73,7 @@ class Flora(torch.optim.Optimizer):
         stochastic_rounding: round low-precision weights and momentum stochastically, with bits
             that are equal wherever the inputs are.
         skip_nonfinite: skip the whole step if a gradient holds NaN or inf; in any group, for all.
+            DeepSpeed steps group after group: there each decides for itself.
         strict: raise where a matrix expected to be compressed would be dense.
         seed: one per run, equal on all ranks.
         maximize: step uphill.
