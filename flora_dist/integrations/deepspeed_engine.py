@@ -75,6 +75,8 @@ def initialize(
             f"flora_dist.deepspeed.initialize runs Flora; got {type(optimizer).__name__}. Use "
             "deepspeed.initialize for it."
         )
+    if isinstance(optimizer, Flora):
+        _check_owned(optimizer, model)
     results: tuple[Any, Any, Any, Any] = deepspeed.initialize(
         args=args,
         model=model,
@@ -85,6 +87,18 @@ def initialize(
     )
     attach(results[0])
     return results
+
+
+def _check_owned(optimizer: Flora, model: nn.Module) -> None:
+    """Refuse parameters of another module: DeepSpeed fails at them with a riddle."""
+    own = set(map(id, model.parameters()))
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            if id(tensor) not in own:
+                raise ValueError(
+                    "every parameter of the optimizer must belong to the model; one of shape "
+                    f"{tuple(tensor.shape)} does not. Make its module part of the model."
+                )
 
 
 def _settings(args: Any, config: str | dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:

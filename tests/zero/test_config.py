@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import flora_dist.deepspeed
+from flora_dist import Flora
 from flora_dist.integrations.deepspeed_config import optimizer_settings, prepared
 from tests.zero.small import PARAMS, build, config_of
 
@@ -127,3 +129,10 @@ def test_what_deepspeed_gets_is_a_copy_without_the_optimizer_block() -> None:
 def test_the_params_are_floras_arguments() -> None:
     assert optimizer_settings(config_of(2)) == PARAMS
     assert optimizer_settings({"optimizer": {"type": "Flora"}}) == {}
+
+
+def test_a_parameter_outside_the_model_is_refused_before_anything_is_built() -> None:
+    model, stray = build(), nn.Parameter(torch.ones(4, 5))
+    optimizer = Flora([*model.parameters(), stray])
+    with pytest.raises(ValueError, match=r"one of shape \(4, 5\) does not"):
+        flora_dist.deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(0))
