@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flora_dist import deepspeed as deepspeed
     from flora_dist import fsdp1 as fsdp1
+    from flora_dist.integrations.attach import attach as attach
     from flora_dist.optimizer.flora import Flora
     from flora_dist.optimizer.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Flora", "Report", "__version__"]
+__all__ = ["Flora", "Report", "__version__", "attach"]
 
-_HOMES = {"Flora": "flora_dist.optimizer.flora", "Report": "flora_dist.optimizer.report"}
+_HOMES = {
+    "Flora": "flora_dist.optimizer.flora",
+    "Report": "flora_dist.optimizer.report",
+    "attach": "flora_dist.integrations.attach",
+}
 # Not in __all__: import * would need DeepSpeed.
 _FRAMEWORKS = ("deepspeed", "fsdp1")
 

@@ -48,14 +48,14 @@ class GroupReducer:
 
     def sum_(self, message_S: Tensor) -> None:
         """Replace a flat message by its sum; every rank gets the same bits."""
-        there = message_S.to(_device_type(message_S, self.group))
+        there = message_S.to(group_device(message_S, self.group))
         dist.all_reduce(there, group=self.group)
         if there is not message_S:
             message_S.copy_(there)
 
     def exchange(self, sent_S: Tensor, sizes: Mapping[int, int]) -> Tensor:
         """Send each peer its share of a flat message; returns theirs, laid out alike."""
-        there = sent_S.to(_device_type(sent_S, self.group))
+        there = sent_S.to(group_device(sent_S, self.group))
         received = torch.empty_like(there)
         splits = [sizes.get(peer, 0) for peer in range(dist.get_world_size(self.group))]
         dist.all_to_all_single(received, there, splits, splits, group=self.group)
@@ -67,14 +67,30 @@ class GroupReducer:
         return dist.get_rank(self.group)
 
 
+# New in torch 2.13, where the older name is deprecated.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def reduce_scatter(lines_WS: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of the line (S,) that stands at this rank's place."""
+    received_S = lines_WS.new_empty(lines_WS.shape[1])
+    _reduce_scatter(received_S, lines_WS.view(-1), group=group)
+    return received_S
+
+
+def all_reduce_(message_S: Tensor, group: dist.ProcessGroup) -> None:
+    """Replace a flat message by its sum over the ranks of a group."""
+    dist.all_reduce(message_S, group=group)
+
+
 def any_process(flag: Tensor) -> bool:
     """Whether a flag () is set on any process of the default group, which must all call this."""
-    count = flag.to(device=_device_type(flag, None), dtype=torch.float32)
+    count = flag.to(device=group_device(flag, None), dtype=torch.float32)
     dist.all_reduce(count)
     return bool(count.item() > 0)
 
 
-def _device_type(tensor: Tensor, group: dist.ProcessGroup | None) -> str:
+def group_device(tensor: Tensor, group: dist.ProcessGroup | None) -> str:
     """The tensor's own, or the accelerator's where the group knows no other (CPU offload)."""
     if f"{tensor.device.type}:" in str(dist.get_backend_config(group)):
         return tensor.device.type

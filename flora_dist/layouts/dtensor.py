@@ -138,9 +138,7 @@ class DTensorLayout:
         for placement in tensor.placements:
             _check_placement(placement, tuple(tensor.shape), name)
         shape = tuple(tensor.shape)
-        coordinate = tensor.device_mesh.get_coordinate()
-        assert coordinate is not None, "this process is outside the mesh of its own parameter"
-        starts, stops = _box(tensor, coordinate)
+        starts, stops = _box(tensor, _coordinate(tensor))
         part = DTensorPart(
             tensor=tensor,
             name=name,
@@ -192,8 +190,15 @@ def _blocks(block: int) -> Callable[[Tile], Interval]:
 
 def _reducer(tensor: DTensor) -> MeshReducer | None:
     # Replicas hold equal bits already: HSDP's second hop is an all-reduce.
-    axes = tuple(axis for axis, p in enumerate(tensor.placements) if _is_shard(p))
+    axes = shard_axes(tensor)
     return MeshReducer(mesh=tensor.device_mesh, axes=axes) if axes else None
+
+
+def _coordinate(tensor: DTensor) -> Sequence[int]:
+    """This rank's place on the mesh."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this process is outside the mesh of its own parameter"
+    return coordinate
 
 
 def _box(tensor: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -241,3 +246,36 @@ def _tiles(
 def _local(tensor: DTensor) -> Tensor:
     with torch.no_grad():  # under grad, to_local returns a view that records autograd
         return tensor.to_local()
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The plain tensor of this rank inside a DTensor; a plain tensor itself."""
+    return _local(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def shaped_like(tensor: Tensor, local: Tensor) -> Tensor:
+    """``local`` as this rank's part of a DTensor placed like ``tensor``, if that is one."""
+    if not isinstance(tensor, DTensor):
+        return local
+    # Not from_local: it looks at the tensor, and a gradient's stand-in has nothing to look at.
+    return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def tiles_at(tensor: DTensor) -> tuple[Tile, ...]:
+    """What of a parameter this rank holds."""
+    return _tiles(tuple(tensor.shape), *_box(tensor, _coordinate(tensor)))
+
+
+def tiles_along(tensor: DTensor, axis: int) -> tuple[tuple[Tile, ...], ...]:
+    """What each rank along an axis of the mesh holds, this one's place on the others."""
+    coordinate = _coordinate(tensor)
+    places = [
+        [*coordinate[:axis], place, *coordinate[axis + 1 :]]
+        for place in range(tensor.device_mesh.size(axis))
+    ]
+    return tuple(_tiles(tuple(tensor.shape), *_box(tensor, place)) for place in places)
+
+
+def shard_axes(tensor: DTensor) -> tuple[int, ...]:
+    """Axes of the mesh that cut the parameter."""
+    return tuple(axis for axis, p in enumerate(tensor.placements) if _is_shard(p))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.config import FloraConfig
-from flora_dist.optim.spec import Geometry
 from flora_dist.sketch import keys, matrices, ops
 from flora_dist.tiles import Interval, Tile
 
@@ -113,13 +112,20 @@ class Sketches:
     """The sketch matrices of one part, by window; a pure function of seed, name and window."""
 
     def __init__(
-        self, *, name_key: int, geometry: Geometry, config: FloraConfig, held: Interval, kept: int
+        self,
+        *,
+        name_key: int,
+        purpose: keys.Purpose,
+        rank: int,
+        block: int,
+        config: FloraConfig,
+        held: Interval,
+        kept: int,
     ) -> None:
-        """``held``: the matrices of this rank; ``kept``: numbers of momentum it keeps for them."""
-        assert geometry.rank is not None
-        self._name_key = name_key
+        """``held``: the matrices of this rank; ``kept``: numbers it keeps in their bases."""
+        self._name_key, self._purpose = name_key, purpose
         self._limit = max(CACHED_NUMBERS, kept // CACHED_SHARE)
-        self._rank, self._block = geometry.rank, geometry.block
+        self._rank, self._block = rank, block
         self._config, self._held = config, held
         self._cache: dict[int, Tensor] = {}
 
@@ -127,11 +133,9 @@ class Sketches:
         self, old_window: int, new_window: int, *, dtype: torch.dtype, device: torch.device
     ) -> SketchedBasis:
         """The basis of a step that starts in ``old_window`` and ends in ``new_window``."""
-        old_ERB = self._at(old_window, dtype, device)
+        old_ERB = self.at(old_window, dtype, device)
         moved = old_window != new_window
-        new_ERB = self._at(new_window, dtype, device) if moved else old_ERB
-        for window in [w for w in self._cache if w not in {old_window, new_window}]:
-            del self._cache[window]
+        new_ERB = self.at(new_window, dtype, device) if moved else old_ERB
         return SketchedBasis(
             old_ERB=old_ERB,
             new_ERB=new_ERB,
@@ -146,7 +150,8 @@ class Sketches:
             return matrices.shrink_factor(kind, rank=self._rank, block=self._block)
         return 1.0 if self._config.transfer == "paper" else 0.0
 
-    def _at(self, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def at(self, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A (E, R, B) of the matrices of this rank; small ones are kept from step to step."""
         cached = self._cache.get(window)
         if cached is not None and cached.dtype == dtype and cached.device == device:
             return cached
@@ -156,6 +161,8 @@ class Sketches:
             [self._matrix(window, e, dtype, device) for e in range(*self._held)]
         )
         if sketch_ERB.numel() <= self._limit:
+            for past in [w for w in self._cache if w != window - 1]:
+                del self._cache[past]
             self._cache[window] = sketch_ERB
         return sketch_ERB
 
@@ -163,7 +170,7 @@ class Sketches:
         key = keys.derive_key(
             seed=self._config.seed,
             name_key=self._name_key,
-            purpose=keys.Purpose.MOMENTUM,
+            purpose=self._purpose,
             window=window,
             matrix=matrix,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flora_dist.optim.basis import Sketches
 from flora_dist.optim.config import FloraConfig
+from flora_dist.optim.gradient import SketchedGradient
 from flora_dist.optim.part import Part, Terms
 from flora_dist.optim.spec import Geometry
 from flora_dist.optim.store import Store
@@ -33,8 +34,8 @@ class Job:
     """Rows and blocks of the parameter that several ranks hold pieces of."""
     state: dict[str, Any]
     """The parameter's state: tensors as the host sees them, and numbers."""
-    gradient: Tensor | None
-    """Local elements; None if this rank has none."""
+    gradient: Tensor | SketchedGradient | None
+    """Local elements, or their sketches; None if this rank has none."""
     lr: float | Tensor
     weight_decay: float | Tensor
     sign: float

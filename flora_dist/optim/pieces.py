@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flora_dist.optim.gradient import DenseTile, GradientTile, SketchedGradient, sketched_tiles
 from flora_dist.optim.job import Job
 from flora_dist.optim.spec import Geometry, is_batch
 from flora_dist.sketch.keys import Purpose
@@ -24,13 +25,18 @@ CPU_ELEMENTS = 1 << 17
 GPU_ELEMENTS = 1 << 25
 
 
+def work_limit(device: torch.device) -> int:
+    """Elements of a piece on this device."""
+    return CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """Some rows of a matrix part, as views of its local tensors."""
 
     tile: Tile
     weight_ENW: Tensor
-    gradient_ENW: Tensor | None
+    gradient: GradientTile | None
     """None: this rank has no gradient; it counts as zero."""
     momentum: Tensor | None
     """(E, N, blocks touched, R), or (E, N, W) where dense; None without momentum."""
@@ -38,19 +44,16 @@ class Piece:
 
     def read_gradient(self, dtype: torch.dtype, sign: float) -> Tensor:
         """The gradient (E, N, W), contiguous and in the arithmetic's dtype, times ``sign``."""
-        if self.gradient_ENW is None:
+        if self.gradient is None:
             return torch.zeros(self.tile.sizes, dtype=dtype, device=self.weight_ENW.device)
-        gradient_ENW = self.gradient_ENW.to(dtype).contiguous()
+        gradient_ENW = self.gradient.read(dtype)
         return gradient_ENW if sign > 0 else -gradient_ENW
 
 
 def build_pieces(job: Job, weights: Sequence[Tensor]) -> list[Piece]:
     """Cut a matrix part; ``weights`` are its batches, as ``as_batches`` gave them."""
     tiles, size = job.part.tiles, job.geometry
-    gradient = job.gradient
-    gradients: list[Tensor | None] = [None] * len(tiles)
-    if gradient is not None:
-        gradients = [*as_batches(gradient, tiles, shape=size.shape)]
+    gradients = _gradients(job)
     momenta: list[Tensor | None] = [None] * len(tiles)
     if "momentum" in job.state:
         momenta = [*_momenta(job.local("momentum"), tiles, size)]
@@ -59,7 +62,7 @@ def build_pieces(job: Job, weights: Sequence[Tensor]) -> list[Piece]:
         Piece(
             tile=piece,
             weight_ENW=_window(weight, tile, piece),
-            gradient_ENW=None if gradient is None else _window(gradient, tile, piece),
+            gradient=None if gradient is None else gradient.window(*inside(tile, piece)),
             momentum=None if momentum is None else _window(momentum, tile, piece),
             row_EN=_window(row, tile, piece),
         )
@@ -68,6 +71,17 @@ def build_pieces(job: Job, weights: Sequence[Tensor]) -> list[Piece]:
         )
         for piece in _cut_tile(tile, num_columns=size.num_columns, device=weight.device)
     ]
+
+
+def _gradients(job: Job) -> Sequence[GradientTile | None]:
+    """The gradient of each tile of a part."""
+    tiles, gradient = job.part.tiles, job.gradient
+    if gradient is None:
+        return [None] * len(tiles)
+    if isinstance(gradient, SketchedGradient):
+        return sketched_tiles(gradient, tiles)
+    batches = as_batches(gradient, tiles, shape=job.geometry.shape)
+    return [DenseTile(elements_ENW=batch) for batch in batches]
 
 
 def as_batches(local: Tensor, tiles: Sequence[Tile], *, shape: tuple[int, ...]) -> list[Tensor]:
@@ -94,7 +108,7 @@ def carve(local: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 def _cut_tile(tile: Tile, *, num_columns: int, device: torch.device) -> Iterator[Tile]:
     """Cut a tile into smaller ones; where its rows are cut, each stays inside one matrix."""
-    limit = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
+    limit = work_limit(device)
     if tile.columns == (0, num_columns):
         yield from split(tile, max_elements=limit)
         return
@@ -103,11 +117,16 @@ def _cut_tile(tile: Tile, *, num_columns: int, device: torch.device) -> Iterator
         yield from split(single, max_elements=limit)
 
 
-def _window(batch: Tensor, tile: Tile, piece: Tile) -> Tensor:
-    """The matrices and rows of ``piece`` in a batch that stands for ``tile``."""
+def inside(tile: Tile, piece: Tile) -> tuple[slice, slice]:
+    """The matrices and rows of ``piece``, counted within ``tile``."""
     matrices = slice(piece.matrices[0] - tile.matrices[0], piece.matrices[1] - tile.matrices[0])
     rows = slice(piece.rows[0] - tile.rows[0], piece.rows[1] - tile.rows[0])
-    return batch[matrices, rows]
+    return matrices, rows
+
+
+def _window(batch: Tensor, tile: Tile, piece: Tile) -> Tensor:
+    """The matrices and rows of ``piece`` in a batch that stands for ``tile``."""
+    return batch[inside(tile, piece)]
 
 
 def _momenta(local: Tensor, tiles: Sequence[Tile], size: Geometry) -> list[Tensor]:

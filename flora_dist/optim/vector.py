@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flora_dist.optim.gradient import SketchedGradient
 from flora_dist.optim.job import Job, arithmetic_dtype
 from flora_dist.optim.part import Terms
 from flora_dist.optim.spec import VECTOR_EPS
@@ -19,6 +20,7 @@ class VectorUpdate:
         self.job = job
         self._weight = job.part.weight().reshape(-1)
         self._dtype = arithmetic_dtype(self._weight.dtype)
+        assert not isinstance(job.gradient, SketchedGradient), job.part.name  # vectors are dense
         self._gradient = job.gradient
 
     def measure(self) -> Terms:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from flora_dist.comm.groups import process_rank
+from flora_dist.optim.arithmetic import exact_products
 from flora_dist.optim.config import KNOBS, check_group_keys, config_of
 from flora_dist.optim.part import Layout
 from flora_dist.optim.spec import LEVELS
 from flora_dist.optimizer import loading, naming
-from flora_dist.optimizer.arithmetic import exact_products
-from flora_dist.optimizer.checks import check_gradient, check_group, takes_part
+from flora_dist.optimizer.checks import check_gradient, check_group, read_gradients, takes_part
+from flora_dist.optimizer.gradients import Gradients
+from flora_dist.optimizer.norms import clip_factor, global_norm
 from flora_dist.optimizer.report import Report
 from flora_dist.optimizer.roster import Roster
 from flora_dist.optimizer.slots import Slot
-from flora_dist.optimizer.stepping import run_step
+from flora_dist.optimizer.stepping import Gradient, run_step
 
 # Keys that torch itself and its schedulers write into groups.
 _TORCH_KEYS = (
@@ -122,6 +124,7 @@ class Flora(torch.optim.Optimizer):
         config_of(defaults)
         self._roster = Roster()
         self._announced = False
+        self._gradients: Gradients | None = None
         super().__init__(naming.as_groups(params), defaults)
 
     @classmethod
@@ -192,12 +195,71 @@ class Flora(torch.optim.Optimizer):
                 return loss
             slots = self._ready_slots()
             self.announce()
+            # torch's DCP, which asks for state by a step on zeros, does not know ZeRO; and one
+            # group's zeros there say nothing of the others.
+            alone = not self._roster.is_stepped_in_turns
             with exact_products({slot.tensor.device.type for slot in slots}):
-                # torch's DCP, which asks for state by a step on zeros, does not know ZeRO; and
-                # one group's zeros there say nothing of the others.
-                may_rehearse = not self._roster.is_stepped_in_turns
-                run_step(slots, self.state, may_only_create_state=may_rehearse)
+                gradients = read_gradients(slots, self._gradients)
+                run_step(slots, gradients, self.state, may_only_create_state=alone)
+            if self._gradients is not None and alone:
+                self._gradients.forget()
         return loss
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Norm () of the mean gradient over all parameters and ranks, for every level.
+
+        Exact for what is dense. Of sketches sqrt(sum |C|^2), whose square is unbiased: within 12 %
+        even for a gradient of rank 1. Call it on every rank, after the last micro-batch; one small
+        all-reduce per group of ranks, and the averaging of the sketches, which ``step()`` then has
+        no need to do.
+
+        Raises:
+            RuntimeError: under DeepSpeed, which has its own: ``engine.get_global_grad_norm()``.
+        """
+        return global_norm(*self._current_gradients())
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients to a ``grad_norm()`` of at most ``max_norm``; returns it as it was.
+
+        As ``torch.nn.utils.clip_grad_norm_``, which cannot see gradients that are sketches.
+
+        Raises:
+            ValueError: ``max_norm`` is not above 0.
+            RuntimeError: under DeepSpeed, whose key is "gradient_clipping".
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be above 0; got {max_norm!r}. Raise it.")
+        slots, gradients = self._current_gradients()
+        norm = global_norm(slots, gradients)
+        factor = clip_factor(norm, max_norm)
+        for gradient in gradients:
+            if isinstance(gradient, Tensor):
+                gradient.mul_(factor.to(gradient.device))
+        if self._gradients is not None:
+            self._gradients.scale_(factor)
+        return norm
+
+    def attach_gradients(self, gradients: Gradients | None) -> None:
+        """Let an integration take gradients in as sketches; None: dense again.
+
+        Raises:
+            ValueError: there is state already, made by the other algorithm.
+        """
+        level = LEVELS[0] if gradients is None else gradients.level
+        if self.state and (level == LEVELS[0]) != (self._roster.level == LEVELS[0]):
+            raise ValueError(
+                f"gradients={level!r} must be chosen before the first step; this optimizer has "
+                f"state made with gradients={self._roster.level!r}, which is another algorithm. "
+                "Build a new optimizer."
+            )
+        self._gradients = gradients
+        self._roster.set_level(level)
+
+    def slots(self) -> list[Slot]:
+        """Every parameter as the optimizer holds it, for integrations; in the order of groups."""
+        return self._roster.everything(self.param_groups, self.state)
 
     def report(self) -> Report:
         """What is compressed and what is dense and why, with bytes, on this rank.
@@ -207,7 +269,7 @@ class Flora(torch.optim.Optimizer):
         slots = self._roster.everything(self.param_groups, self.state)
         slots = [slot for slot in slots if takes_part(slot)]
         return Report(
-            level=LEVELS[0],
+            level=self._roster.level,
             rows=tuple(slot.report_row() for slot in slots),
             unnamed=sum(slot.position is not None for slot in slots),
         )
@@ -243,6 +305,7 @@ class Flora(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_roster" not in self.__dict__:  # unpickled or deep-copied
             self._roster = Roster()
+            self._gradients = None
             self._announced = True
             for group in self.param_groups:
                 self._roster.enter(group["params"])
@@ -250,13 +313,27 @@ class Flora(torch.optim.Optimizer):
 
     def _ready_slots(self) -> list[Slot]:
         """Those that take part in a step, with state, in the order of their names."""
-        slots = [s for s in self._roster.present(self.param_groups, self.state) if takes_part(s)]
-        for slot in slots:
-            check_gradient(slot)
+        slots = self._present_slots()
         for slot in slots:
             if not slot.has_state(self.state[slot.tensor]):
                 slot.create_state(self.state[slot.tensor])
+        return slots
+
+    def _present_slots(self) -> list[Slot]:
+        """Those that take part in a step, in the order of names; their gradients are sound."""
+        slots = [s for s in self._roster.present(self.param_groups, self.state) if takes_part(s)]
+        for slot in slots:
+            check_gradient(slot, self._gradients)
         return sorted(slots, key=lambda slot: slot.part.name)
+
+    def _current_gradients(self) -> tuple[list[Slot], list[Gradient]]:
+        if self._roster.is_stepped_in_turns:
+            raise RuntimeError(
+                "under DeepSpeed gradients are there inside its step alone. Call "
+                'engine.get_global_grad_norm(), or set "gradient_clipping" in the config.'
+            )
+        slots = self._present_slots()
+        return slots, read_gradients(slots, self._gradients)
 
     def _checked_states(
         self, state_dict: Mapping[str, Any]

@@ -12,6 +12,7 @@ from flora_dist.layouts.dtensor import DTensorLayout
 from flora_dist.layouts.replicated import ReplicatedLayout
 from flora_dist.optim.config import config_of
 from flora_dist.optim.part import Layout
+from flora_dist.optim.spec import LEVELS
 from flora_dist.optimizer.slots import Group, Slot, make_slots
 
 State = Mapping[Tensor, dict[str, Any]]
@@ -26,6 +27,7 @@ class Roster:
     def __init__(self) -> None:
         self._layouts: list[Layout] = [DTensorLayout(), ReplicatedLayout()]
         self._resident: Sequence[Sequence[Tensor]] | None = None
+        self.level = LEVELS[0]
         # Frameworks put other tensors into the groups before the first step (accelerate's FSDP2,
         # DeepSpeed): nothing is kept per parameter but who was given, as (id, elements). Not
         # as references, which would keep whole parameters alive; not as weak ones either, with
@@ -42,6 +44,11 @@ class Roster:
         """Ask this layout first; ``tensors`` are what each group holds when it is stepped."""
         self._layouts.insert(0, layout)
         self._resident = tensors
+        self.forget()
+
+    def set_level(self, level: str) -> None:
+        """What of the gradients is compressed from now on."""
+        self.level = level
         self.forget()
 
     def forget(self) -> None:
@@ -91,7 +98,7 @@ class Roster:
                         "DeepSpeed call flora_dist.deepspeed.attach(engine), elsewhere the "
                         "engine's attach()."
                     )
-        return make_slots(groups, state, self._layouts)
+        return make_slots(groups, state, self._layouts, self.level)
 
     def is_rehearsal(self, groups: Sequence[Group], state: State) -> bool:
         """Whether an engine steps its own tensors on zeros while it is being built.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flora_dist.optim.basis import Sketches
 from flora_dist.optim.config import FloraConfig, beta2_at
+from flora_dist.optim.gradient import SketchedGradient
 from flora_dist.optim.job import Job, arithmetic_dtype
 from flora_dist.optim.part import Layout, Part
 from flora_dist.optim.spec import (
@@ -24,7 +25,7 @@ from flora_dist.optim.spec import (
 from flora_dist.optim.store import Store
 from flora_dist.optimizer.naming import names_of, position_name
 from flora_dist.optimizer.report import ReportRow
-from flora_dist.sketch.keys import name_key
+from flora_dist.sketch.keys import Purpose, name_key
 from flora_dist.sketch.matrices import KINDS
 
 Group = dict[str, Any]
@@ -34,10 +35,17 @@ class Slot:
     """A part with its group; geometry and sketches follow the group's settings."""
 
     def __init__(
-        self, *, tensor: Tensor, part: Part, layout: Layout, group: Group, position: int | None
+        self,
+        *,
+        tensor: Tensor,
+        part: Part,
+        layout: Layout,
+        group: Group,
+        position: int | None,
+        level: str,
     ) -> None:
         """``position``: place among the parameters if they have no names, else None."""
-        self.tensor, self.part, self.group = tensor, part, group
+        self.tensor, self.part, self.group, self.level = tensor, part, group, level
         self._layout, self.position = layout, position
         self._name_key = name_key(part.name)
         self._config: FloraConfig | None = None
@@ -64,11 +72,24 @@ class Slot:
         shapes = [self.part.local_state_shape(e) for e in self._entries if e.name == "momentum"]
         return Sketches(
             name_key=self._name_key,
-            geometry=self._geometry,
+            purpose=Purpose.MOMENTUM,
+            rank=self._geometry.rank,
+            block=self._geometry.block,
             config=config,
             held=self.part.matrices,
             kept=sum(torch.Size(shape).numel() for shape in shapes),
         )
+
+    @property
+    def config(self) -> FloraConfig:
+        """The group's settings."""
+        assert self._config is not None
+        return self._config
+
+    @property
+    def name_key(self) -> int:
+        """What the parameter's random numbers hang on."""
+        return self._name_key
 
     @property
     def entries(self) -> tuple[StateTensor, ...]:
@@ -91,7 +112,7 @@ class Slot:
             own[entry.name] = self.part.allocate(entry, self._dtype(entry))
         own.update(
             format=FORMAT_VERSION,
-            gradients=LEVELS.index("dense"),
+            gradients=LEVELS.index(self.level),
             seed=self._config.seed,
             sketch=KINDS.index(self._config.sketch),
             step=0,
@@ -107,13 +128,16 @@ class Slot:
             return torch.bfloat16
         return arithmetic_dtype(self.part.weight().dtype)
 
-    def job(self, state: dict[str, Any]) -> Job:
+    def next_step(self, state: dict[str, Any]) -> int:
+        """The parameter's coming step, counted from 1."""
+        return int(self.own_state(state).get("step", 0)) + 1
+
+    def job(self, state: dict[str, Any], gradient: Tensor | SketchedGradient | None) -> Job:
         """This parameter at the coming step."""
-        config = self._config
-        assert config is not None
+        config = self.config
         own = self.own_state(state)
         lr, decay = self.group["lr"], self.group["weight_decay"]
-        step = int(own["step"]) + 1
+        step = self.next_step(state)
         store = Store(
             seed=config.seed,
             name_key=self._name_key,
@@ -128,7 +152,7 @@ class Slot:
             sketches=self._sketches,
             cuts=self._cuts,
             state=own,
-            gradient=self.part.gradient(),
+            gradient=gradient,
             lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
             weight_decay=decay.reshape(()) if isinstance(decay, Tensor) else decay,
             sign=-1.0 if self.group["maximize"] else 1.0,
@@ -185,7 +209,6 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
     """
     wanted = {
         "format": FORMAT_VERSION,
-        "gradients": LEVELS.index("dense"),
         "seed": config.seed,
         "sketch": KINDS.index(config.sketch),
     }
@@ -196,6 +219,13 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
                 f"has {_meaning(field, own.get(field))!r}. Construct the optimizer with the "
                 "settings of the run that saved it."
             )
+    # What reads expand(C) is another algorithm than what reads G; how C came about is not.
+    saved = _meaning("gradients", own.get("gradients"))
+    if saved not in LEVELS or (saved == LEVELS[0]) != (slot.level == LEVELS[0]):
+        raise ValueError(
+            f"the state of {slot.part.name!r} must have gradients={slot.level!r}; it has "
+            f"{saved!r}. Attach with the level and the settings of the run that saved it."
+        )
     if (own.get("position") is None) != (slot.position is None):
         raise ValueError(
             f"the state of {slot.part.name!r} must have position={slot.position!r}; it has "
@@ -231,7 +261,10 @@ def _meaning(field: str, number: Any) -> Any:
 
 
 def make_slots(
-    groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]], layouts: Sequence[Layout]
+    groups: Sequence[Group],
+    state: Mapping[Tensor, dict[str, Any]],
+    layouts: Sequence[Layout],
+    level: str,
 ) -> list[Slot]:
     """Every part of every parameter, in the order of the groups."""
     slots = []
@@ -255,6 +288,7 @@ def make_slots(
                 group=group,
                 # A layout may know the names that the groups lack.
                 position=position if part.name == name else None,
+                level=level,
             )
             for part in layout.parts(tensor, name)
         ]

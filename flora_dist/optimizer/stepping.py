@@ -15,26 +15,33 @@ from torch import Tensor
 
 from flora_dist.comm.groups import any_process
 from flora_dist.comm.message import sum_terms
+from flora_dist.optim.gradient import SketchedGradient
 from flora_dist.optim.job import Job, Update
 from flora_dist.optim.matrix import MatrixUpdate
 from flora_dist.optim.part import Reducer, Terms
 from flora_dist.optim.vector import VectorUpdate
 from flora_dist.optimizer.slots import Slot
 
+Gradient = Tensor | SketchedGradient | None
+"""This rank's elements, their sketches, or nothing."""
+
 
 def run_step(
     slots: Sequence[Slot],
+    gradients: Sequence[Gradient],
     state: Mapping[Tensor, dict[str, Any]],
     *,
     may_only_create_state: bool,
 ) -> None:
     """Update the parameters of ``slots``, which every rank gives in the same order.
 
-    ``may_only_create_state``: a first step of rate 0 on zeros does not count.
+    ``gradients``: of each slot. ``may_only_create_state``: a first step of rate 0 on zeros does
+    not count.
     """
     # Without peers a missing gradient is missing everywhere; with peers it takes a place in the
     # message, since another rank may have one.
-    jobs = [slot.job(state[slot.tensor]) for slot in slots]
+    pairs = zip(slots, gradients, strict=True)
+    jobs = [slot.job(state[slot.tensor], gradient) for slot, gradient in pairs]
     jobs = [job for job in jobs if job.part.reducer is not None or job.gradient is not None]
     updates = [_update_of(job) for job in jobs]
     totals = _sum(updates, [update.measure() for update in updates])
@@ -45,10 +52,10 @@ def run_step(
     present = _presence(updates, totals)
     totals = [total for total, here in zip(totals, present, strict=True) if here]
     updates = [update for update, here in zip(updates, present, strict=True) if here]
-    pairs = zip(updates, totals, strict=True)
-    totals = _sum(updates, [update.couple(total) for update, total in pairs])
-    pairs = zip(updates, totals, strict=True)
-    totals = _sum(updates, [update.tally(total) for update, total in pairs])
+    coupled = [update.couple(total) for update, total in zip(updates, totals, strict=True)]
+    totals = _sum(updates, coupled)
+    tallied = [update.tally(total) for update, total in zip(updates, totals, strict=True)]
+    totals = _sum(updates, tallied)
     for update, total in zip(updates, totals, strict=True):
         update.finish(total)
 

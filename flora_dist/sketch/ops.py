@@ -37,6 +37,25 @@ def compress(x_ENM: Tensor, sketch_ERB: Tensor, *, first_column: int = 0) -> Ten
     return torch.bmm(flat, sketch_ERB.mT).view(matrices, rows, per_row, rank)
 
 
+def add_compressed_(
+    c_ENKR: Tensor, x_ENM: Tensor, sketch_ERB: Tensor, *, first_column: int = 0
+) -> None:
+    """Adds the sketch of each block of each row: c += blocks(x) A^T.
+
+    Args:
+        c_ENKR: (E, N, K, R), contiguous; all blocks that the columns touch.
+        x_ENM: (E, N, W), as given to `compress`.
+        sketch_ERB: (E, R, B), in the dtype of `c_ENKR` and `x_ENM`.
+        first_column: column of the whole matrix at which `x_ENM` begins.
+    """
+    matrices, rows, per_row, rank = c_ENKR.shape
+    block = sketch_ERB.shape[-1]
+    assert per_row == _blocks_touched(x_ENM.shape[-1], block, first_column), c_ENKR.shape
+    blocks_ENM = _whole_blocks(x_ENM, block, first_column)
+    flat = blocks_ENM.reshape(matrices, rows * per_row, block)
+    c_ENKR.view(matrices, rows * per_row, rank).baddbmm_(flat, sketch_ERB.mT)
+
+
 def expand(
     c_ENKR: Tensor, sketch_ERB: Tensor, *, num_columns: int, first_column: int = 0
 ) -> Tensor:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sum of one parameter's gradients over micro-batches, kept as sketches.
+
+C <- C + G A^T for every gradient that arrives (Flora, arXiv 2402.03293, Algorithm 1). A is drawn
+anew for every step of the optimizer. Shape suffixes: E matrices, N rows, K blocks, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flora_dist.optim.arithmetic import exact_products
+from flora_dist.optim.basis import Sketches
+from flora_dist.optim.pieces import as_batches, inside, work_limit
+from flora_dist.optim.spec import Geometry
+from flora_dist.sketch import ops
+from flora_dist.tiles import Tile, split
+
+
+class Accumulator:
+    """Takes full gradients of one tile of a parameter and keeps rank numbers per block of them."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        geometry: Geometry,
+        tile: Tile | None,
+        sketches: Sketches,
+        dtype: torch.dtype,
+        next_step: Callable[[], int],
+    ) -> None:
+        """Keeps nothing yet.
+
+        Args:
+            name: of the parameter, for errors.
+            geometry: shape of the whole parameter, blocks, and numbers per block.
+            tile: what of it the gradients are of; None if this rank's are empty.
+            sketches: A by step, of the tile's matrices.
+            dtype: of C: float32, float64 for float64 parameters.
+            next_step: the optimizer's coming step of this parameter, from 1.
+        """
+        assert geometry.rank is not None, f"{name} stays dense"
+        self.name, self.tile, self.dtype = name, tile, dtype
+        self.rank, self.block, self._shape = geometry.rank, geometry.block, geometry.shape
+        self._sketches, self._next_step = sketches, next_step
+        self.sums_ENKR: Tensor | None = None
+        """C, None before the first gradient."""
+        self.step = 0
+        """Whose basis C is in; 0 before the first gradient."""
+
+    @property
+    def sums_shape(self) -> tuple[int, int, int, int]:
+        """(E, N, K, R) of C; the same before the first gradient."""
+        if self.tile is None:
+            return (0, 0, 0, self.rank)
+        matrices, rows, _ = self.tile.sizes
+        first, last = self.tile.blocks(self.block)
+        return (matrices, rows, last - first, self.rank)
+
+    def add_(self, gradient: Tensor) -> None:
+        """C <- C + G A^T, in the precision of C.
+
+        Args:
+            gradient: the tile's elements, shaped like the parameter's local tensor.
+
+        Raises:
+            RuntimeError: the optimizer has stepped, or loaded another step, since C was begun.
+        """
+        device = gradient.device
+        sums_ENKR = self._begun(device)
+        if self.tile is None:
+            return
+        (gradient_ENW,) = as_batches(gradient, (self.tile,), shape=self._shape)
+        sketch_ERB = self.sketch(device)
+        with exact_products({device.type}):
+            for piece in split(self.tile, max_elements=work_limit(device)):
+                matrices, rows = inside(self.tile, piece)
+                ops.add_compressed_(
+                    sums_ENKR[matrices, rows],
+                    gradient_ENW[matrices, rows].to(self.dtype),
+                    sketch_ERB[matrices],
+                    first_column=piece.columns[0],
+                )
+
+    def add_sketch_(self, sketched: Tensor, step: int) -> None:
+        """C <- C + c, where c = G A^T was taken in the basis of ``step``.
+
+        Raises:
+            RuntimeError: the optimizer has stepped, or loaded another step, since.
+        """
+        if step != self._next_step():
+            raise self._stale(step)
+        self._begun(sketched.device).add_(sketched.view(self.sums_shape))
+
+    def sketch(self, device: torch.device) -> Tensor:
+        """A (E, R, B) of the coming step, for the tile's matrices."""
+        return self._sketches.at(self._next_step(), self.dtype, device)
+
+    @property
+    def next_step(self) -> int:
+        """The optimizer's coming step of this parameter."""
+        return self._next_step()
+
+    def check_basis(self) -> None:
+        """Refuse sums that the coming step cannot read.
+
+        Raises:
+            RuntimeError: the optimizer has loaded another step since C was begun.
+        """
+        if self.sums_ENKR is not None and self.step != self._next_step():
+            raise self._stale(self.step)
+
+    def drop(self) -> None:
+        """Forget C, and give its memory back."""
+        self.sums_ENKR, self.step = None, 0
+
+    def _begun(self, device: torch.device) -> Tensor:
+        self.check_basis()
+        if self.sums_ENKR is None:
+            self.sums_ENKR = torch.zeros(self.sums_shape, dtype=self.dtype, device=device)
+            self.step = self._next_step()
+        return self.sums_ENKR
+
+    def _stale(self, step: int) -> RuntimeError:
+        return RuntimeError(
+            "sketches of gradients must be in the basis of the coming step; those of "
+            f"{self.name!r} are in that of step {step}, the optimizer is at {self._next_step()}. "
+            "Call zero_grad() after load_state_dict(), and no step() between forward and backward."
+        )

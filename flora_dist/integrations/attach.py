@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep gradients as sketches: ``attach(model, optimizer, gradients=...)``, once, after sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from flora_dist.comm.accumulator import Accumulator
+from flora_dist.integrations.ddp import host_of_ddp
+from flora_dist.integrations.fsdp2 import host_of_shards, host_of_unsharded
+from flora_dist.integrations.gradient_report import GradientReport, row_of
+from flora_dist.integrations.plain import host_of_plain
+from flora_dist.integrations.sources import Host, Source
+from flora_dist.layouts.dtensor import local_of
+from flora_dist.optim.basis import Sketches
+from flora_dist.optim.job import arithmetic_dtype
+from flora_dist.optim.spec import LEVELS, Geometry, geometry_of
+from flora_dist.optimizer.checks import takes_part
+from flora_dist.optimizer.flora import Flora
+from flora_dist.optimizer.gradients import Flow, Gradients
+from flora_dist.optimizer.slots import Slot
+from flora_dist.optimizer.stand_in import stands_in
+from flora_dist.sketch.keys import Purpose
+
+WIRE_DTYPES: Mapping[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+"""What travels: as accumulated (float64 for float64 parameters), or rounded."""
+
+_attached: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Flora,
+    gradients: str,
+    *,
+    gradient_rank: int | None = None,
+    wire_dtype: str = "float32",
+) -> Handle:
+    """Keep gradients as sketches from backward to step (arXiv 2402.03293, Algorithm 1).
+
+    Every gradient that arrives is multiplied by a small random matrix, added to an accumulator and
+    freed; the step then works on the unbiased estimate that the sketches stand for, with a fresh
+    projection every step. Call it on every rank, after sharding and before the first step. Clip
+    with ``optimizer.clip_grad_norm_``; torch's own clipping and GradScaler raise.
+
+    Args:
+        model: the model that is trained: plain, DDP, FSDP2, HSDP, FSDP2 over tensor parallelism.
+        optimizer: over its parameters. Those it keeps dense (1-D, ``rank=None``) stay on the
+            framework's own path.
+        gradients: "sharded": the framework reduces full gradients, this rank keeps sketches of its
+            shard. "compressed": sketches of full gradients are kept and averaged, once per step,
+            in place of gradients. "fused": the same, and linear layers never form the gradient.
+        gradient_rank: numbers per block, over the blocks of the optimizer's groups; None: their
+            ``rank``.
+        wire_dtype: what travels under "compressed" and "fused": "float32" or "bfloat16".
+
+    Returns:
+        A handle: ``report()``, ``remove()``. The same one for a second call with the same
+        arguments.
+
+    Raises:
+        TypeError: the optimizer is not Flora.
+        ValueError: a level this model cannot have, a setting that cannot be right, or an optimizer
+            that has stepped with dense gradients; nothing has changed then.
+    """
+    if not isinstance(optimizer, Flora):
+        raise TypeError(
+            f"attach needs a Flora; got {type(optimizer).__name__}. Pass the optimizer inside, if "
+            "a framework has wrapped it."
+        )
+    request = (gradients, gradient_rank, wire_dtype)
+    known = _attached.get(optimizer)
+    if known is not None:
+        if known.request == request and known.model() is model:
+            return known
+        raise ValueError(
+            f"an optimizer keeps gradients in one way; this one is attached as {known.request}, "
+            f"asked for {request}. Call remove() on its handle first."
+        )
+    _check_request(gradients, wire_dtype)
+    slots = [slot for slot in optimizer.slots() if takes_part(slot)]
+    _check_owned(slots, model)
+    sizes = {slot.part.name: _geometry(slot, gradient_rank) for slot in slots}
+    host = _host(model, [s for s in slots if sizes[s.part.name].rank is not None], gradients)
+    handle = Handle(model, optimizer, slots, sizes, host, request)
+    _attached[optimizer] = handle
+    return handle
+
+
+def _check_request(level: str, wire_dtype: str) -> None:
+    if level not in LEVELS[1:]:
+        raise ValueError(
+            f"gradients must be one of {', '.join(LEVELS[1:])}; got {level!r}. For dense gradients "
+            "attach nothing."
+        )
+    if wire_dtype not in WIRE_DTYPES:
+        raise ValueError(
+            f"wire_dtype must be one of {', '.join(WIRE_DTYPES)}; got {wire_dtype!r}. Pass one of "
+            "these."
+        )
+
+
+def _check_owned(slots: Sequence[Slot], model: nn.Module) -> None:
+    own = set(map(id, model.parameters()))
+    for slot in slots:
+        if id(slot.tensor) not in own:
+            raise ValueError(
+                f"every parameter of the optimizer must belong to the model; {slot.part.name!r} "
+                "does not. Pass the model that is trained, after wrapping and sharding."
+            )
+
+
+def _geometry(slot: Slot, gradient_rank: int | None) -> Geometry:
+    """Blocks and numbers per block of a parameter's gradient sketches."""
+    config = slot.config
+    if gradient_rank is not None:
+        config = replace(config, rank=gradient_rank)
+    return geometry_of(slot.part.name, slot.part.shape, config)
+
+
+def _host(model: nn.Module, slots: Sequence[Slot], level: str) -> Host:
+    """What the model's framework is."""
+    kinds = [type(module) for module in model.modules()]
+    if any(issubclass(kind, FullyShardedDataParallel) for kind in kinds):
+        raise ValueError(
+            "FSDP1 reduces the flat gradient of a whole unit and shows no parameter's own before; "
+            f"gradients={level!r} needs it. Use FSDP2 (fully_shard)."
+        )
+    if hasattr(model, "zero_optimization"):
+        raise ValueError(
+            "an engine of DeepSpeed takes the level from its config. Set "
+            f'"flora": {{"gradients": "{level}"}} there and call flora_dist.deepspeed.initialize.'
+        )
+    if any(issubclass(kind, FSDPModule) for kind in kinds):
+        return (host_of_shards if level == "sharded" else host_of_unsharded)(model, slots)
+    if isinstance(model, DistributedDataParallel):
+        if level == "sharded":
+            raise ValueError(
+                "DDP shards nothing and reduces after the gradients are complete on each rank; "
+                "gradients='sharded' has nothing to keep. Use gradients='compressed'."
+            )
+        return host_of_ddp(model, slots)
+    if any(issubclass(kind, DistributedDataParallel) for kind in kinds):
+        raise ValueError(
+            "attach takes the DDP module itself; the model holds one inside. Pass that one."
+        )
+    return host_of_plain(slots)
+
+
+class Handle:
+    """Gradients of one model that are kept as sketches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Flora,
+        slots: Sequence[Slot],
+        sizes: Mapping[str, Geometry],
+        host: Host,
+        request: tuple[str, int | None, str],
+    ) -> None:
+        """Hooks are in place afterwards."""
+        self.model, self.request = ref(model), request
+        self._optimizer, self._host = ref(optimizer), host
+        chosen = [slot for slot in slots if sizes[slot.part.name].rank is not None]
+        flows = [
+            _flow(slot, source, sizes[slot.part.name], optimizer)
+            for slot, source in zip(chosen, host.sources, strict=True)
+        ]
+        self.gradients = Gradients(
+            flows, level=request[0], wire_dtype=WIRE_DTYPES[request[2]], check=host.check
+        )
+        optimizer.attach_gradients(self.gradients)
+        host.install(host.sources)
+        self._sizes = sizes
+        self._hooks = [
+            _hook(source.tensor, partial(_take, self.gradients, flow))
+            for source, flow in zip(host.sources, flows, strict=True)
+        ]
+
+    def report(self) -> GradientReport:
+        """Per parameter: sketched where, or dense and why; bytes kept and bytes sent per step."""
+        flows, level, wire_dtype = self.gradients.flows, *self.request[::2]
+        return GradientReport(
+            level=level,
+            rows=tuple(
+                row_of(name, size, flows.get(name), where=level, wire_dtype=WIRE_DTYPES[wire_dtype])
+                for name, size in self._sizes.items()
+            ),
+        )
+
+    def remove(self) -> None:
+        """Restore everything; the optimizer must not have stepped with sketches by then.
+
+        Raises:
+            ValueError: it has: what it keeps belongs to another algorithm.
+        """
+        optimizer = self._optimizer()
+        if optimizer is not None and _attached.get(optimizer) is self:
+            optimizer.attach_gradients(None)
+            del _attached[optimizer]
+        self.gradients.forget()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._host.restore()
+
+
+def _hook(tensor: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Torch's method has no types."""
+    handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(hook)
+    return handle
+
+
+def _flow(slot: Slot, source: Source, size: Geometry, optimizer: Flora) -> Flow:
+    assert size.rank is not None
+    local = local_of(source.tensor)
+    tile = source.tiles[0] if source.tiles else None
+    accumulator = Accumulator(
+        name=slot.part.name,
+        geometry=size,
+        tile=tile,
+        sketches=Sketches(
+            name_key=slot.name_key,
+            purpose=Purpose.GRADIENT,
+            rank=size.rank,
+            block=size.block,
+            config=slot.config,
+            held=tile.matrices if tile is not None else slot.part.matrices,
+            kept=tile.num_blocks(size.block) * size.rank if tile is not None else 0,
+        ),
+        dtype=arithmetic_dtype(slot.part.weight().dtype),
+        next_step=_Counter(ref(optimizer), slot),
+    )
+    return Flow(
+        part=slot.part,
+        geometry=size,
+        accumulator=accumulator,
+        route=source.route,
+        is_partial=source.is_partial,
+        visible=source.visible,
+        device=local.device,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    """The coming step of a parameter; the optimizer may be gone before its model is."""
+
+    optimizer: ref[Flora]
+    slot: Slot
+
+    def __call__(self) -> int:
+        optimizer = self.optimizer()
+        states: Mapping[Tensor, Any] = {} if optimizer is None else optimizer.state
+        return self.slot.next_step(states.get(self.slot.tensor, {}))
+
+
+@torch.no_grad()
+def _take(gradients: Gradients, flow: Flow, tensor: Tensor) -> None:
+    """The hook: a gradient has been added to ``tensor.grad``."""
+    gradient = tensor.grad
+    if gradient is None or stands_in(gradient):  # added to the sketches already
+        return
+    gradients.take(flow, _local_gradient(flow, tensor, gradient))
+    if tensor is not flow.visible:
+        tensor.grad = None
+
+
+def _local_gradient(flow: Flow, tensor: Tensor, gradient: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor) or not isinstance(gradient, DTensor):
+        return gradient
+    if gradient.placements != tensor.placements:
+        raise ValueError(
+            f"a gradient must be placed like its parameter; {flow.part.name!r} has the placements "
+            f'{tensor.placements}, its gradient {gradient.placements}. Use gradients="dense".'
+        )
+    return local_of(gradient)

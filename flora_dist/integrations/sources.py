@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where full gradients of a parameter arrive, and over which ranks they are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flora_dist.comm.routes import Route
+from flora_dist.tiles import Tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Source:
+    """One parameter's gradients on this rank."""
+
+    tensor: Tensor
+    """Whose ``.grad`` autograd, or the framework, fills."""
+    visible: Tensor
+    """Whose ``.grad`` the user sees; ``tensor`` itself, or what it was gathered from."""
+    tiles: tuple[Tile, ...]
+    """What of the parameter a gradient covers: one tile, none where this rank's are empty."""
+    route: Route
+    is_partial: bool
+    """Whether blocks cut by columns have their other pieces on other ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What a framework needs around the hooks."""
+
+    sources: Sequence[Source]
+    install: Callable[[Sequence[Source]], None]
+    """Make the framework leave these gradients alone."""
+    restore: Callable[[], None]
+    """Undo that."""
+    check: Callable[[], None]
+    """Raise if the framework was set since to do what would be computed wrong."""
+
+
+def nothing(*_: object) -> None:
+    """For hosts that have nothing to do."""

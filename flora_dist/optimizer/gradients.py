@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients that are kept as sketches from backward to step: taken in, averaged, read, forgotten.
+
+One cycle: gradients of micro-batches are added to accumulators with no message; the first question
+about them (norm, clipping, the step) averages them over the ranks, once; the step forgets them.
+Integrations say where gradients arrive and over which ranks they are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flora_dist.comm.accumulator import Accumulator
+from flora_dist.comm.message import sum_terms
+from flora_dist.comm.routes import Arrived, Parcel, Route, carry
+from flora_dist.optim.cut_blocks import CutBlocks
+from flora_dist.optim.gradient import SketchedGradient
+from flora_dist.optim.part import Part, Reducer, Terms
+from flora_dist.optim.spec import Geometry
+from flora_dist.optimizer.stand_in import stand_in_for, stands_in
+from flora_dist.tiles import Cuts, Tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Flow:
+    """One parameter's way from backward to step."""
+
+    part: Part
+    """What of the parameter is stepped here."""
+    geometry: Geometry
+    """In blocks and numbers per block of the gradient's sketches."""
+    accumulator: Accumulator
+    route: Route
+    is_partial: bool
+    """Blocks cut by columns are sums of what several ranks hold (tensor parallelism)."""
+    visible: Tensor | None
+    """The parameter in whose ``.grad`` users look; None under an engine that has none."""
+    device: torch.device
+    """Where gradients arrive."""
+
+
+class Gradients:
+    """All flows of one optimizer, in the order of their names."""
+
+    def __init__(
+        self,
+        flows: Sequence[Flow],
+        *,
+        level: str,
+        wire_dtype: torch.dtype | None,
+        check: Callable[[], None],
+    ) -> None:
+        """Nothing is kept yet.
+
+        Args:
+            flows: equal on all ranks but for what each holds.
+            level: of ``LEVELS``, not dense.
+            wire_dtype: what travels; None: as accumulated.
+            check: raises if the framework was set to do what would be computed wrong.
+        """
+        self.level, self.wire_dtype, self._check = level, wire_dtype, check
+        self.flows = {flow.part.name: flow for flow in sorted(flows, key=lambda f: f.part.name)}
+        self._mean: dict[str, SketchedGradient] | None = None
+        self._forgetting: list[Callable[[], None]] = []
+
+    # ---- taking in
+
+    def take(self, flow: Flow, gradient: Tensor) -> None:
+        """Add a full gradient to the sketches; it may be freed afterwards.
+
+        Raises:
+            RuntimeError: the gradients of this step have been averaged already.
+        """
+        self._open(flow)
+        flow.accumulator.add_(gradient)
+        self._show(flow)
+
+    def take_sketch(self, flow: Flow, sketched: Tensor, step: int) -> None:
+        """Add what is a sketch already, taken in the basis of ``step``."""
+        self._open(flow)
+        flow.accumulator.add_sketch_(sketched, step)
+        self._show(flow)
+
+    def _open(self, flow: Flow) -> None:
+        is_new = flow.visible is not None and not stands_in(flow.visible.grad)
+        if is_new:  # nothing yet, or zero_grad() since
+            flow.accumulator.drop()
+            if self._mean is not None and not any(map(_is_shown, self.flows.values())):
+                self._mean = None
+        if self._mean is not None:
+            raise RuntimeError(
+                "sketches of gradients are averaged over the ranks once per step; a gradient of "
+                f"{flow.part.name!r} came after that. Call grad_norm() and clip_grad_norm_() after "
+                "the last micro-batch, or zero_grad() first."
+            )
+
+    def _show(self, flow: Flow) -> None:
+        parameter = flow.visible
+        if parameter is None or stands_in(parameter.grad):
+            return
+        parameter.grad = None
+        parameter.grad = stand_in_for(
+            parameter,
+            name=flow.part.name,
+            add_to_sketch=lambda gradient: self.take(flow, gradient),
+            drop_sketch=flow.accumulator.drop,
+        )
+
+    # ---- averaging
+
+    def reduce(self) -> None:
+        """Average over the ranks what has come in; nothing where that is done already.
+
+        All ranks of a flow's route must call this, whatever gradients they have.
+
+        Raises:
+            RuntimeError: the optimizer has loaded another step since the gradients came in.
+        """
+        if self._mean is not None and (not self._is_shown_at_all() or self._shows_anything()):
+            return
+        self._check()
+        for flow in self.flows.values():
+            flow.accumulator.check_basis()
+            if flow.visible is not None and flow.visible.grad is None:  # zero_grad() since
+                flow.accumulator.drop()
+        arrived = carry([_parcel(flow) for flow in self.flows.values()], wire_dtype=self.wire_dtype)
+        pairs = list(zip(self.flows.values(), arrived, strict=True))
+        present = _present(pairs)
+        self._mean = {}
+        for (flow, kept), is_here in zip(pairs, present, strict=True):
+            if is_here:
+                self._mean[flow.part.name] = _read(flow, kept)
+                self._show(flow)
+            flow.accumulator.drop()
+        self._complete(self._mean)
+
+    def _is_shown_at_all(self) -> bool:
+        return any(flow.visible is not None for flow in self.flows.values())
+
+    def _shows_anything(self) -> bool:
+        return any(map(_is_shown, self.flows.values()))
+
+    def _complete(self, mean: dict[str, SketchedGradient]) -> None:
+        """Add the pieces of blocks that tensor parallelism cuts: one message per group of ranks."""
+        together: dict[Reducer, list[tuple[Flow, Cuts]]] = {}
+        for name, flow in self.flows.items():
+            cuts, reducer = flow.part.cuts(flow.geometry.block), flow.part.reducer
+            if flow.is_partial and cuts.blocks_anywhere and name in mean and reducer is not None:
+                together.setdefault(reducer, []).append((flow, cuts))
+        for reducer, cut in together.items():
+            partial = [_cut_sketches(flow, cuts, mean[flow.part.name]) for flow, cuts in cut]
+            totals = sum_terms(partial, [cuts for _, cuts in cut], reducer)
+            for (flow, cuts), total in zip(cut, totals, strict=True):
+                blocks = CutBlocks(flow.geometry, cuts)
+                for tile, compressed_1NKR in _by_matrix(flow, mean[flow.part.name]):
+                    blocks.fill_(compressed_1NKR, total["blocks"], tile, None)
+
+    # ---- reading
+
+    def mean_of(self, name: str) -> SketchedGradient | None:
+        """The mean gradient of a parameter after ``reduce``; None: no rank has one."""
+        assert self._mean is not None, "reduce() comes first"
+        return self._mean.get(name)
+
+    def scale_(self, factor: Tensor | float) -> None:
+        """Multiply all mean gradients."""
+        assert self._mean is not None, "reduce() comes first"
+        for gradient in self._mean.values():
+            for compressed_ENKR in gradient.tiles:
+                compressed_ENKR.mul_(factor)
+
+    # ---- forgetting
+
+    def on_forget(self, call: Callable[[], None]) -> None:
+        """Call this whenever a cycle has ended: the basis is another one from here on."""
+        self._forgetting.append(call)
+
+    def forget(self) -> None:
+        """End the cycle, stepped or not: what came in is dropped."""
+        for flow in self.flows.values():
+            flow.accumulator.drop()
+            if _is_shown(flow):
+                assert flow.visible is not None
+                flow.visible.grad = None
+        self._mean = None
+        for call in self._forgetting:
+            call()
+
+
+def _is_shown(flow: Flow) -> bool:
+    return flow.visible is not None and stands_in(flow.visible.grad)
+
+
+def _parcel(flow: Flow) -> Parcel:
+    accumulator = flow.accumulator
+    return Parcel(
+        route=flow.route,
+        tile=accumulator.tile,
+        sums_ENKR=accumulator.sums_ENKR,
+        block=accumulator.block,
+        rank=accumulator.rank,
+        dtype=accumulator.dtype,
+        device=flow.device,
+    )
+
+
+def _present(pairs: Sequence[tuple[Flow, Arrived]]) -> list[bool]:
+    """Whether any rank has a gradient; asks the device only where this rank has none."""
+    present = [flow.accumulator.sums_ENKR is not None for flow, _ in pairs]
+    flags = {i: kept.presence for i, (_, kept) in enumerate(pairs) if not present[i]}
+    asked = {index: flag for index, flag in flags.items() if flag is not None}
+    if asked:
+        counts = torch.stack([flag.double().cpu() for flag in asked.values()])
+        for index, count in zip(asked, counts.tolist(), strict=True):
+            present[index] = count > 0
+    return present
+
+
+def _read(flow: Flow, kept: Arrived) -> SketchedGradient:
+    """On the device of the step, which with CPU offload is not that of backward."""
+    device = flow.part.weight().device
+    first, stop = flow.part.matrices
+    origin = flow.accumulator.tile.matrices[0] if flow.accumulator.tile is not None else first
+    sketch_ERB = flow.accumulator.sketch(device)[first - origin : stop - origin]
+    tiles = tuple(tile.to(device) for tile in kept.tiles)
+    return SketchedGradient(tiles=tiles, sketch_ERB=sketch_ERB, first_matrix=first)
+
+
+def _cut_sketches(flow: Flow, cuts: Cuts, gradient: SketchedGradient) -> Terms:
+    """What this rank has of each cut block's sketch."""
+    slots_SR = gradient.sketch_ERB.new_zeros(len(cuts.blocks), flow.accumulator.rank)
+    for tile, compressed_1NKR in _by_matrix(flow, gradient):
+        CutBlocks(flow.geometry, cuts).add_partial_(slots_SR, compressed_1NKR, tile)
+    return {"blocks": slots_SR}
+
+
+def _by_matrix(flow: Flow, gradient: SketchedGradient) -> Iterator[tuple[Tile, Tensor]]:
+    """Each matrix of each tile alone, as a view."""
+    for tile, compressed_ENKR in zip(flow.part.tiles, gradient.tiles, strict=True):
+        for place, matrix in enumerate(range(*tile.matrices)):
+            yield replace(tile, matrices=(matrix, matrix + 1)), compressed_ENKR[place : place + 1]
