@@ -317,14 +317,14 @@ class Flora(torch.optim.Optimizer):
         for slot in slots:
             if not slot.has_state(self.state[slot.tensor]):
                 slot.create_state(self.state[slot.tensor])
-        return slots
+        return sorted(slots, key=lambda slot: slot.part.name)
 
     def _present_slots(self) -> list[Slot]:
-        """Those that take part in a step, in the order of names; their gradients are sound."""
+        """Those that take part in a step, in the order of groups; their gradients are sound."""
         slots = [s for s in self._roster.present(self.param_groups, self.state) if takes_part(s)]
         for slot in slots:
             check_gradient(slot, self._gradients)
-        return sorted(slots, key=lambda slot: slot.part.name)
+        return slots
 
     def _current_gradients(self) -> tuple[list[Slot], list[Gradient]]:
         if self._roster.is_stepped_in_turns:
@@ -332,7 +332,7 @@ class Flora(torch.optim.Optimizer):
                 "under DeepSpeed gradients are there inside its step alone. Call "
                 'engine.get_global_grad_norm(), or set "gradient_clipping" in the config.'
             )
-        slots = self._present_slots()
+        slots = sorted(self._present_slots(), key=lambda slot: slot.part.name)
         return slots, read_gradients(slots, self._gradients)
 
     def _checked_states(
