@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flora_dist import ddp as ddp
     from flora_dist import deepspeed as deepspeed
     from flora_dist import fsdp1 as fsdp1
     from flora_dist.integrations.attach import attach as attach
@@ -23,7 +24,7 @@ _HOMES = {
     "attach": "flora_dist.integrations.attach",
 }
 # Not in __all__: import * would need DeepSpeed.
-_FRAMEWORKS = ("deepspeed", "fsdp1")
+_FRAMEWORKS = ("ddp", "deepspeed", "fsdp1")
 
 
 def __getattr__(name: str) -> Any:

@@ -101,6 +101,11 @@ class Accumulator:
         return self._sketches.at(self._next_step(), self.dtype, device)
 
     @property
+    def entry_scale(self) -> float:
+        """The scalar in every entry of A: bfloat16 holds A over it exactly."""
+        return self._sketches.entry_scale
+
+    @property
     def next_step(self) -> int:
         """The optimizer's coming step of this parameter."""
         return self._next_step()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -16,25 +16,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from flora_dist.comm.accumulator import Accumulator
 from flora_dist.integrations.ddp import host_of_ddp
+from flora_dist.integrations.flows import WIRE_DTYPES, check_request, flow_for, geometry_for
 from flora_dist.integrations.fsdp2 import host_of_shards, host_of_unsharded
+from flora_dist.integrations.fused import fuse
 from flora_dist.integrations.gradient_report import GradientReport, row_of
 from flora_dist.integrations.plain import host_of_plain
-from flora_dist.integrations.sources import Host, Source
+from flora_dist.integrations.sources import Host
 from flora_dist.layouts.dtensor import local_of
-from flora_dist.optim.basis import Sketches
-from flora_dist.optim.job import arithmetic_dtype
-from flora_dist.optim.spec import LEVELS, Geometry, geometry_of
+from flora_dist.optim.spec import Geometry
 from flora_dist.optimizer.checks import takes_part
 from flora_dist.optimizer.flora import Flora
 from flora_dist.optimizer.gradients import Flow, Gradients
 from flora_dist.optimizer.slots import Slot
 from flora_dist.optimizer.stand_in import stands_in
-from flora_dist.sketch.keys import Purpose
-
-WIRE_DTYPES: Mapping[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-"""What travels: as accumulated (float64 for float64 parameters), or rounded."""
 
 _attached: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
 
@@ -88,27 +83,16 @@ def attach(
             f"an optimizer keeps gradients in one way; this one is attached as {known.request}, "
             f"asked for {request}. Call remove() on its handle first."
         )
-    _check_request(gradients, wire_dtype)
+    check_request(gradients, wire_dtype)
     slots = [slot for slot in optimizer.slots() if takes_part(slot)]
     _check_owned(slots, model)
-    sizes = {slot.part.name: _geometry(slot, gradient_rank) for slot in slots}
+    sizes = {slot.part.name: geometry_for(slot, gradient_rank) for slot in slots}
     host = _host(model, [s for s in slots if sizes[s.part.name].rank is not None], gradients)
+    late = partial(_check_late, ref(optimizer), frozenset(sizes), gradient_rank, host.check)
+    host = replace(host, check=late)
     handle = Handle(model, optimizer, slots, sizes, host, request)
     _attached[optimizer] = handle
     return handle
-
-
-def _check_request(level: str, wire_dtype: str) -> None:
-    if level not in LEVELS[1:]:
-        raise ValueError(
-            f"gradients must be one of {', '.join(LEVELS[1:])}; got {level!r}. For dense gradients "
-            "attach nothing."
-        )
-    if wire_dtype not in WIRE_DTYPES:
-        raise ValueError(
-            f"wire_dtype must be one of {', '.join(WIRE_DTYPES)}; got {wire_dtype!r}. Pass one of "
-            "these."
-        )
 
 
 def _check_owned(slots: Sequence[Slot], model: nn.Module) -> None:
@@ -121,12 +105,22 @@ def _check_owned(slots: Sequence[Slot], model: nn.Module) -> None:
             )
 
 
-def _geometry(slot: Slot, gradient_rank: int | None) -> Geometry:
-    """Blocks and numbers per block of a parameter's gradient sketches."""
-    config = slot.config
-    if gradient_rank is not None:
-        config = replace(config, rank=gradient_rank)
-    return geometry_of(slot.part.name, slot.part.shape, config)
+def _check_late(
+    optimizer: ref[Flora],
+    known: frozenset[str],
+    gradient_rank: int | None,
+    check_host: Callable[[], None],
+) -> None:
+    """Refuse matrices that train only since ``attach``: their gradients would be dense, unsaid."""
+    check_host()
+    flora = optimizer()
+    for slot in () if flora is None else flora.slots():
+        is_late = takes_part(slot) and slot.part.name not in known
+        if is_late and geometry_for(slot, gradient_rank).rank is not None:
+            raise ValueError(
+                f"gradients are attached to the parameters that train then; {slot.part.name!r} was "
+                "added or unfrozen since. Call remove() on the handle, and attach again."
+            )
 
 
 def _host(model: nn.Module, slots: Sequence[Slot], level: str) -> Host:
@@ -175,7 +169,7 @@ class Handle:
         self._optimizer, self._host = ref(optimizer), host
         chosen = [slot for slot in slots if sizes[slot.part.name].rank is not None]
         flows = [
-            _flow(slot, source, sizes[slot.part.name], optimizer)
+            flow_for(slot, source, sizes[slot.part.name], optimizer)
             for slot, source in zip(chosen, host.sources, strict=True)
         ]
         self.gradients = Gradients(
@@ -188,14 +182,29 @@ class Handle:
             _hook(source.tensor, partial(_take, self.gradients, flow))
             for source, flow in zip(host.sources, flows, strict=True)
         ]
+        # Hooks stay beside fused layers: other modules may use the same weights.
+        pairs = zip(host.sources, flows, strict=True) if request[0] == "fused" else ()
+        places = {id(source.in_module): flow for source, flow in pairs}
+        self._fused = fuse(model, self.gradients, places)
+        self._hooks.append(optimizer.register_load_state_dict_post_hook(self._refresh))
+
+    def _refresh(self, _: torch.optim.Optimizer) -> None:
+        self._fused.refresh()
 
     def report(self) -> GradientReport:
         """Per parameter: sketched where, or dense and why; bytes kept and bytes sent per step."""
-        flows, level, wire_dtype = self.gradients.flows, *self.request[::2]
+        flows, where, level = self.gradients.flows, self._fused.where, self.request[0]
+        wire_dtype = WIRE_DTYPES[self.request[2]]
         return GradientReport(
             level=level,
             rows=tuple(
-                row_of(name, size, flows.get(name), where=level, wire_dtype=WIRE_DTYPES[wire_dtype])
+                row_of(
+                    name,
+                    size,
+                    flows.get(name),
+                    where=where.get(name, level),
+                    wire_dtype=wire_dtype,
+                )
                 for name, size in self._sizes.items()
             ),
         )
@@ -214,6 +223,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._fused.remove()
         self._host.restore()
 
 
@@ -221,50 +231,6 @@ def _hook(tensor: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Torch's method has no types."""
     handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(hook)
     return handle
-
-
-def _flow(slot: Slot, source: Source, size: Geometry, optimizer: Flora) -> Flow:
-    assert size.rank is not None
-    local = local_of(source.tensor)
-    tile = source.tiles[0] if source.tiles else None
-    accumulator = Accumulator(
-        name=slot.part.name,
-        geometry=size,
-        tile=tile,
-        sketches=Sketches(
-            name_key=slot.name_key,
-            purpose=Purpose.GRADIENT,
-            rank=size.rank,
-            block=size.block,
-            config=slot.config,
-            held=tile.matrices if tile is not None else slot.part.matrices,
-            kept=tile.num_blocks(size.block) * size.rank if tile is not None else 0,
-        ),
-        dtype=arithmetic_dtype(slot.part.weight().dtype),
-        next_step=_Counter(ref(optimizer), slot),
-    )
-    return Flow(
-        part=slot.part,
-        geometry=size,
-        accumulator=accumulator,
-        route=source.route,
-        is_partial=source.is_partial,
-        visible=source.visible,
-        device=local.device,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Counter:
-    """The coming step of a parameter; the optimizer may be gone before its model is."""
-
-    optimizer: ref[Flora]
-    slot: Slot
-
-    def __call__(self) -> int:
-        optimizer = self.optimizer()
-        states: Mapping[Tensor, Any] = {} if optimizer is None else optimizer.state
-        return self.slot.next_step(states.get(self.slot.tensor, {}))
 
 
 @torch.no_grad()

@@ -28,9 +28,15 @@ def host_of_ddp(model: DistributedDataParallel, slots: Sequence[Slot]) -> Host:
 
     Raises:
         ValueError: a communication hook, mixed precision or delayed all-reduce, which work on the
-            gradients that DDP reduces itself.
+            gradients that DDP reduces itself; nothing left for DDP.
     """
     _refuse(model)
+    sketched = {id(slot.tensor) for slot in slots}
+    if all(id(p) in sketched for p in model.module.parameters() if p.requires_grad):
+        raise ValueError(
+            "DDP's reducer needs a parameter of its own; every parameter would be sketched. Give "
+            "one a group with rank=None, or use FSDP2."
+        )
     group = model.process_group
     world_size = dist.get_world_size(group)
     sums = (group,) if world_size > 1 else ()
@@ -90,11 +96,6 @@ def _build_reducer(ddp: DistributedDataParallel) -> None:
     model: Any = ddp  # torch's stubs do not know these methods
     try:
         parameters, expects_sparse = model._build_params_for_reducer()
-        if not parameters:
-            raise ValueError(
-                "DDP's reducer needs a parameter of its own; every parameter would be sketched. "
-                "Give one a group with rank=None, or use FSDP2."
-            )
         names = model._build_debug_param_to_name_mapping(parameters)
         model._ddp_init_helper(parameters, expects_sparse, names, model.static_graph)
         if model.static_graph:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flora_dist.comm.routes import Route
@@ -18,13 +19,21 @@ class Source:
 
     tensor: Tensor
     """Whose ``.grad`` autograd, or the framework, fills."""
-    visible: Tensor
-    """Whose ``.grad`` the user sees; ``tensor`` itself, or what it was gathered from."""
+    visible: Tensor | None
+    """Whose ``.grad`` the user sees; ``tensor`` itself, or what it was gathered from. None under an
+    engine that shows none."""
     tiles: tuple[Tile, ...]
     """What of the parameter a gradient covers: one tile, none where this rank's are empty."""
     route: Route
     is_partial: bool
     """Whether blocks cut by columns have their other pieces on other ranks."""
+    device: torch.device | None = None
+    """Where gradients arrive; None: where ``tensor`` is."""
+
+    @property
+    def in_module(self) -> Tensor:
+        """The parameter as its module holds it outside of forward and backward."""
+        return self.tensor if self.visible is None else self.visible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

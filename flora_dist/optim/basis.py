@@ -150,6 +150,11 @@ class Sketches:
             return matrices.shrink_factor(kind, rank=self._rank, block=self._block)
         return 1.0 if self._config.transfer == "paper" else 0.0
 
+    @property
+    def entry_scale(self) -> float:
+        """The scalar in every entry of A: bfloat16 holds A over it exactly."""
+        return matrices.entry_scale(self._config.sketch, rank=self._rank)
+
     def at(self, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A (E, R, B) of the matrices of this rank; small ones are kept from step to step."""
         cached = self._cache.get(window)

@@ -21,7 +21,7 @@ from flora_dist.optimizer.gradients import Gradients
 from flora_dist.optimizer.norms import clip_factor, global_norm
 from flora_dist.optimizer.report import Report
 from flora_dist.optimizer.roster import Roster
-from flora_dist.optimizer.slots import Slot
+from flora_dist.optimizer.slots import Slot, check_level
 from flora_dist.optimizer.stepping import Gradient, run_step
 
 # Keys that torch itself and its schedulers write into groups.
@@ -242,20 +242,21 @@ class Flora(torch.optim.Optimizer):
         return norm
 
     def attach_gradients(self, gradients: Gradients | None) -> None:
-        """Let an integration take gradients in as sketches; None: dense again.
+        """Let an integration take gradients in as sketches; None: dense from here on.
 
         Raises:
-            ValueError: there is state already, made by the other algorithm.
+            ValueError: there is state already, made by the other algorithm; nothing has changed.
         """
-        level = LEVELS[0] if gradients is None else gradients.level
-        if self.state and (level == LEVELS[0]) != (self._roster.level == LEVELS[0]):
-            raise ValueError(
-                f"gradients={level!r} must be chosen before the first step; this optimizer has "
-                f"state made with gradients={self._roster.level!r}, which is another algorithm. "
-                "Build a new optimizer."
-            )
+        before = self._gradients, self._roster.level
         self._gradients = gradients
-        self._roster.set_level(level)
+        self._roster.set_level(LEVELS[0] if gradients is None else gradients.level)
+        try:
+            if gradients is not None:
+                self._check_levels(self.slots())
+        except ValueError:
+            self._gradients = before[0]
+            self._roster.set_level(before[1])
+            raise
 
     def slots(self) -> list[Slot]:
         """Every parameter as the optimizer holds it, for integrations; in the order of groups."""
@@ -314,10 +315,16 @@ class Flora(torch.optim.Optimizer):
     def _ready_slots(self) -> list[Slot]:
         """Those that take part in a step, with state, in the order of their names."""
         slots = self._present_slots()
+        self._check_levels(slots)
         for slot in slots:
             if not slot.has_state(self.state[slot.tensor]):
                 slot.create_state(self.state[slot.tensor])
         return sorted(slots, key=lambda slot: slot.part.name)
+
+    def _check_levels(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            if slot.has_state(self.state.get(slot.tensor, {})):
+                check_level(slot, slot.own_state(self.state[slot.tensor]))
 
     def _present_slots(self) -> list[Slot]:
         """Those that take part in a step, in the order of groups; their gradients are sound."""

@@ -107,7 +107,7 @@ class Gradients:
             parameter,
             name=flow.part.name,
             add_to_sketch=lambda gradient: self.take(flow, gradient),
-            drop_sketch=flow.accumulator.drop,
+            drop_sketch=lambda: _hide(flow),
         )
 
     # ---- averaging
@@ -135,7 +135,6 @@ class Gradients:
             if is_here:
                 self._mean[flow.part.name] = _read(flow, kept)
                 self._show(flow)
-            flow.accumulator.drop()
         self._complete(self._mean)
 
     def _is_shown_at_all(self) -> bool:
@@ -184,8 +183,7 @@ class Gradients:
         for flow in self.flows.values():
             flow.accumulator.drop()
             if _is_shown(flow):
-                assert flow.visible is not None
-                flow.visible.grad = None
+                _hide(flow)
         self._mean = None
         for call in self._forgetting:
             call()
@@ -195,22 +193,19 @@ def _is_shown(flow: Flow) -> bool:
     return flow.visible is not None and stands_in(flow.visible.grad)
 
 
+def _hide(flow: Flow) -> None:
+    """As ``zero_grad()`` leaves a parameter; what was sketched is dropped when that is noticed."""
+    assert flow.visible is not None
+    flow.visible.grad = None
+
+
 def _parcel(flow: Flow) -> Parcel:
-    accumulator = flow.accumulator
-    return Parcel(
-        route=flow.route,
-        tile=accumulator.tile,
-        sums_ENKR=accumulator.sums_ENKR,
-        block=accumulator.block,
-        rank=accumulator.rank,
-        dtype=accumulator.dtype,
-        device=flow.device,
-    )
+    return Parcel(route=flow.route, accumulator=flow.accumulator, device=flow.device)
 
 
 def _present(pairs: Sequence[tuple[Flow, Arrived]]) -> list[bool]:
     """Whether any rank has a gradient; asks the device only where this rank has none."""
-    present = [flow.accumulator.sums_ENKR is not None for flow, _ in pairs]
+    present = [kept.was_here for _, kept in pairs]
     flags = {i: kept.presence for i, (_, kept) in enumerate(pairs) if not present[i]}
     asked = {index: flag for index, flag in flags.items() if flag is not None}
     if asked:

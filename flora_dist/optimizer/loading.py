@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flora_dist.optim.config import KNOBS, config_of
 from flora_dist.optimizer.naming import names_of
-from flora_dist.optimizer.slots import Slot
+from flora_dist.optimizer.slots import Slot, check_level
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -81,6 +81,8 @@ def check_states(
         if id(slot.tensor) in by_tensor:
             state, group = by_tensor[id(slot.tensor)]
             slot.configure(config_of(group), state)
+            if slot.has_state(state):
+                check_level(slot, slot.own_state(state))
 
 
 def _check_nested_names(state: dict[str, Any], slots: Sequence[Slot]) -> None:

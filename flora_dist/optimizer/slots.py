@@ -219,13 +219,6 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
                 f"has {_meaning(field, own.get(field))!r}. Construct the optimizer with the "
                 "settings of the run that saved it."
             )
-    # What reads expand(C) is another algorithm than what reads G; how C came about is not.
-    saved = _meaning("gradients", own.get("gradients"))
-    if saved not in LEVELS or (saved == LEVELS[0]) != (slot.level == LEVELS[0]):
-        raise ValueError(
-            f"the state of {slot.part.name!r} must have gradients={slot.level!r}; it has "
-            f"{saved!r}. Attach with the level and the settings of the run that saved it."
-        )
     if (own.get("position") is None) != (slot.position is None):
         raise ValueError(
             f"the state of {slot.part.name!r} must have position={slot.position!r}; it has "
@@ -252,6 +245,22 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
                 f"{name} of {slot.part.name!r} must be {entry.dtype}; the state has "
                 f"{own[name].dtype}. state_dtype cannot change once there is state."
             )
+
+
+def check_level(slot: Slot, own: dict[str, Any]) -> None:
+    """Refuse state of dense gradients under sketched ones, and the reverse.
+
+    What reads expand(C) is another algorithm than what reads G; how C came about is not.
+
+    Raises:
+        ValueError: naming the parameter and both levels.
+    """
+    saved = _meaning("gradients", own.get("gradients"))
+    if saved not in LEVELS or (saved == LEVELS[0]) != (slot.level == LEVELS[0]):
+        raise ValueError(
+            f"the state of {slot.part.name!r} must have gradients={slot.level!r}; it has "
+            f"{saved!r}. Attach with the level and the settings of the run that saved it."
+        )
 
 
 def _meaning(field: str, number: Any) -> Any:

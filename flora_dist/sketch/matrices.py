@@ -65,22 +65,33 @@ def sketch_matrix(
     _check(kind, rank=rank, block=block)
     first, stop = (0, block) if columns is None else columns
     assert 0 <= first <= stop <= block, (first, stop, block)
-    scale = 1.0 / math.sqrt(rank)
     if kind == "hadamard":
         signs = grid_signs(
             key, rows=(0, 1), columns=(first, stop), num_columns=block, device=device
         )
         entries = _hadamard_rows(key, rank, block, (first, stop), device).mul_(signs)
     elif kind == "gaussian":
-        table, variance = _gaussian_table(torch.device(device))
+        table, _ = _gaussian_table(torch.device(device))
         index = grid16(key, rows=(0, rank), columns=(first, stop), num_columns=block, device=device)
         entries = table.index_select(0, index.flatten()).view(index.shape)
-        scale = 1.0 / math.sqrt(rank * variance)
     else:
         entries = grid_signs(
             key, rows=(0, rank), columns=(first, stop), num_columns=block, device=device
         )
-    return entries.to(dtype).mul_(scale)
+    return entries.to(dtype).mul_(entry_scale(kind, rank=rank))
+
+
+def entry_scale(kind: str, *, rank: int) -> float:
+    """The scalar in every entry of A: what bfloat16 holds exactly is A over it.
+
+    Args:
+        kind: one of `KINDS`.
+        rank: rows of A.
+    """
+    if kind == "gaussian":
+        _, variance = _gaussian_table(torch.device("cpu"))
+        return 1.0 / math.sqrt(rank * variance)
+    return 1.0 / math.sqrt(rank)
 
 
 def shrink_factor(kind: str, *, rank: int, block: int) -> float:

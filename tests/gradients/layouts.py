@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,8 @@ import flora_dist
 from flora_dist import Flora
 from tests.battery import zoo
 from tests.battery.layouts import _parallelize, full_weights
-from tests.battery.mutations import mutated
-from tests.battery.oracle import SAMPLES, STEPS
+from tests.battery.oracle import STEPS
+from tests.gradients.faults import broken
 from tests.gradients.oracle import SketchedCase, Weights
 
 UNITS = ("up", "down", "conv", "single")
@@ -104,7 +103,7 @@ def train(
     shares = world_size if shares is None else shares
     norms = []
     for step in range(STEPS):
-        tokens = zoo.share(zoo.batch(step, SAMPLES), rank // (world_size // shares), shares)
+        tokens = zoo.share(zoo.batch(step, case.samples), rank // (world_size // shares), shares)
         accumulate(wrapped, tokens, case.micro_batches)
         if case.max_norm is None:
             norms.append(float(optimizer.grad_norm()))
@@ -139,7 +138,7 @@ LAYOUTS: dict[str, tuple[int, Trainer]] = {
 """Name -> (ranks, how to train the zoo there)."""
 
 
-def run(layout: str, case: SketchedCase, mutation: str = "") -> Any:
-    """One rank's share of a run; ``mutation`` breaks one mechanism first."""
-    with mutated(mutation):
+def run(layout: str, case: SketchedCase, fault: str = "") -> tuple[Weights, list[float]]:
+    """One rank's share of a run; ``fault`` breaks one mechanism first."""
+    with broken(fault):
         return LAYOUTS[layout][1](case)

@@ -18,6 +18,9 @@ from tests.battery.oracle import SAMPLES, STEPS, Case, reference_of, trainable
 
 Weights = dict[str, Tensor]
 
+MANY = 144
+"""Samples divisible by 1, 2, 3 and 4 ranks times 1, 3 and 4 micro-batches."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SketchedCase(Case):
@@ -27,12 +30,15 @@ class SketchedCase(Case):
     gradient_rank: int | None = None
     wire_dtype: str = "float32"
     micro_batches: int = 1
+    samples: int = SAMPLES
     max_norm: float | None = None
 
     def __str__(self) -> str:
-        words = [super().__str__(), self.level, f"x{self.micro_batches}"]
+        words = [super().__str__(), self.level, f"x{self.micro_batches} of {self.samples}"]
         if self.gradient_rank is not None:
             words.append(f"gradient_rank={self.gradient_rank}")
+        if self.max_norm is not None:
+            words.append(f"max_norm={self.max_norm}")
         return "-".join(words)
 
 
@@ -105,7 +111,7 @@ def reference_run(case: SketchedCase, steps: int = STEPS) -> tuple[Weights, Weig
     norms = []
     for step in range(1, steps + 1):
         model.zero_grad()
-        model(zoo.batch(step - 1, SAMPLES)).backward()
+        model(zoo.batch(step - 1, case.samples)).backward()
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         norm = norm_of(sketch, gradients, step)
         norms.append(float(norm))

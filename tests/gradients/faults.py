@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One fault per mechanism of sketched gradients; each must make the tests fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from flora_dist.comm import routes
+from flora_dist.comm.accumulator import Accumulator
+from flora_dist.optim.basis import Sketches
+from flora_dist.optimizer import gradients, norms
+from flora_dist.sketch.keys import Purpose
+
+Mutate = Callable[[Any], Any]
+
+
+def _undivided(original: Any) -> Any:
+    def carry(parcels: Any, **more: Any) -> Any:
+        whole = [replace(p, route=replace(p.route, divisor=1.0)) for p in parcels]
+        return original(whole, **more)
+
+    return carry
+
+
+def _without_replicas(original: Any) -> Any:
+    def carry(parcels: Any, **more: Any) -> Any:
+        alone = [
+            replace(p, route=replace(p.route, sums=())) if p.route.scatter is not None else p
+            for p in parcels
+        ]
+        return original(alone, **more)
+
+    return carry
+
+
+def _last_only(original: Any) -> Any:
+    def add_(self: Accumulator, gradient: Tensor) -> None:
+        self.drop()
+        original(self, gradient)
+
+    return add_
+
+
+def _one_basis_for_all_steps(original: Any) -> Any:
+    def at(self: Any, window: int, *where: Any) -> Tensor:
+        is_gradient = self._purpose == Purpose.GRADIENT
+        return original(self, 1 if is_gradient else window, *where)
+
+    return at
+
+
+def _momentum_basis(original: Any) -> Any:
+    def matrix(self: Any, *arguments: Any) -> Tensor:
+        self._purpose = Purpose.MOMENTUM
+        return original(self, *arguments)
+
+    return matrix
+
+
+def _incomplete(original: Any) -> Any:
+    del original
+    return lambda self, mean: None  # noqa: ARG005 - the method's signature
+
+
+def _every_block(original: Any) -> Any:
+    """Count blocks that two ranks keep twice."""
+    del original
+
+    def square_sum(slot: Any, gradient: Any) -> Tensor:
+        del slot
+        return sum(tile.square().sum() for tile in gradient.tiles) + 0 * gradient.sketch_ERB.sum()
+
+    return square_sum
+
+
+def _wrong_place(original: Any) -> Any:
+    def reduce_scatter(lines_WS: Tensor, group: Any) -> Tensor:
+        return original(lines_WS.flip(0).contiguous(), group)
+
+    return reduce_scatter
+
+
+def _unscaled(original: Any) -> Any:
+    del original
+    return lambda self, factor: None  # noqa: ARG005 - the method's signature
+
+
+FAULTS: dict[str, tuple[Any, str, Mutate]] = {
+    "divisor": (gradients, "carry", _undivided),
+    "replicas": (gradients, "carry", _without_replicas),
+    "micro-batches": (Accumulator, "add_", _last_only),
+    "fresh basis": (Sketches, "at", _one_basis_for_all_steps),
+    "basis of its own": (Sketches, "_matrix", _momentum_basis),
+    "cut blocks": (gradients.Gradients, "_complete", _incomplete),
+    "whose line": (routes, "reduce_scatter", _wrong_place),
+    "clipping": (gradients.Gradients, "scale_", _unscaled),
+    "blocks kept twice": (norms, "_square_sum_of_sketches", _every_block),
+}
+"""Name -> (where, attribute, from the right one to the wrong one)."""
+
+
+@contextmanager
+def broken(name: str) -> Iterator[None]:
+    """Put one fault in; none for the empty name."""
+    if not name:
+        yield
+        return
+    home, attribute, mutate = FAULTS[name]
+    original = getattr(home, attribute)
+    setattr(home, attribute, mutate(original))
+    try:
+        yield
+    finally:
+        setattr(home, attribute, original)

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sketched linear layers in one process: what they compute, keep, leave alone and give back.
+
+Sketches are those of `compressed` in float64, where only the order of sums of a few hundred
+products differs: 1e-12.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import flora_dist
+from flora_dist import Flora
+from flora_dist.integrations.attach import Handle
+from tests.gradients.small import SETTINGS, Small, attached, inputs
+
+EQUAL = 1e-12
+BFLOAT16 = 3e-3
+"""X A^T and C are rounded to 8 bits, each by 1.1e-3 on average."""
+
+
+class Layers(nn.Module):
+    """Rows of 44, 24 and 20 elements, where blocks have 8, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(20, 44, bias=False)
+        self.down = nn.Linear(44, 24)
+        self.again = nn.Linear(24, 24)
+        self.conv1d = Conv1D(20, 24)
+        self.embed = nn.Embedding(13, 20)
+        self.head = nn.Linear(20, 13, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.down(self.up(x).tanh()).tanh()
+        hidden = self.again(self.again(hidden).tanh())
+        hidden = self.conv1d(hidden) + self.embed(torch.arange(x.shape[-2]) % 13)
+        return self.head(hidden).square().mean()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=24, vocab_size=40, n_positions=16, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def gpt2_loss(model: nn.Module, x: Tensor) -> Tensor:
+    tokens = (x[..., :16].abs() * 10).long().reshape(-1, 16) % 40
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def plain_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def checkpointed_loss(model: nn.Module, x: Tensor, *, use_reentrant: bool) -> Tensor:
+    return checkpoint(model, x.requires_grad_(), use_reentrant=use_reentrant)
+
+
+def mixed_shapes_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x) + model(x.flatten(0, 1)) + model(x.unsqueeze(0)[:, ::2])
+
+
+def strided_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x.transpose(0, 1)) + model(x.repeat_interleave(2, -1)[..., ::2])
+
+
+def functional_loss(model: nn.Module, x: Tensor) -> Tensor:
+    """A weight that is also read outside of its module."""
+    return model(x) + functional.linear(x, model.up.weight).tanh().mean()  # type: ignore[arg-type, union-attr]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A model and what is done with it."""
+
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Tensor], Tensor]
+
+
+USES = {
+    "layers": Use(build=Layers, loss=plain_loss),
+    "leading dims": Use(build=Layers, loss=mixed_shapes_loss),
+    "strides": Use(build=Layers, loss=strided_loss),
+    "read elsewhere too": Use(build=Layers, loss=functional_loss),
+    "gpt2": Use(build=gpt2, loss=gpt2_loss),
+    "reentrant checkpoint": Use(build=Layers, loss=partial(checkpointed_loss, use_reentrant=True)),
+    "checkpoint": Use(build=Layers, loss=partial(checkpointed_loss, use_reentrant=False)),
+}
+
+
+EMBEDDINGS = {"embed", "transformer.wte", "transformer.wpe"}
+
+
+def data(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 6, 20, generator=generator, dtype=torch.float64)
+
+
+def sums_of(handle: Handle) -> dict[str, Tensor]:
+    """C of each parameter so far."""
+    flows = handle.gradients.flows
+    sums = {name: flow.accumulator.sums_ENKR for name, flow in flows.items()}
+    return {name: value.clone() for name, value in sums.items() if value is not None}
+
+
+def trained(use: Use, level: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(C of two micro-batches, gradients of what is dense) at the last step."""
+    model = use.build().double()
+    optimizer = Flora(model.named_parameters(), **SETTINGS)
+    handle = flora_dist.attach(model, optimizer, level)
+    for step in range(steps):
+        for micro_batch in range(2):
+            use.loss(model, data(2 * step + micro_batch)).backward()
+        sums = sums_of(handle)
+        dense = {
+            n: p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.ndim == 1 and p.grad is not None
+        }
+        optimizer.step()
+        optimizer.zero_grad()
+    return sums, dense
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_fused_sketch_is_the_compressed_one(name: str) -> None:
+    use = USES[name]
+    ours, theirs = trained(use, "fused", 3), trained(use, "compressed", 3)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for parameter, value in mine.items():
+            assert (value - other[parameter]).norm() <= EQUAL * other[parameter].norm(), parameter
+
+
+def test_the_sketch_is_that_of_the_gradient() -> None:
+    model, dense = Small().double(), Small().double()
+    _, handle = attached(model, "fused")
+    x = inputs(0).double()
+    model(x).backward()
+    dense(x).backward()
+    for name, sums in sums_of(handle).items():
+        accumulator = handle.gradients.flows[name].accumulator
+        (sketch_RB,) = accumulator.sketch(torch.device("cpu"))
+        gradient = dense.get_parameter(name).grad
+        assert gradient is not None
+        rows, columns = gradient.shape
+        for row in range(rows):
+            for block in range(-(-columns // 8)):
+                piece = gradient[row, 8 * block : 8 * block + 8]
+                wanted = sketch_RB[:, : len(piece)] @ piece
+                assert torch.allclose(sums[0, row, block], wanted, rtol=EQUAL, atol=EQUAL)
+
+
+# ---- what does not exist, and what is kept
+
+
+def note(name: str, formed: set[str], gradient: Tensor | None) -> None:
+    """A hook on what autograd has for a leaf: None where that is nothing."""
+    if gradient is not None:
+        formed.add(name)
+
+
+@pytest.mark.parametrize("name", ["layers", "gpt2"])
+def test_no_gradient_of_a_fused_weight_is_ever_formed(name: str) -> None:
+    use = USES[name]
+    seen: dict[str, set[str]] = {}
+    for level in ("compressed", "fused"):
+        model = use.build().double()
+        _, handle = attached(model, level)
+        formed = seen[level] = set[str]()
+        for parameter_name in handle.gradients.flows:
+            parameter = model.get_parameter(parameter_name)
+            parameter.register_hook(partial(note, parameter_name, formed))
+        use.loss(model, data(0)).backward()
+        assert sums_of(handle).keys() == handle.gradients.flows.keys()
+    embeddings = {n for n in seen["compressed"] if n.rpartition(".")[0] in EMBEDDINGS}
+    assert seen["fused"] == embeddings
+    assert seen["compressed"] > embeddings
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward keeps for backward, but for weights."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(x)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    del loss
+    return sum(kept.values())
+
+
+def test_a_layer_keeps_the_sketch_of_its_input_instead_of_the_input() -> None:
+    x = torch.randn(100, 64)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
+    dense = saved_bytes(model, x)
+    assert dense == 100 * (64 + 32) * 4
+    attached(model, "fused", {"rank": 1})
+    # One number per block of 8, and A of both.
+    assert saved_bytes(model, x) == dense // 8 + 2 * 8 * 4
+
+
+def test_carriers_have_no_memory_and_are_not_in_the_state() -> None:
+    model = Layers()
+    before = list(model.state_dict()), len(list(model.buffers()))
+    _, handle = attached(model, "fused")
+    assert (list(model.state_dict()), len(list(model.buffers()))) == before
+    for carrier in handle._fused._carriers.values():
+        assert carrier.zeros_NKR.untyped_storage().nbytes() == 4
+
+
+# ---- precision
+
+
+class Watched(nn.Module):
+    """A layer whose input and output's gradient are written down, as they are multiplied."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x.detach().bfloat16()
+        y = self.layer(x)
+        y.register_hook(self._look)
+        return y
+
+    def _look(self, dy: Tensor) -> None:
+        assert dy.dtype == torch.bfloat16
+        self.dy = dy
+
+
+@pytest.mark.parametrize("sketch", ["hadamard", "gaussian", "rademacher"])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_autocast_rounds_inputs_and_sketches_alone(kind: type[nn.Module], sketch: str) -> None:
+    torch.manual_seed(0)
+    model = Watched(kind(96, 100))
+    settings = {"rank": 3, "block": 32, "sketch": sketch}  # 1 / sqrt(3) is not in bfloat16
+    _, handle = attached(model, "fused", settings)
+    x = torch.randn(512, 96 if kind is nn.Linear else 100, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert model.layer.bias.grad.dtype == torch.float32
+    left, right = (model.dy, model.x) if kind is nn.Linear else (model.x, model.dy)
+    gradient = left.double().t() @ right.double()
+    accumulator = handle.gradients.flows["layer.weight"].accumulator
+    (sketch_RB,) = accumulator.sketch(torch.device("cpu")).double()
+    padded = functional.pad(gradient, (0, -gradient.shape[1] % 32)).unflatten(1, (-1, 32))
+    wanted = padded @ sketch_RB.t()
+    (sums,) = sums_of(handle)["layer.weight"]
+    assert sums.dtype == torch.float32
+    assert (sums - wanted).norm() < BFLOAT16 * wanted.norm()
+
+
+def test_autocast_does_not_lose_the_gradient_of_who_else_casts_the_weight() -> None:
+    # Autocast keeps one cast per weight; made inside of a custom function, it had no gradient.
+    model = Small()
+    _, handle = attached(model, "fused")
+    x = inputs(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.first(x)
+        functional.linear(x, model.first.weight).float().square().mean().backward()
+    assert sums_of(handle)["first.weight"].any()
+
+
+def test_gradients_outside_of_autocast_are_those_of_the_module() -> None:
+    model, dense = Layers(), Layers()
+    attached(model, "fused")
+    inputs = [data(0).float().requires_grad_() for _ in range(2)]
+    for module, x in zip((model, dense), inputs, strict=True):
+        module(x).backward()
+    assert inputs[0].grad is not None
+    assert torch.equal(inputs[0].grad, inputs[1].grad)  # the same products
+    for name in ("down.bias", "again.bias", "conv1d.bias"):
+        assert torch.equal(model.get_parameter(name).grad, dense.get_parameter(name).grad)
+
+
+# ---- torch.compile
+
+
+def test_compiled_steps_equal_eager_ones_and_compile_once() -> None:
+    runs = []
+    for backend in (None, CompileCounterWithBackend("aot_eager")):
+        model = Layers().double()
+        optimizer, handle = attached(model, "fused")
+        called = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+        sums = []
+        for step in range(4):
+            called(data(step)).backward()
+            sums.append(sums_of(handle))
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(sums)
+    assert backend is not None
+    assert backend.frame_count == 1
+    for eager, compiled in zip(*runs, strict=True):
+        for name, value in eager.items():
+            assert (value - compiled[name]).norm() <= EQUAL * value.norm(), name
+
+
+def test_autocast_is_compiled_too() -> None:
+    model = Small()
+    optimizer, handle = attached(model, "fused")
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for step in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = compiled(inputs(step))
+        loss.backward()
+        assert sums_of(handle).keys() == {"first.weight", "extra.weight", "last.weight"}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert backend.frame_count == 1
+
+
+def test_a_model_that_was_compiled_before_notices() -> None:
+    model = Small()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(inputs(0)).backward()
+    model.zero_grad()
+    _, handle = attached(model, "fused")
+    formed = set[str]()
+    model.first.weight.register_hook(partial(note, "first", formed))
+    compiled(inputs(0)).backward()
+    assert not formed
+    assert sums_of(handle)["first.weight"].any()
+    handle.remove()
+    compiled(inputs(0)).backward()
+    assert formed == {"first"}
+    assert type(model.first.weight.grad) is Tensor
+
+
+# ---- what is refused, left alone, given back
+
+
+def test_a_step_between_forward_and_backward_is_noticed() -> None:
+    model = Small()
+    optimizer, _ = attached(model, "fused")
+    model(inputs(0)).backward()
+    loss = model(inputs(1))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_derivatives_are_refused() -> None:
+    model = Small()
+    attached(model, "fused")
+    x = inputs(0).requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_a_loaded_state_brings_its_own_basis() -> None:
+    model = Small()
+    optimizer, _ = attached(model, "fused")
+    for step in range(3):
+        model(inputs(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = Small()
+    resumed, handle = attached(other, "fused")
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for each in (model, other):
+        each(inputs(3)).backward()
+    assert handle.gradients.flows["first.weight"].accumulator.step == 4
+    optimizer.step()
+    resumed.step()
+    assert all(torch.equal(value, other.state_dict()[n]) for n, value in model.state_dict().items())
+
+
+def test_weights_frozen_later_have_no_sketch() -> None:
+    model = Small()
+    _, handle = attached(model, "fused")
+    model.extra.weight.requires_grad_(False)
+    model(inputs(0)).backward()
+    assert sums_of(handle).keys() == {"first.weight", "last.weight"}
+
+
+def test_dtypes_that_a_module_refuses_are_refused() -> None:
+    model = Small()
+    attached(model, "fused")
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(inputs(0).double())
+
+
+class Own(nn.Linear):
+    """A subclass, which may do anything."""
+
+
+def test_the_report_says_what_is_fused_and_why_the_rest_is_not() -> None:
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(16, 16),
+            "own": Own(16, 16),
+            "embed": nn.Embedding(16, 16),
+            "conv": nn.Conv1d(16, 16, 3),
+            "tied": nn.Linear(16, 16),
+            "patched": nn.Linear(16, 16),
+            "hooked": nn.Linear(16, 16),
+            "attention": nn.MultiheadAttention(16, 2),
+        }
+    )
+    model["tied"].weight = model["embed"].weight
+    model["patched"].forward = lambda x: x
+    model["hooked"].weight.register_hook(lambda gradient: 2 * gradient)
+    _, handle = attached(model, "fused")
+    rows = {row.name: row.how for row in handle.report().rows if row.is_sketched}
+    per_block = {name: how.rpartition(", ")[0] for name, how in rows.items()}
+    assert per_block == {
+        "linear.weight": "fused",
+        "own.weight": "compressed: weight of Own",
+        "embed.weight": "fused; compressed: weight of Embedding",
+        "conv.weight": "compressed: weight of Conv1d",
+        "patched.weight": "compressed: Linear whose forward was replaced",
+        "hooked.weight": "compressed: Linear with a hook on its weight",
+        "attention.in_proj_weight": "compressed: in_proj_weight of MultiheadAttention",
+        "attention.out_proj.weight": "compressed: weight of NonDynamicallyQuantizableLinear",
+    }
+
+
+def test_remove_gives_every_module_its_forward_back() -> None:
+    model = Layers()
+    before = [dict(module.__dict__) for module in model.modules()]
+    x = data(0).float()
+    wanted = model(x)
+    _, handle = attached(model, "fused")
+    assert torch.equal(model(x), wanted)
+    kept = model.up.forward  # somebody may have wrapped it meanwhile
+    model(x).backward()
+    handle.remove()
+    assert [module.__dict__.keys() for module in model.modules()] == [d.keys() for d in before]
+    assert torch.equal(model(x), wanted)
+    model.up.forward = kept
+    model.zero_grad()
+    model(x).backward()
+    reference = Layers()
+    reference(x).backward()
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(model.get_parameter(name).grad, parameter.grad), name
+
+
+def test_copies_and_pickles_of_a_model_have_their_own_forward() -> None:
+    model = Small()
+    _, handle = attached(model, "fused")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(2)
+        assert not torch.equal(other(inputs(0)), model(inputs(0)))
+        other(inputs(0)).backward()
+        assert type(other.first.weight.grad) is Tensor
+    assert not sums_of(handle)
+
+
+def test_keywords_of_the_modules_work() -> None:
+    model = Layers()
+    attached(model, "fused")
+    x = torch.randn(2, 24)
+    assert torch.equal(model.again(input=x), model.again(x))
+    assert torch.equal(model.conv1d(x=x), model.conv1d(x))
