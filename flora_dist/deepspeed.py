@@ -3,5 +3,6 @@
 
 from flora_dist.integrations.deepspeed import attach
 from flora_dist.integrations.deepspeed_engine import initialize
+from flora_dist.integrations.deepspeed_gradients import gradient_report
 
-__all__ = ["attach", "initialize"]
+__all__ = ["attach", "gradient_report", "initialize"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flora_dist.comm.groups import GroupReducer
 from flora_dist.integrations.deepspeed_config import check_features, check_flora_block, refusal
+from flora_dist.integrations.deepspeed_gradients import check_compressible, sketch_gradients
 from flora_dist.integrations.spans import Partition, check_partitions, cut_each, cut_line
 from flora_dist.layouts.flat import FlatLayout
 from flora_dist.layouts.replicated import NamedLayout
@@ -35,7 +36,8 @@ def attach(engine: DeepSpeedEngine) -> Flora:
     """Tell an engine's Flora where ZeRO keeps each parameter; a second call does nothing.
 
     For engines that Accelerate, the Hugging Face Trainer or your own code built; call it on every
-    rank, before the first step. ``initialize`` calls it itself.
+    rank, before the first step. ``initialize`` calls it itself. The "flora" block of the engine's
+    config says what is compressed of the gradients.
 
     Returns:
         The engine's Flora, for ``report()``.
@@ -66,6 +68,7 @@ def attach(engine: DeepSpeedEngine) -> Flora:
         flora.attach_layout(NamedLayout(_named_copies(optimizer, names)))
     else:
         _attach_partitions(flora, optimizer, _partitions_of(optimizer, names))
+    sketch_gradients(engine, flora, names)
     # Not at the first step: stages 1 and 2 hide all groups but one from a step.
     flora.announce()
     _attached[flora] = ref(engine)
@@ -106,6 +109,7 @@ def _refuse_features(engine: DeepSpeedEngine) -> None:
     ):
         if is_on:
             raise refusal(name, why)
+    check_compressible(engine)
 
 
 def _tensor_parallel_size(mpu: Any) -> int:

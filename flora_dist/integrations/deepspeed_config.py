@@ -5,17 +5,25 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from flora_dist.integrations.flows import WIRE_DTYPES
 from flora_dist.optim.config import KNOBS
 from flora_dist.optim.spec import LEVELS
 
 TYPE = "Flora"
 _SETTINGS = ("lr", "weight_decay", "maximize", *KNOBS)
-_AVAILABLE = LEVELS[:1]
+_AVAILABLE = ("dense", "compressed", "fused")
+_GRADIENTS = ("gradients", "gradient_rank", "wire_dtype")
+_BFLOAT16 = ("bf16", "bfloat16", "torch.bfloat16")
+_FLOAT16 = ("fp16", "float16", "torch.float16", "half")
+_FLOAT32 = ("fp32", "float32", "torch.float32", "float")
 _OFFLOAD = "zero_optimization.offload_optimizer"
-_REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+_Feature = tuple[str, str, Callable[[Any], bool], str]
+"""What it is called, where it stands, whether it is on, and why not."""
+_REFUSED: tuple[_Feature, ...] = (
     (
         "DeepCompile",
         "compile.deepcompile",
@@ -90,7 +98,32 @@ _REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
         "disk. Offload to the CPU",
     ),
 )
-"""What it is called, where it stands, whether it is on, and why not."""
+_REFUSED_WITH_SKETCHES: tuple[_Feature, ...] = (
+    (
+        "compute_grad_norm off and compressed gradients",
+        "zero_optimization.compute_grad_norm",
+        lambda is_on: not is_on,
+        "the norm is where NaN and inf in sketches are found. Leave it out",
+    ),
+    (
+        "ignore_unused_parameters off and compressed gradients",
+        "zero_optimization.ignore_unused_parameters",
+        lambda is_on: not is_on,
+        "DeepSpeed would take sketched parameters for unused ones. Leave it out",
+    ),
+    (
+        "gradient_predivide_factor and compressed gradients",
+        "gradient_predivide_factor",
+        lambda factor: factor != 1,
+        "sketches are summed in float32 and divided once. Leave it out",
+    ),
+    (
+        "torch_autocast in float16 and compressed gradients",
+        "torch_autocast",
+        lambda block: bool(block.get("enabled")) and block.get("dtype") in _FLOAT16,
+        "its GradScaler would not see sketches. Set its dtype to bfloat16",
+    ),
+)
 
 
 def check_features(config: Mapping[str, Any]) -> None:
@@ -99,12 +132,22 @@ def check_features(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: such a feature is on.
     """
-    for name, path, is_on, why in _REFUSED:
-        value: Any = config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
+    _refuse_on(config, _REFUSED)
+
+
+def _refuse_on(config: Mapping[str, Any], features: Sequence[_Feature]) -> None:
+    for name, path, is_on, why in features:
+        value = _value(config, path)
         if value is not None and is_on(value):
             raise refusal(name, why)
+
+
+def _value(config: Mapping[str, Any], path: str) -> Any:
+    """What stands under keys joined by dots; None if nothing does."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def refusal(feature: str, why: str) -> ValueError:
@@ -112,11 +155,35 @@ def refusal(feature: str, why: str) -> ValueError:
     return ValueError(f"Flora under DeepSpeed cannot go with {feature}: {why}.")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientRequest:
+    """The "flora" block of a config."""
+
+    level: str
+    """Of ``LEVELS``; "dense" where there is no block."""
+    gradient_rank: int | None
+    """Numbers per block of a gradient's sketches; None: the group's ``rank``."""
+    wire_dtype: str
+    """Of ``WIRE_DTYPES``: what travels."""
+
+
 def check_flora_block(config: Mapping[str, Any]) -> None:
-    """Refuse a "flora" block that says what this version cannot do.
+    """Refuse a "flora" block that cannot be followed, or that the rest of the config contradicts.
 
     Raises:
-        ValueError: an unknown key or level.
+        ValueError: an unknown key or value, with the nearest known one; a feature of DeepSpeed that
+            would compute something wrong of sketched gradients.
+    """
+    if gradient_request(config).level != LEVELS[0]:
+        _refuse_on(config, _REFUSED_WITH_SKETCHES)
+        _check_precision(config)
+
+
+def gradient_request(config: Mapping[str, Any]) -> GradientRequest:
+    """What the "flora" block asks for.
+
+    Raises:
+        ValueError: an unknown key or value, with the nearest known one.
     """
     for key in config:
         if key != "flora" and key.lower() == "flora":
@@ -125,12 +192,59 @@ def check_flora_block(config: Mapping[str, Any]) -> None:
                 "would ignore. Rename it."
             )
     block = config.get("flora", {})
-    _check_keys("flora", block, ("gradients",))
-    level = block.get("gradients", LEVELS[0])
-    if level not in _AVAILABLE:
+    _check_keys("flora", block, _GRADIENTS)
+    request = GradientRequest(
+        level=block.get("gradients", LEVELS[0]),
+        gradient_rank=block.get("gradient_rank"),
+        wire_dtype=block.get("wire_dtype", "float32"),
+    )
+    if request.level == "sharded":
         raise ValueError(
-            f'"flora"."gradients" must be one of {", ".join(_AVAILABLE)} in this version; got '
-            f"{level!r}. Leave it out, or set it to {_AVAILABLE[0]!r}."
+            '"flora"."gradients" cannot be "sharded" under ZeRO: DeepSpeed keeps shards of full '
+            'gradients in buffers of its own, so nothing would be saved. Write "compressed".'
+        )
+    _check_value("gradients", request.level, _AVAILABLE)
+    _check_value("wire_dtype", request.wire_dtype, tuple(WIRE_DTYPES))
+    rank = request.gradient_rank
+    if rank is not None and not (type(rank) is int and rank >= 1):
+        raise ValueError(
+            f'"flora"."gradient_rank" must be a whole number of at least 1; got {rank!r}. Write '
+            "1 or more, or leave it out for the groups' rank."
+        )
+    unused = [key for key in _GRADIENTS[1:] if key in block]
+    if request.level == LEVELS[0] and unused:
+        raise ValueError(
+            f'"flora".{unused[0]!r} says how gradients are compressed; "gradients" is '
+            f'{request.level!r}. Write "compressed", or leave {unused[0]!r} out.'
+        )
+    return request
+
+
+def _check_value(key: str, value: Any, known: Sequence[str]) -> None:
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Write {known[0]!r}."
+    raise ValueError(f'"flora".{key!r} must be one of {", ".join(known)}; got {value!r}. {hint}')
+
+
+def _check_precision(config: Mapping[str, Any]) -> None:
+    """Refuse stages that do something to gradients of low precision before or after anybody."""
+    stage = _value(config, "zero_optimization.stage") or 0
+    low = next((name for name in ("bf16", "fp16") if _value(config, f"{name}.enabled")), None)
+    if stage == 0 and low == "fp16":
+        raise refusal(
+            "fp16 at stage 0 and compressed gradients",
+            "DeepSpeed 0.19 divides gradients by a loss scale that the loss was never multiplied "
+            "by, so that clipping sees next to nothing. Use bf16, or stage 1, 2 or 3",
+        )
+    summed = _value(config, "data_types.grad_accum_dtype")
+    own = {"bf16": _BFLOAT16, "fp16": _FLOAT16, None: _FLOAT32}[low]
+    if stage == 1 and summed not in {None, *own}:  # with bf16 that is BF16_Optimizer
+        raise refusal(
+            f"data_types.grad_accum_dtype {summed!r} at stage 1 and compressed gradients",
+            "DeepSpeed takes each gradient into buffers of its own before anybody else sees it. "
+            "Use stage 2",
         )
 
 

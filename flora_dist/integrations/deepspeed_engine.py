@@ -17,6 +17,7 @@ from flora_dist.integrations.deepspeed_config import (
     check_features,
     check_filled_in,
     check_flora_block,
+    gradient_request,
     optimizer_settings,
     prepared,
 )
@@ -38,9 +39,10 @@ def initialize(
 
     The optimizer is the one given (a Flora, or a callable that makes one), else built from the
     config: ``"optimizer": {"type": "Flora", "params": {"lr": 1e-3, "rank": 8}}``, over
-    ``model_parameters`` or all parameters that need a gradient. ``"flora": {"gradients": "dense"}``
-    names what is compressed of the gradients. ``zero_allow_untested_optimizer`` and
-    ``zero_force_ds_cpu_optimizer`` are set.
+    ``model_parameters`` or all parameters that need a gradient. ``"flora": {"gradients":
+    "compressed", "gradient_rank": 8, "wire_dtype": "float32"}`` says what is compressed of the
+    gradients: "dense" nothing, "compressed" what is kept and sent, "fused" also what linear layers
+    form. ``zero_allow_untested_optimizer`` and ``zero_force_ds_cpu_optimizer`` are set.
 
     Args:
         args: an object with ``deepspeed_config``, where ``config`` is not given.
@@ -77,6 +79,7 @@ def initialize(
         )
     if isinstance(optimizer, Flora):
         _check_owned(optimizer, model)
+        _check_gradient_rank(optimizer, settings)
     results: tuple[Any, Any, Any, Any] = deepspeed.initialize(
         args=args,
         model=model,
@@ -99,6 +102,18 @@ def _check_owned(optimizer: Flora, model: nn.Module) -> None:
                     "every parameter of the optimizer must belong to the model; one of shape "
                     f"{tuple(tensor.shape)} does not. Make its module part of the model."
                 )
+
+
+def _check_gradient_rank(optimizer: Flora, config: dict[str, Any]) -> None:
+    """Refuse a rank that blocks cannot have before DeepSpeed builds anything."""
+    rank = gradient_request(config).gradient_rank
+    for group in optimizer.param_groups:
+        block = group["block"]
+        if rank is not None and block != "full" and rank >= block:
+            raise ValueError(
+                f'"flora"."gradient_rank" must be below block; got {rank}, and a group with '
+                f"block={block}. Lower it, or raise block."
+            )
 
 
 def _settings(args: Any, config: str | dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:

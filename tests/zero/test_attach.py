@@ -52,7 +52,7 @@ def level_refused(block: dict[str, str], words: str) -> None:
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ({"gradients": "compressed"}, "must be one of dense"),
+        ({"gradients": "sharded"}, 'cannot be "sharded" under ZeRO'),
         ({"gradient": "dense"}, "Did you mean 'gradients'"),
     ],
 )

@@ -15,7 +15,11 @@ from torch import nn
 
 import flora_dist.deepspeed
 from flora_dist import Flora
-from flora_dist.integrations.deepspeed_config import optimizer_settings, prepared
+from flora_dist.integrations.deepspeed_config import (
+    check_flora_block,
+    optimizer_settings,
+    prepared,
+)
 from tests.zero.small import PARAMS, build, config_of
 
 
@@ -36,8 +40,14 @@ def refused(config: Any, match: str, kind: type[Exception] = ValueError, **more:
         ({"optimizer": {"params": {}}}, "must be 'Flora'; got None"),
         ({"flora": {"gradient": "dense"}}, "unknown key 'gradient'.*'gradients'"),
         ({"flora": {"rank": 8}}, "unknown key 'rank'"),
-        ({"flora": {"gradients": "compressed"}}, "must be one of dense in this version"),
-        ({"flora": {"gradients": "exact"}}, "must be one of dense in this version"),
+        ({"flora": {"gradients": "compresed"}}, "Did you mean 'compressed'"),
+        ({"flora": {"gradients": 1}}, "one of dense, compressed, fused; got 1. Write 'dense'"),
+        ({"flora": {"gradients": "sharded"}}, 'cannot be "sharded" under ZeRO.*"compressed"'),
+        ({"flora": {"gradients": "fused", "wire_dtype": "bf16"}}, "Did you mean 'bfloat16'"),
+        ({"flora": {"gradients": "fused", "gradient_rank": 0}}, "at least 1; got 0"),
+        ({"flora": {"gradients": "fused", "gradient_rank": 8}}, "below block; got 8.*block=8"),
+        ({"flora": {"gradient_rank": 4}}, "'gradient_rank' says how.*'dense'"),
+        ({"flora": {"gradients": "dense", "wire_dtype": "bfloat16"}}, "'wire_dtype' says how"),
         ({"FLORA": {"gradients": "dense"}}, "called \"flora\"; got 'FLORA'"),
         ({"Flora": {}}, "called \"flora\"; got 'Flora'"),
         ({"zero_allow_untested_optimizer": False}, "needs 'zero_allow_untested_optimizer': true"),
@@ -49,6 +59,43 @@ def test_a_config_that_would_not_do_what_it_says_is_refused(
     blocks: dict[str, Any], match: str
 ) -> None:
     refused(config_of(2, **blocks), match)
+
+
+FP16 = {"fp16": {"enabled": True}}
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "blocks", "feature"),
+    [
+        (1, BF16, "data_types.grad_accum_dtype 'fp32' at stage 1"),
+        (1, {**FP16, "data_types": {"grad_accum_dtype": "float32"}}, "data_types"),
+        (0, FP16, "fp16 at stage 0"),
+        (2, {"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+        (2, {"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast in float16"),
+        (2, {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm"),
+        (
+            2,
+            {"zero_optimization": {"stage": 2, "ignore_unused_parameters": False}},
+            "ignore_unused_parameters",
+        ),
+    ],
+)
+def test_what_sketched_gradients_do_not_go_with_is_refused(
+    stage: int, blocks: dict[str, Any], feature: str
+) -> None:
+    config = config_of(stage, flora={"gradients": "compressed"}, **blocks)
+    refused(config, f"cannot go with {feature}.* and compressed gradients: .*\\. [A-Z].*\\.$")
+    check_flora_block({**config, "flora": {"gradients": "dense"}})
+
+
+def test_what_sketched_gradients_go_with_is_not_refused() -> None:
+    fused = {"gradients": "fused", "gradient_rank": 4, "wire_dtype": "bfloat16"}
+    check_flora_block(config_of(2, flora=fused, **BF16))
+    check_flora_block(config_of(1, flora=fused, bf16={"enabled": True}))
+    check_flora_block(config_of(1, flora=fused, data_types={"grad_accum_dtype": "fp32"}))
+    check_flora_block(config_of(3, flora=fused, **FP16, prescale_gradients=True))
+    check_flora_block(config_of(0, flora=fused, fp16={"enabled": False}))
 
 
 @pytest.mark.parametrize("block", ["flora", "optimizer"])
