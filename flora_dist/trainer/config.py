@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 STDLIB = "python-stdlib"
 BYTE = "byte"
+DENSE: Final = "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,35 @@ class OptimizerConfig:
             raise ValueError(
                 f"a learning rate must be finite and at least 0; {self.name} has lr={lr!r}. "
                 "Correct lr."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsConfig:
+    """How Flora's gradients are kept between backward and step, as `flora_dist.attach` says it."""
+
+    level: Literal["dense", "sharded", "compressed", "fused"] = DENSE
+    """`sharded`: reduced whole, kept as sketches; `compressed`: kept and reduced as sketches;
+    `fused`: linear layers compute the sketch and never the gradient. `compare` stays dense."""
+    rank: int | None = None
+    """Numbers per block of the sketches; None: the optimizer's `rank`."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What travels of the sketches."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            _at_least("gradients.rank", self.rank, 1)
+        if self.level == DENSE and (self.rank is not None or self.wire_dtype != "float32"):
+            raise ValueError(
+                "gradients.rank and gradients.wire_dtype are of sketches; gradients.level='dense' "
+                f"has none, but {self.rank!r} and {self.wire_dtype!r}. Remove them, or set level: "
+                "compressed."
+            )
+        if self.level == "sharded" and self.wire_dtype != "float32":
+            raise ValueError(
+                "under gradients.level='sharded' no sketch travels, the backend reduces whole "
+                f"gradients; gradients.wire_dtype={self.wire_dtype!r}. Remove it, or set level: "
+                "compressed."
             )
 
 
@@ -237,6 +267,8 @@ class Config:
     """The optimizer under test."""
     compare: OptimizerConfig | None = None
     """AdamW to be run afterwards on the same data, steps and seed; none by default."""
+    gradients: GradientsConfig = field(default_factory=GradientsConfig)
+    """What of the gradients of the optimizer under test is compressed; nothing by default."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate's curve."""
     train: TrainConfig

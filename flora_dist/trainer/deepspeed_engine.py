@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from flora_dist.integrations.deepspeed_config import check_features, prepared
-from flora_dist.trainer.config import Config, OptimizerConfig
+from flora_dist.trainer.config import DENSE, Config, OptimizerConfig
 from flora_dist.trainer.deepspeed_json import engine_settings
 from flora_dist.trainer.extras import needs_deepspeed_extra
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
@@ -69,7 +69,13 @@ def build_engine(
             config=prepared(engine_settings(config, world.size)),
             lr_scheduler=lambda inner: LambdaLR(inner, factor),
         )
-    return Learner(spread=_spread(engine, built), optimizer=built, scheduler=scheduler)
+    is_sketched = isinstance(built, Flora) and config.gradients.level != DENSE
+    return Learner(
+        spread=_spread(engine, built),
+        optimizer=built,
+        scheduler=scheduler,
+        gradients=flora_deepspeed.gradient_report(engine) if is_sketched else None,
+    )
 
 
 def _spread(engine: Any, optimizer: torch.optim.Optimizer) -> Spread:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_dist.integrations.deepspeed_config import check_filled_in, check_flora_block
-from flora_dist.trainer.config import Config
+from flora_dist.trainer.config import DENSE, Config
 from flora_dist.trainer.optimizers import LABELS
 
 _AUTO = "auto"  # the word with which Accelerate and the Hugging Face Trainer ask for filling in
@@ -20,6 +20,8 @@ _SPELLED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "communication_data_type", "data_types", "steps_per_print"),
 )
+# Key of the "flora" block -> key of the run's gradients section.
+_GRADIENTS = {"gradients": "level", "gradient_rank": "rank", "wire_dtype": "wire_dtype"}
 _ELSEWHERE = {
     "scheduler": "the schedule section moves the learning rate",
     "fp16": "steps that overflow are skipped and would shift the schedule; bf16 needs no scale",
@@ -42,9 +44,11 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
         if block is not None and not is_off:
             raise _refused(key, f"is not for the trainer: {why}")
     try:
-        check_flora_block(settings)
+        block = _flora_block(config, settings)
     except TypeError as error:
         raise ValueError(f"{config.backend.config}: {error}") from error
+    if "flora" in settings or config.gradients.level != DENSE:
+        settings["flora"] = block
     _check_optimizer(config, settings)
     train = config.train
     together = train.micro_batch * world_size
@@ -136,6 +140,25 @@ def _check_optimizer(config: Config, settings: Mapping[str, Any]) -> None:
     ours = {"type": LABELS[section.name], "params": json.loads(json.dumps(dict(section.options)))}
     if block != ours:
         raise _refused("optimizer", f"says {block!r}, the optimizer section {ours!r}")
+
+
+def _flora_block(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's gradients section as the engine reads it; a block that says the same may stand."""
+    section = config.gradients
+    ours: dict[str, Any] = {"gradients": section.level}
+    if section.level != DENSE:
+        ours |= {"wire_dtype": section.wire_dtype}
+        ours |= {} if section.rank is None else {"gradient_rank": section.rank}
+    block = settings.get("flora", {})
+    if isinstance(block, Mapping):
+        block = {key: value for key, value in block.items() if value != _AUTO}
+        if block.get("gradients", section.level) == section.level:
+            block = {**ours, **block}
+    check_flora_block({**settings, "flora": block})
+    return {
+        key: _agreed(f"flora.{key}", value, ours.get(key), f"gradients.{_GRADIENTS[key]}")
+        for key, value in block.items()
+    }
 
 
 def _agreed(key: str, theirs: Any, ours: Any, name: str) -> Any:

@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flora_dist.trainer.backend import spread
 from flora_dist.trainer.config import Config, OptimizerConfig
+from flora_dist.trainer.gradients import check_level, keep_sketched
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
 from flora_dist.trainer.spread import Learner, World
 
@@ -19,9 +20,10 @@ def check_learner(config: Config, world: World) -> None:
     """Refuse what the backend cannot do.
 
     Raises:
-        ValueError: Adafactor or checkpoints where they do not work, or a DeepSpeed config that
-            contradicts the run's.
+        ValueError: Adafactor, checkpoints or sketched gradients where they do not work, or a
+            DeepSpeed config that contradicts the run's.
     """
+    check_level(config)
     name = config.backend.name
     if config.optimizer.name == "adafactor" and name in _DTENSORS:
         raise ValueError(
@@ -57,8 +59,14 @@ def build_learner(
 def _plain(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:
     model_spread = spread(model, config, world)
     built = build_optimizer(optimizer, model.named_parameters(), seed=config.train.seed)
+    report = keep_sketched(model_spread.module, built, config.gradients)
     factor = schedule_factor(config.schedule, config.train.steps)
-    return Learner(spread=model_spread, optimizer=built, scheduler=LambdaLR(built, factor))
+    return Learner(
+        spread=model_spread,
+        optimizer=built,
+        scheduler=LambdaLR(built, factor),
+        gradients=report,
+    )
 
 
 def _fsdp1(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:

@@ -17,6 +17,7 @@ from flora_dist.trainer.checkpoint import Checkpoints
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.data import IGNORED, Corpus, Order
 from flora_dist.trainer.evaluate import validation_loss
+from flora_dist.trainer.gradients import Sketched
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.metrics import Metrics, Progress, Record
 from flora_dist.trainer.model import sum_of_losses
@@ -50,6 +51,8 @@ class Job:
     """The optimizer."""
     scheduler: torch.optim.lr_scheduler.LambdaLR
     """Its learning rate."""
+    gradients: Sketched | None
+    """What of the gradients is kept as sketches; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,8 @@ class Measured:
     """What AdamW's two float32 moments take for the weights that process holds."""
     bytes_sent: int | None
     """Bytes one process sends in one step; None before one was measured."""
+    gradients: Sketched | None
+    """What of the gradients was kept as sketches; None: nothing."""
     records: list[Record]
     """The lines of metrics.jsonl (process 0)."""
 
@@ -241,6 +246,7 @@ def _measured(
         state_bytes=largest_over_processes(_held_bytes(job.optimizer.state.values()), device),
         adamw_bytes=largest_over_processes(8 * trained, device),
         bytes_sent=bytes_sent,
+        gradients=job.gradients,
         records=records,
     )
 

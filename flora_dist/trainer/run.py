@@ -15,10 +15,11 @@ from flora_dist.trainer.backend import (
     wait_for_all,
 )
 from flora_dist.trainer.checkpoint import Checkpoints, check_checkpoint, load_checkpoint
-from flora_dist.trainer.config import Config, OptimizerConfig
+from flora_dist.trainer.config import DENSE, Config, OptimizerConfig
 from flora_dist.trainer.configfile import as_yaml
 from flora_dist.trainer.data import Corpus, Order, read_corpus
 from flora_dist.trainer.extras import needs_train_extra, stay_offline
+from flora_dist.trainer.gradients import check_sizes, totals
 from flora_dist.trainer.interrupt import EXIT_CODE, StopRequest
 from flora_dist.trainer.learner import build_learner, check_learner
 from flora_dist.trainer.loop import Job, Measured, checkpoint_folder, train
@@ -120,6 +121,8 @@ def _plan(config: Config, world: World) -> Plan:
         "model": {k: v for k, v in network.to_dict().items() if k != "transformers_version"},
         "seed": config.train.seed,
         "optimizer": config.optimizer.name,
+        # How sketches come about may change; that they are none is another algorithm.
+        "gradients": DENSE if config.gradients.level == DENSE else "sketched",
         "corpus": corpus.fingerprint,
         "sequence_length": config.data.sequence_length,
         "global_batch": config.train.global_batch,
@@ -127,7 +130,7 @@ def _plan(config: Config, world: World) -> Plan:
     for optimizer in filter(None, (config.optimizer, config.compare)):
         # On weights without memory: what the optimizer refuses, it refuses here.
         shapes = shapes_only(network).named_parameters()
-        build_optimizer(optimizer, shapes, seed=config.train.seed)
+        check_sizes(config, build_optimizer(optimizer, shapes, seed=config.train.seed))
     resume = config.checkpoint.resume
     plan = Plan(
         config=config,
@@ -190,6 +193,13 @@ def _one(
             soft_wrap=True,
         )
     learner = build_learner(model, optimizer_config, config, plan.world)
+    gradients = totals(learner.gradients, plan.world.device)
+    if console is not None and gradients is not None:
+        console.print(
+            f"gradients {gradients}: {gradients.held_bytes:,} bytes kept, "
+            f"{gradients.sent_bytes:,} given to a step's collectives",
+            soft_wrap=True,
+        )
     first_step = 0 if compared else plan.first_step
     if first_step:
         load_checkpoint(
@@ -204,6 +214,7 @@ def _one(
         model=model,
         optimizer=learner.optimizer,
         scheduler=learner.scheduler,
+        gradients=gradients,
     )
     checkpoints = Checkpoints(
         folder=checkpoint_folder(plan.folder),

@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from flora_dist.integrations.gradient_report import GradientReport
+from flora_dist.optimizer.flora import Flora
 from flora_dist.trainer.config import Config
 
 
@@ -66,6 +68,8 @@ class Learner:
     """The optimizer that holds the state, without an engine's wrapper."""
     scheduler: LambdaLR
     """Its learning rate."""
+    gradients: GradientReport | None
+    """What of the gradients is sketched; None: nothing."""
 
 
 def over(
@@ -82,10 +86,12 @@ def over(
     # Taken now: FSDP1 hides its parameters between a forward and a backward pass.
     parameters = list(owner.parameters())
     most = config.train.max_grad_norm
-    clip_ = clip or (lambda norm: nn.utils.clip_grad_norm_(parameters, norm))
+    theirs = clip or (lambda norm: nn.utils.clip_grad_norm_(parameters, norm))
 
     def update(optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
         if most is not None:
+            # Flora's own, which also knows the norm of sketches.
+            clip_ = optimizer.clip_grad_norm_ if isinstance(optimizer, Flora) else theirs
             clip_(most)
         optimizer.step()
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flora_dist.trainer.config import DENSE
 from flora_dist.trainer.extras import needs_train_extra
 from flora_dist.trainer.loop import Measured
 from flora_dist.trainer.optimizers import LABELS
@@ -65,8 +66,15 @@ def _column(measured: Measured) -> dict[str, str]:
         "validation loss (nats/token)": _shown(measured.validation_loss, ".4f"),
         "tokens/s": _shown(measured.tokens_per_second, ",.0f"),
         "optimizer state (bytes/process)": _shown(measured.state_bytes, ",d"),
+        **_sketches(measured),
         "sent (bytes/step/process)": _shown(measured.bytes_sent, ",d"),
     }
+
+
+def _sketches(measured: Measured) -> dict[str, str]:
+    gradients = measured.gradients
+    level, held = (DENSE, None) if gradients is None else (gradients.level, gradients.held_bytes)
+    return {"gradients": level, "sketches of them (bytes/process)": _shown(held, ",d")}
 
 
 def _computed(measured: Measured) -> dict[str, str]:

@@ -17,6 +17,7 @@ from flora_dist.trainer.checkpoint import Checkpoints
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.data import Order, read_corpus
+from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.learner import build_learner, check_learner
 from flora_dist.trainer.loop import Job, accumulate, train
@@ -51,6 +52,7 @@ def trained(overrides: list[str]) -> dict[str, Any]:
         model=model,
         optimizer=learner.optimizer,
         scheduler=learner.scheduler,
+        gradients=totals(learner.gradients, world.device),
     )
     measured = train(
         job,

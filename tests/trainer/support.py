@@ -106,7 +106,7 @@ class Workers:
             for rank in range(world_size)
         ]
         try:
-            outputs = [process.communicate(timeout=200)[0] for process in processes]
+            outputs = [process.communicate(timeout=270)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -36,6 +36,19 @@ BACKENDS = {
     4: {"hsdp": ["backend.name=hsdp", "backend.replicate=2", "backend.shard=2"]},
 }
 
+FLORA = ["optimizer={name: flora, lr: 1e-2}"]
+SKETCHED = {
+    2: {
+        f"{name}.{level}": [f"backend.name={name}", f"gradients.level={level}"]
+        for name, levels in {
+            "ddp": ("compressed", "fused"),
+            "fsdp2": ("dense", "sharded", "compressed", "fused"),
+        }.items()
+        for level in levels
+    },
+    4: {"hsdp.compressed": [*BACKENDS[4]["hsdp"], "gradients.level=compressed"]},
+}
+
 
 def main(folder: Path, corpus: Path) -> None:
     meet_at_files(folder)
@@ -46,6 +59,10 @@ def main(folder: Path, corpus: Path) -> None:
         )
         gradients(config, folder / f"{name}.gradients.pt")
         assert run(config) == 0
+    sketched = [*FLORA, "train.max_grad_norm=0.1"]
+    for name, overrides in SKETCHED[size].items():
+        every = tiny_overrides(corpus, folder, f"output.name={name}", *sketched, *overrides)
+        assert run(load_config(TINY, every)) == 0
     if size == 2:
         fsdp2 = tiny_overrides(corpus, folder, "backend.name=fsdp2")
         clipped = [*fsdp2, "output.name=clipped", "train.max_grad_norm=0.1"]
@@ -53,6 +70,11 @@ def main(folder: Path, corpus: Path) -> None:
         half = [*fsdp2, "output.name=resumed", "checkpoint.every=2"]
         assert run(load_config(TINY, half)) == 0
         checkpoint = folder / "resumed" / "checkpoints" / "step-00000002"
+        assert run(load_config(TINY, [*half, f"checkpoint.resume={checkpoint}"])) == 0
+        half = [*fsdp2, *sketched, "gradients.level=compressed", "checkpoint.every=2"]
+        half.append("output.name=compressed.resumed")
+        assert run(load_config(TINY, half)) == 0
+        checkpoint = folder / "compressed.resumed" / "checkpoints" / "step-00000002"
         assert run(load_config(TINY, [*half, f"checkpoint.resume={checkpoint}"])) == 0
         code = interrupted([*fsdp2, "output.name=interrupted", "train.steps=100000"], folder, rank)
         (folder / f"interrupted.{rank}").write_text(str(code))
@@ -122,5 +144,5 @@ def interrupted(overrides: list[str], folder: Path, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(150, exit=True)  # say where it hangs, and end
+    faulthandler.dump_traceback_later(240, exit=True)  # say where it hangs, and end
     main(Path(sys.argv[1]), Path(sys.argv[2]))
