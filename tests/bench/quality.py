@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which optimizer learns most from the same tokens: one table, results.json, two pictures.
+"""Which optimizer learns most from the same tokens: one table, results.json, pictures.
 
-    python -m tests.bench.quality            about 75 minutes of 2 cores
-    python -m tests.bench.quality --quick    about 3 minutes
+    python -m tests.bench.quality                       about 75 minutes of 2 cores
+    python -m tests.bench.quality --quick               about 3 minutes
+    python -m tests.bench.quality --table compressed    gradients as sketches, about 25 minutes
 
 Every row gets the same tokens and learning rates (`quality_plan.py`); the one with the lowest
 validation loss counts, and is run again with a second seed. Finished runs are kept in runs.jsonl at
@@ -20,9 +21,9 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,49 @@ import torch
 from rich.console import Console
 
 from flora_dist.trainer.config import STDLIB
-from tests.bench import quality_table
+from tests.bench import quality_compressed, quality_plan, quality_table
 from tests.bench.quality_plan import (
-    FULL,
-    QUICK,
-    QUICK_ROWS,
     Row,
     Run,
+    Size,
     all_rows,
     expected_runs,
     next_runs,
     resized,
     rows_named,
 )
+from tests.bench.quality_ratios import draw_ratios
 from tests.bench.quality_run import Bench, Settings, bench_of, start_worker, train_one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows that are compared with one another."""
+
+    rows: Sequence[Row]
+    size: Size
+    quick_rows: Sequence[str]
+    quick_size: Size
+    draw: Callable[[Sequence[quality_table.Line], Path, str], None]
+    """Its pictures, into a folder, with a title."""
+
+
+TABLES = {
+    "optimizers": Table(
+        rows=all_rows(),
+        size=quality_plan.FULL,
+        quick_rows=quality_plan.QUICK_ROWS,
+        quick_size=quality_plan.QUICK,
+        draw=quality_table.draw_optimizers,
+    ),
+    "compressed": Table(
+        rows=quality_compressed.compressed_rows(),
+        size=quality_compressed.FULL,
+        quick_rows=quality_compressed.QUICK_ROWS,
+        quick_size=quality_compressed.QUICK,
+        draw=draw_ratios,
+    ),
+}
 
 
 class Store:
@@ -151,7 +181,12 @@ def run_all(
 
 
 def report(
-    rows: Sequence[Row], settings: Settings, store: Store, folder: Path, console: Console
+    table: Table,
+    rows: Sequence[Row],
+    settings: Settings,
+    store: Store,
+    folder: Path,
+    console: Console,
 ) -> None:
     """results.json, the pictures and the printed table, of the rows that are complete."""
     bench = bench_of(settings)
@@ -160,7 +195,7 @@ def report(
     text = json.dumps({**about, "rows": found}, indent=1, allow_nan=False)
     write_whole(folder / "results.json", text + "\n")
     title = f"{about['parameters']:,} parameters, {about['tokens']:,} tokens per run"
-    quality_table.draw(found, folder, title)
+    table.draw(found, folder, title)
     console.print(quality_table.table(found, title))
     console.print(f"{about['machine']}, torch {about['torch']}; written to {folder}")
 
@@ -191,6 +226,7 @@ def machine(device: torch.device) -> str:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.quality", description=__doc__)
+    parser.add_argument("--table", default="optimizers", choices=tuple(TABLES))
     parser.add_argument("--quick", action="store_true", help="few rows, short runs")
     parser.add_argument("--data", default=STDLIB, help="python-stdlib, a file or a folder")
     parser.add_argument("--model", default="configs/model/llama_9m.json")
@@ -209,17 +245,18 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench; returns the exit code, 130 after Ctrl-C."""
     args = arguments(argv)
+    table = TABLES[args.table]
     size = resized(
-        QUICK if args.quick else FULL,
+        table.quick_size if args.quick else table.size,
         steps=args.steps,
         layers=args.layers,
         global_batch=args.global_batch,
         sequence_length=args.sequence_length,
     )
     settings = Settings(model=args.model, data=args.data, size=size, device=args.device)
-    rows = rows_named(QUICK_ROWS) if args.quick else all_rows()
+    rows = rows_named(table.quick_rows, table.rows) if args.quick else table.rows
     if args.rows is not None:
-        rows = rows_named([name.strip() for name in args.rows.split(";")])
+        rows = rows_named([name.strip() for name in args.rows.split(";")], table.rows)
     bench = bench_of(settings)
     shared = {"settings": asdict(settings), "corpus": bench.corpus.fingerprint}
     store = Store(args.out, shared, resume=args.resume)
@@ -232,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print(f"interrupted after {len(store.records)} runs; --resume goes on")
         code = 130
-    report(rows, settings, store, args.out, console)
+    report(table, rows, settings, store, args.out, console)
     return code
 
 

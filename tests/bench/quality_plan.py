@@ -24,7 +24,7 @@ CENTRE: dict[str, Any] = {
 FLORA = CENTRE | {"momentum": "flora"}
 """The centre of what blend cannot have: other sketches, transfer="paper"."""
 GRID = (-1, 0, 1, 2)
-"""Exponents e of the learning rates 1e-3 * 2^e that every row is run with."""
+"""Exponents e of the learning rates 1e-3 * 2^e that rows are run with."""
 BASE_LR = 1e-3
 
 
@@ -44,6 +44,10 @@ class Row:
     """Flora: what embedding and head have instead, over `matrices`."""
     whole_rows: int | None = None
     """Flora: block="full" with rank = smaller side / this, for each matrix."""
+    gradient_rank: int | None = None
+    """Flora: gradients are kept as sketches, this many numbers per block; None: dense."""
+    steps_per_batch: int = 1
+    """Steps that a global batch is cut into, on equal parts of it; more than 1: no accumulation."""
 
     @property
     def scales_by_weight(self) -> bool:
@@ -76,15 +80,15 @@ class Size:
     """Validation sequences, evenly spread."""
     seeds: int = 2
     """The first for every learning rate, the others for the best one only."""
+    grid: tuple[int, ...] = GRID
+    """Exponents of the learning rates that every row is run with."""
     extensions: int = 2
     """Learning rates that a row whose best lies at an end of the grid may add beyond it."""
 
-    @property
-    def warmup(self) -> int:
-        """Steps of linear warm-up before the cosine."""
-        return self.steps // 20
 
-
+ADAMW = "AdamW"
+CENTRE_NAME = "blend, ratio 8"
+FULL_MOMENTUM = "full momentum"
 CONTROL = "control: momentum on 1-D only"
 NONE = "none"
 # Measured for llama-9m's width on one core: a step of FULL takes 26 ms with AdamW, 34 with blend,
@@ -92,12 +96,12 @@ NONE = "none"
 FULL = Size(steps=800, layers=2)
 QUICK = Size(steps=240, layers=1, sequences=128, extensions=1)
 QUICK_ROWS = (
-    "AdamW",
+    ADAMW,
     NONE,
     CONTROL,
     "Adafactor (torch)",
     "flora, ratio 8",
-    "blend, ratio 8",
+    CENTRE_NAME,
     "Flora.paper, ratio 8",
 )
 
@@ -130,13 +134,13 @@ def all_rows() -> tuple[Row, ...]:
     )
 
 
-def rows_named(names: Sequence[str]) -> tuple[Row, ...]:
-    """The rows of these names, in the table's order.
+def rows_named(names: Sequence[str], table: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows of a table with these names, in the table's order.
 
     Raises:
         ValueError: a name no row has.
     """
-    known = {row.name: row for row in all_rows()}
+    known = {row.name: row for row in table}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
             f"rows are chosen by name; {unknown} are none of {'; '.join(known)}. Correct --rows."
@@ -152,10 +156,10 @@ def _baselines() -> Iterator[Row]:
     without: dict[str, Any] = {"weight_decay": 0.0}
     quicker = without | {"betas": (0.9, 0.95)}
     no_momentum = {"momentum": "none"}
-    yield Row(name="AdamW", factor="baseline", optimizer="adamw", options=without)
+    yield Row(name=ADAMW, factor="baseline", optimizer="adamw", options=without)
     yield _flora(NONE, "baseline", CENTRE | no_momentum)
     yield _flora(CONTROL, "baseline", CENTRE, matrices=no_momentum)
-    yield _flora("full momentum", "baseline", CENTRE | {"rank": None})
+    yield _flora(FULL_MOMENTUM, "baseline", CENTRE | {"rank": None})
     yield Row(name="AdamW, beta2 0.95", factor="baseline", optimizer="adamw", options=quicker)
     # Always scales by the weight, and keeps its lr below step^-0.5.
     yield Row(name="Adafactor (torch)", factor="baseline", optimizer="adafactor")
@@ -235,11 +239,11 @@ def next_runs(rows: Sequence[Row], losses: Mapping[Run, float], size: Size) -> l
 
 
 def _missing(row: str, losses: Mapping[Run, float], size: Size) -> list[Run]:
-    if missing := [r for e in GRID if (r := Run(row, e, 0)) not in losses]:
+    if missing := [r for e in size.grid if (r := Run(row, e, 0)) not in losses]:
         return missing
     tried = exponents_tried(row, losses)
     best = best_exponent(row, losses)
-    if best in {tried[0], tried[-1]} and len(tried) < len(GRID) + size.extensions:
+    if best in {tried[0], tried[-1]} and len(tried) < len(size.grid) + size.extensions:
         return [Run(row, best - 1 if best == tried[0] else best + 1, 0)]
     return [r for seed in range(1, size.seeds) if (r := Run(row, best, seed)) not in losses]
 
@@ -260,8 +264,9 @@ def best_exponent(row: str, losses: Mapping[Run, float]) -> int:
 
 
 def expected_runs(rows: Sequence[Row], size: Size) -> int:
-    """How many runs to expect; about every other row leaves the grid once."""
-    return len(rows) * (len(GRID) + size.seeds - 1) + len(rows) // 2
+    """How many runs to expect; about every other row leaves the grid once more than it must."""
+    bracket = 3  # a best between two worse ones
+    return len(rows) * (max(bracket, len(size.grid)) + size.seeds - 1) + len(rows) // 2
 
 
 def resized(size: Size, **given: int | None) -> Size:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from flora_dist import Flora
+from flora_dist.integrations.gradient_report import GradientReport
 from flora_dist.trainer.backend import World, find_world, spread
 from flora_dist.trainer.checkpoint import Checkpoints
 from flora_dist.trainer.config import (
@@ -26,6 +27,7 @@ from flora_dist.trainer.config import (
     Config,
     DataConfig,
     EvaluationConfig,
+    GradientsConfig,
     ModelConfig,
     OptimizerConfig,
     OutputConfig,
@@ -34,6 +36,7 @@ from flora_dist.trainer.config import (
 )
 from flora_dist.trainer.data import Corpus, Order, read_corpus
 from flora_dist.trainer.extras import stay_offline
+from flora_dist.trainer.gradients import keep_sketched, totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import Job, Measured, train
 from flora_dist.trainer.metrics import Metrics, Progress
@@ -102,11 +105,12 @@ def _end_with_parent() -> None:
 def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     """Train from scratch; returns what the table needs, as JSON knows it."""
     bench = bench_of(settings)
-    config = _config(settings, run)
+    config = config_of_run(settings, row, run)
     model = build_model(config.model, bench.network, seed=run.seed)
     module = spread(model, config, bench.world)
     lr = lr_of(row, run.exponent, bench.network.initializer_range)
     optimizer = build(row, model, lr=lr, seed=run.seed)
+    sketched = keep_sketched(module.module, optimizer, config.gradients)
     factor = schedule_factor(config.schedule, config.train.steps)
     job = Job(
         config=config,
@@ -121,6 +125,7 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
         model=model,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        gradients=totals(sketched, bench.world.device),
     )
     with redirect_stderr(io.StringIO()):  # Flora's summary, hundreds of times
         measured = train(
@@ -131,11 +136,12 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
             progress=Progress(None, None),
             checkpoints=Checkpoints(folder=Path(), every=None, identity={}, world=bench.world),
         )
-    return run._asdict() | {"lr": lr} | _kept(measured, optimizer, settings.size)
+    tokens = config.train.global_batch * settings.size.sequence_length
+    held = {"gradient_bytes": gradient_bytes(model, sketched)}
+    return run._asdict() | {"lr": lr} | held | _kept(measured, optimizer, tokens)
 
 
-def _kept(measured: Measured, optimizer: torch.optim.Optimizer, size: Size) -> dict[str, Any]:
-    tokens = size.global_batch * size.sequence_length
+def _kept(measured: Measured, optimizer: torch.optim.Optimizer, tokens: int) -> dict[str, Any]:
     compressed = 0.0
     if isinstance(optimizer, Flora):
         rows = optimizer.report().rows
@@ -156,23 +162,27 @@ def _kept(measured: Measured, optimizer: torch.optim.Optimizer, size: Size) -> d
     }
 
 
-def _config(settings: Settings, run: Run) -> Config:
+def config_of_run(settings: Settings, row: Row, run: Run) -> Config:
+    """The trainer's config: every row sees the same sequences in the same order."""
     size = settings.size
+    steps, sequences = size.steps * row.steps_per_batch, size.global_batch // row.steps_per_batch
     return Config(
         model=ModelConfig(config=settings.model),
         data=DataConfig(corpus=settings.data, sequence_length=size.sequence_length),
         # The loop takes the optimizer it is given; this section is only for its own programs.
         optimizer=OptimizerConfig(name="adamw", options={"lr": 0.0}),
-        schedule=ScheduleConfig(name="cosine", warmup_steps=size.warmup, final_ratio=0.1),
+        gradients=gradients_of(row),
+        schedule=ScheduleConfig(name="cosine", warmup_steps=steps // 20, final_ratio=0.1),
         train=TrainConfig(
-            steps=size.steps,
-            global_batch=size.global_batch,
-            micro_batch=size.global_batch,
+            steps=steps,
+            global_batch=sequences,
+            # The sum over micro-batches is the same, sketched or not, and one pass is quicker.
+            micro_batch=sequences,
             seed=run.seed,
-            log_every=max(1, size.steps // 40),
+            log_every=max(1, steps // 40),
         ),
         evaluation=EvaluationConfig(
-            every=max(1, size.steps // size.evaluations), sequences=size.sequences
+            every=max(1, steps // size.evaluations), sequences=size.sequences
         ),
         backend=BackendConfig(device=settings.device),
         output=OutputConfig(name="quality", tensorboard=False, progress=False),
@@ -191,6 +201,21 @@ def build(row: Row, model: nn.Module, *, lr: float, seed: int) -> torch.optim.Op
             return Flora.paper(groups_of(row, model), lr, seed=seed, **row.options)
         case _:
             return Flora(groups_of(row, model), lr, seed=seed, **row.options)
+
+
+def gradients_of(row: Row) -> GradientsConfig:
+    """Dense, or as sketches: on one process, what "compressed" computes in every layout."""
+    if row.gradient_rank is None:
+        return GradientsConfig()
+    return GradientsConfig(level="compressed", rank=row.gradient_rank)
+
+
+def gradient_bytes(model: nn.Module, sketched: GradientReport | None) -> int:
+    """What is held from one micro-batch to the next."""
+    rows = () if sketched is None else sketched.rows
+    names = {row.name for row in rows if row.is_sketched}
+    dense = sum(p.numel() * p.itemsize for n, p in model.named_parameters() if n not in names)
+    return dense + sum(row.held_bytes for row in rows)
 
 
 def groups_of(row: Row, model: nn.Module) -> list[dict[str, Any]]:

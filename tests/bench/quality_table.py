@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the quality bench leaves: one line per row, printed, and two pictures."""
+"""What the quality bench leaves: one line per row, printed, and pictures."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from rich.table import Table
 
 from tests.bench.quality_plan import (
+    ADAMW,
+    CENTRE_NAME,
     CONTROL,
     NONE,
     Row,
@@ -29,7 +32,6 @@ from tests.bench.quality_plan import (
 
 Line = dict[str, Any]
 """One row of results.json."""
-CENTRE_NAME = "blend, ratio 8"
 _COLUMNS = 4
 WIDTH_OF_LABEL = 0.3
 """Decades of state bytes."""
@@ -45,11 +47,28 @@ def lines(
 ) -> list[Line]:
     """One line per row whose runs are all there."""
     finished = [_line(row, records, losses, size) for row in rows if _is_done(row, losses, size)]
-    for name, key in ((NONE, "minus_none"), (CONTROL, "minus_control")):
-        other = next((line for line in finished if line["row"] == name), None)
-        for line in finished:
-            line[key] = _differences(line, other)
+    by_name = {line["row"]: line for line in finished}
+    for row in rows:
+        if row.name not in by_name:
+            continue
+        line = by_name[row.name]
+        for key, other in (
+            ("minus_none", NONE),
+            ("minus_control", CONTROL),
+            ("minus_adamw", ADAMW),
+            ("minus_dense", dense_twin(row, rows)),
+        ):
+            line[key] = _differences(line, by_name.get(other))
     return finished
+
+
+def dense_twin(row: Row, rows: Sequence[Row]) -> str | None:
+    """The row that differs from this one in nothing but that its gradients are dense."""
+    if row.gradient_rank is None:
+        return None
+    changes = {"name": "", "factor": "", "gradient_rank": None}
+    twins = (r.name for r in rows if replace(row, **changes) == replace(r, name="", factor=""))
+    return next(twins, None)
 
 
 def _is_done(row: Row, losses: Mapping[Run, float], size: Size) -> bool:
@@ -73,6 +92,9 @@ def _line(
         "factor": row.factor,
         "optimizer": row.optimizer,
         "options": dict(row.options),
+        "gradient_rank": row.gradient_rank,
+        "steps_per_batch": row.steps_per_batch,
+        "gradient_bytes": first["gradient_bytes"],
         "state_bytes": first["state_bytes"],
         "share_of_adamw": first["state_bytes"] / first["adamw_bytes"],
         "compressed_share": first["compressed_share"],
@@ -94,22 +116,26 @@ def _differences(line: Line, other: Line | None) -> list[float] | None:
     return [ours - theirs for ours, theirs in zip(line["seeds"], other["seeds"], strict=True)]
 
 
-def table(found: Iterable[Line], title: str) -> Table:
-    """The lines for a terminal, in their order."""
+def table(found: Sequence[Line], title: str) -> Table:
+    """The lines for a terminal, in their order; without the differences that no line has."""
     shown = Table(title=title, caption="* best at the end of the learning rates tried")
+    keys = ("minus_none", "minus_control", "minus_adamw", "minus_dense")
+    differences = [key for key in keys if any(line[key] is not None for line in found)]
     shown.add_column("row")
-    for name in ("state bytes", "of AdamW", "lr", "validation", "spread", "- none", "- control"):
+    for name in ("gradient", "state bytes", "of AdamW", "lr", "validation", "spread"):
         shown.add_column(name, justify="right")
+    for key in differences:
+        shown.add_column(key.replace("minus_", "- "), justify="right")
     for line in found:
         shown.add_row(
             line["row"],
+            f"{line['gradient_bytes']:,}",
             f"{line['state_bytes']:,}",
             f"{line['share_of_adamw']:.3f}",
             f"{line['lr']:.3g}" + "*" * line["lr_at_end_of_grid"],
             _number(line["mean"], ".4f"),
             _number(line["spread"], ".4f"),
-            _mean(line["minus_none"]),
-            _mean(line["minus_control"]),
+            *(_mean(line[key]) for key in differences),
         )
     return shown
 
@@ -122,19 +148,21 @@ def _mean(values: list[float] | None) -> str:
     return "" if values is None else format(statistics.fmean(values), "+.4f")
 
 
-def draw(found: Sequence[Line], folder: Path, title: str) -> None:
+def draw_optimizers(found: Sequence[Line], folder: Path, title: str) -> None:
     """loss_by_tokens.png and loss_by_state.png, each complete or not at all."""
-    _save(_by_tokens(found, title), folder / "loss_by_tokens.png")
-    _save(_by_state(found, title), folder / "loss_by_state.png")
+    save(_by_tokens(found, title), folder / "loss_by_tokens.png")
+    save(_by_state(found, title), folder / "loss_by_state.png")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, complete or not at all."""
     partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial)
     partial.replace(path)
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def figure_of(width: float, height: float, title: str) -> Figure:
+    """An empty one."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)  # no display, no global state of pyplot
     figure.suptitle(title)
@@ -146,15 +174,15 @@ def _by_tokens(found: Sequence[Line], title: str) -> Figure:
     factors = list(dict.fromkeys(line["factor"] for line in found))
     rows = max(1, -(-len(factors) // _COLUMNS))
     across = max(1, min(_COLUMNS, len(factors)))
-    figure = _figure(4.6 * across, 3.8 * rows, title)
+    figure = figure_of(4.6 * across, 3.8 * rows, title)
     panels = figure.subplots(rows, across, squeeze=False).flat
     for panel, factor in zip(panels, factors, strict=False):
         for line in found:
-            is_reference = line["row"] in {"AdamW", CENTRE_NAME}
+            is_reference = line["row"] in {ADAMW, CENTRE_NAME}
             if line["factor"] == factor:
                 _curve(panel, line, style="-")
             elif is_reference:
-                style = "k--" if line["row"] == "AdamW" else "k:"
+                style = "k--" if line["row"] == ADAMW else "k:"
                 _curve(panel, line, style=style)
         panel.set_title(factor)
         panel.set_xlabel("tokens")
@@ -175,7 +203,7 @@ def _curve(panel: Axes, line: Line, *, style: str) -> None:
 
 
 def _by_state(found: Sequence[Line], title: str) -> Figure:
-    figure = _figure(10.0, 7.0, title)
+    figure = figure_of(10.0, 7.0, title)
     axes = figure.subplots()
     factors = list(dict.fromkeys(line["factor"] for line in found))
     labelled: list[tuple[float, float]] = []

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from rich.console import Console
 from flora_dist import Flora
 from flora_dist.optim.config import MOMENTA, SKETCHES, TRANSFERS
 from flora_dist.trainer.config import ModelConfig
+from flora_dist.trainer.data import Order
+from flora_dist.trainer.gradients import keep_sketched
 from flora_dist.trainer.model import build_model, read_model_config
 from flora_dist.trainer.tokenizer import ByteTokenizer
 from tests.bench import quality
+from tests.bench.quality_compressed import RATIOS, RULES, compressed_rows
 from tests.bench.quality_plan import (
+    ADAMW,
     CENTRE,
+    CENTRE_NAME,
     CONTROL,
     FLORA,
     FULL,
@@ -35,12 +41,16 @@ from tests.bench.quality_plan import (
     all_rows,
     lr_of,
     next_runs,
+    resized,
     rows_named,
 )
-from tests.bench.quality_run import Settings, build, groups_of
+from tests.bench.quality_run import Settings, build, config_of_run, gradients_of, groups_of
+from tests.bench.quality_table import dense_twin
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 ROWS = {row.name: row for row in all_rows()}
+COMPRESSED = {row.name: row for row in compressed_rows()}
+EVERY_ROW = ROWS | COMPRESSED
 TINY = Size(
     steps=3, layers=1, global_batch=2, sequence_length=16, evaluations=1, sequences=2, extensions=0
 )
@@ -68,10 +78,13 @@ def values_around(centre: dict[str, Any], option: str) -> set[Any]:
 
 
 def test_no_two_rows_share_a_name_or_a_setting() -> None:
-    settings = {
-        (r.optimizer, repr((r.options, r.matrices, r.ends, r.whole_rows))) for r in all_rows()
-    }
-    assert len(ROWS) == len(settings) == len(all_rows())
+    for table in (all_rows(), compressed_rows()):
+        settings = {repr(replace(row, name="", factor="")) for row in table}
+        assert len({row.name for row in table}) == len(settings) == len(table)
+
+
+def test_rows_in_both_tables_are_the_same() -> None:
+    assert all(ROWS[name] == COMPRESSED[name] for name in ROWS.keys() & COMPRESSED)
 
 
 def test_every_rule_is_there_at_every_ratio() -> None:
@@ -158,12 +171,50 @@ def test_whole_rows_are_gaussian_where_hadamard_cannot() -> None:
     assert blend == {"even": "full", "odd": 64}
 
 
-@pytest.mark.parametrize("name", list(ROWS))
+def test_gradients_are_sketched_for_every_rule_at_every_ratio() -> None:
+    found = {
+        (row.options["momentum"], CENTRE["block"] / row.gradient_rank)
+        for row in COMPRESSED.values()
+        if row.gradient_rank is not None
+    }
+    assert set(RULES) == set(MOMENTA)
+    assert found == {(rule, ratio) for rule in MOMENTA for ratio in (2, 4, 8, 16)}
+    assert set(RATIOS) == {2, 4, 8, 16}
+
+
+def test_sketched_rows_differ_from_a_dense_one_in_the_gradient_alone() -> None:
+    rows = compressed_rows()
+    for row in rows:
+        twin = dense_twin(row, rows)
+        if row.gradient_rank is None:
+            assert twin is None
+        else:
+            assert twin is not None
+            assert COMPRESSED[twin].options == row.options
+            assert COMPRESSED[twin].gradient_rank is None
+
+
+@pytest.mark.parametrize("name", [ADAMW, CENTRE_NAME])
+def test_no_accumulation_means_the_same_sequences_in_more_steps(name: str) -> None:
+    settings, run = Settings(model="", data="", size=FULL), Run(name, 0, 0)
+    whole = config_of_run(settings, COMPRESSED[name], run)
+    cut = config_of_run(settings, COMPRESSED[f"{name}, no accumulation"], run)
+    assert cut.train.steps == 4 * whole.train.steps
+    assert cut.schedule.warmup_steps == 4 * whole.schedule.warmup_steps
+    assert cut.evaluation.every == 4 * whole.evaluation.every
+    order = Order(sequences=100, global_batch=whole.train.global_batch, seed=0)
+    quarters = replace(order, global_batch=cut.train.global_batch)
+    found = [index for step in range(4, 8) for index in quarters.global_indices(step)]
+    assert found == list(order.global_indices(1))
+
+
+@pytest.mark.parametrize("name", list(EVERY_ROW))
 def test_every_row_steps_on_llama_9m(name: str) -> None:
-    model = llama("llama_9m.json")
-    optimizer = build(ROWS[name], model, lr=1e-3, seed=0)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+    model, row = llama("llama_9m.json"), EVERY_ROW[name]
+    optimizer = build(row, model, lr=1e-3, seed=0)
+    keep_sketched(model, optimizer, gradients_of(row))
+    ones = [torch.ones_like(parameter) for parameter in model.parameters()]
+    torch.autograd.backward(list(model.parameters()), ones)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer.step()
     after = list(model.parameters())
@@ -202,7 +253,7 @@ def test_a_best_at_the_end_of_the_grid_goes_on_beyond_it_twice() -> None:
 
 def test_an_unknown_row_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"\['adam'\] are none of AdamW; none"):
-        rows_named(["AdamW", "adam"])
+        rows_named(["AdamW", "adam"], all_rows())
 
 
 @pytest.fixture
@@ -212,19 +263,26 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(model=str(CONFIGS / "llama_tiny.json"), data=str(text), size=TINY, device="cpu")
 
 
-def slice_of(settings: Settings, folder: Path, *, resume: bool = False) -> quality.Store:
-    rows = rows_named(["AdamW", "blend, ratio 8"])
+def slice_of(
+    settings: Settings,
+    folder: Path,
+    *names: str,
+    table: str = "optimizers",
+    resume: bool = False,
+) -> quality.Store:
+    rows = rows_named(names, quality.TABLES[table].rows)
     store = quality.Store(folder, {"settings": 1}, resume=resume)
     console = Console(file=io.StringIO())
     with ThreadPoolExecutor(1) as pool:
         quality.run_all(pool, rows, settings, store, workers=1, console=console)
-    quality.report(rows, settings, store, folder, console)
+    quality.report(quality.TABLES[table], rows, settings, store, folder, console)
     return store
 
 
 def test_a_slice_runs_and_resumes_to_the_same_table(settings: Settings, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    store = slice_of(settings, whole)
+    names = (ADAMW, CENTRE_NAME)
+    store = slice_of(settings, whole, *names)
     assert len(store.records) == 2 * (len(GRID) + 1)
     results = json.loads((whole / "results.json").read_text())
     assert [line["row"] for line in results["rows"]] == ["AdamW", "blend, ratio 8"]
@@ -243,11 +301,35 @@ def test_a_slice_runs_and_resumes_to_the_same_table(settings: Settings, tmp_path
     lines = (whole / "runs.jsonl").read_text().splitlines(keepends=True)
     cut.mkdir()
     (cut / "runs.jsonl").write_text("".join(lines[:4]) + lines[4][:40])
-    slice_of(settings, cut, resume=True)
+    slice_of(settings, cut, *names, resume=True)
     again = json.loads((cut / "results.json").read_text())
     for line in (*results["rows"], *again["rows"]):
         del line["tokens_per_second"]
     assert again["rows"] == results["rows"]
+
+
+def test_a_slice_of_sketched_gradients_runs(settings: Settings, tmp_path: Path) -> None:
+    size, folder = resized(TINY, global_batch=4), tmp_path / "out"
+    names = (CENTRE_NAME, "blend, gradient ratio 8", "AdamW, no accumulation")
+    settings = replace(settings, size=replace(size, grid=(0,)))
+    slice_of(settings, folder, *names, table="compressed")
+    dense, sketched, short = json.loads((folder / "results.json").read_text())["rows"]
+    assert {file.name for file in folder.iterdir()} == {
+        "runs.jsonl",
+        "results.json",
+        "loss_by_ratio.png",
+    }
+    # Not 8: three norms stay dense, and rows of 88 end in a part of a block.
+    assert 7 < dense["gradient_bytes"] / sketched["gradient_bytes"] < 8
+    assert sketched["state_bytes"] == dense["state_bytes"]
+    assert sketched["minus_dense"] == [
+        pytest.approx(ours - theirs)
+        for ours, theirs in zip(sketched["seeds"], dense["seeds"], strict=True)
+    ]
+    assert all(difference != 0 for difference in sketched["minus_dense"])
+    assert dense["minus_dense"] is None
+    # Four steps for each of the others', and as many tokens.
+    assert short["curve"][-1][0] == dense["curve"][-1][0] == 3 * 4 * 16
 
 
 def test_a_folder_with_runs_is_neither_overwritten_nor_mixed(tmp_path: Path) -> None:

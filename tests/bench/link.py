@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time per training step of two hosts on a slow link, all rows in one run.
+
+One process and one thread per host. The link is a veth pair with a token bucket at both ends, so
+that its bandwidth is exact to some percent while the processors may be shared with others: read the
+ratios. Plain rows have their best: DDP overlaps its buckets with backward and both it and FSDP2
+reduce the last of the micro-batches alone; ZeRO-2 has no such choice.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from tests.bench.hosts import Host, pool_on, two_hosts
+from tests.bench.wire_counter import Collectives
+from tests.bench.wire_counts import expected
+from tests.bench.wire_interface import measured
+from tests.bench.wire_setups import Setup, start
+
+MBIT = 200
+MODEL = ("llama_60m", (("tokens", 16), ("num_hidden_layers", 4), ("vocab_size", 2048)))
+"""Layers of llama-60m with few words: 14.7 million parameters, 59 MB of gradients in fp32."""
+WARM_UP = 3
+"""PowerSGD starts in the third step."""
+STEPS = 5
+RATIO = 16
+ROWS: dict[str, tuple[tuple[str, int | None, str], ...]] = {
+    "ddp": (
+        ("ddp", None, "float32"),
+        ("ddp, PowerSGD", RATIO, "float32"),
+        ("ddp, flora_hook", RATIO, "float32"),
+        ("ddp", RATIO, "float32"),
+        ("ddp", RATIO, "bfloat16"),
+        ("ddp, each micro-batch", None, "float32"),
+    ),
+    "zero-2": (("zero-2", None, "float32"), ("zero-2", RATIO, "float32")),
+    "fsdp2": (("fsdp2", None, "float32"), ("fsdp2", RATIO, "float32")),
+}
+"""By whom a row is compared with, the first of its kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """One rank's steps."""
+
+    seconds: list[float]
+    cost: float
+    """Bytes per step that gloo's cost of the counted payload predicts."""
+    sent: float
+    """Bytes per step that have left the host."""
+
+
+def timed(setup: Setup) -> Timed:
+    """Whole steps, ranks beginning each together."""
+    training = start(setup)
+    training.run(range(WARM_UP))
+    collectives, seconds = Collectives(), []
+
+    def steps() -> None:
+        for step in range(WARM_UP, WARM_UP + STEPS):
+            dist.barrier()
+            begin = time.perf_counter()
+            with collectives:
+                training.run(range(step, step + 1))
+            seconds.append(time.perf_counter() - begin)
+
+    sent = measured(steps, per_host=1) / STEPS
+    cost = sum(payload.cost for payload in collectives.sent) / STEPS
+    return Timed(seconds=seconds, cost=cost, sent=sent)
+
+
+def print_link(only: str) -> None:
+    """One row per setup."""
+    base = Setup(layout="", model=MODEL, micro_batches=4)
+    sizes = expected(base.geometries())
+    print(
+        f"Seconds per step, {MBIT} Mbit/s each way between two hosts, {base.micro_batches} "
+        f"micro-batches of 16 tokens,\n{sizes.compressed + sizes.dense:,} parameters, fp32; median "
+        f"of {STEPS} steps after {WARM_UP}.\n"
+        "faster: than the first row of its kind; by bytes: its counted bytes over this row's.\n"
+        "counted: what gloo's cost of the counted payload says that a rank sends (without what\n"
+        "PowerSGD sends from threads of gloo); sent: what its host has sent, and how long the\n"
+        "link takes for that."
+    )
+    print(
+        f"{'layout and level':31} {'median':>7} {'min':>6} {'max':>6} {'faster':>7} {'by bytes':>9}"
+        f" {'counted MB':>11} {'sent MB':>8} {'link s':>6}"
+    )
+    for kind, rows in ROWS.items():
+        if kind.startswith(only):
+            with two_hosts(MBIT) as hosts:
+                _print_rows(base, rows, hosts)
+
+
+def _print_rows(
+    base: Setup, rows: Sequence[tuple[str, int | None, str]], hosts: tuple[Host, Host]
+) -> None:
+    pool = pool_on(hosts)
+    first: Timed | None = None
+    try:
+        for layout, ratio, wire_dtype in rows:
+            setup = replace(base, layout=layout, ratio=ratio, wire_dtype=wire_dtype)
+            # Ranks begin a step together and wait for each other in it: any of them will do.
+            found = pool(timed, setup, timeout=400.0)[0]
+            first = first or found
+            median = statistics.median(found.seconds)
+            print(
+                f"{setup!s:31} {median:7.2f} {min(found.seconds):6.2f} {max(found.seconds):6.2f} "
+                f"{statistics.median(first.seconds) / median:7.2f} {first.cost / found.cost:9.2f} "
+                f"{found.cost / 1e6:11.2f} {found.sent / 1e6:8.2f} "
+                f"{8 * found.sent / (MBIT * 1e6):6.2f}",
+                flush=True,
+            )
+    finally:
+        pool.close()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second table of the quality bench: what is lost when gradients are kept as sketches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tests.bench.quality_plan import (
+    ADAMW,
+    CENTRE,
+    CENTRE_NAME,
+    FULL_MOMENTUM,
+    NONE,
+    Row,
+    Size,
+    all_rows,
+    rows_named,
+)
+
+RATIOS = (8, 4, 16, 2)
+RULES = ("blend", "flora", "flora_strict", "none")
+MICRO_BATCHES = 4
+"""Steps per global batch without accumulation."""
+# Smaller than the first table, and bracketed from two learning rates instead of four: a step with
+# sketches takes twice AdamW's on matrices this small, and the best lie between 5e-4 and 4e-3.
+FULL = Size(steps=320, layers=1, evaluations=4, grid=(0, 1), extensions=3)
+QUICK = Size(steps=120, layers=1, evaluations=4, sequences=128, grid=(0, 1), extensions=1)
+QUICK_ROWS = (ADAMW, CENTRE_NAME, "blend, gradient ratio 8", "none, gradient ratio 8")
+
+
+def compressed_rows() -> tuple[Row, ...]:
+    """Every row of the table, the most telling ones first."""
+    return (
+        *rows_named([ADAMW, NONE, CENTRE_NAME], all_rows()),
+        *_at(RATIOS[0]),
+        *_without_accumulation(),
+        *(row for ratio in RATIOS[1:] for row in _at(ratio)),
+        *rows_named(["flora, ratio 8", "flora_strict, ratio 8", FULL_MOMENTUM], all_rows()),
+        # Does it take a momentum over all elements to average the noise of sketches?
+        _sketched(f"{FULL_MOMENTUM}, gradient ratio 8", 8, {"rank": None}),
+    )
+
+
+def gradient_ratio(rank: int | None) -> float:
+    """Elements per number that is kept; 1 where gradients are dense."""
+    return 1 if rank is None else CENTRE["block"] / rank
+
+
+def _at(ratio: int) -> Iterator[Row]:
+    """The momentum keeps the centre's rank; only what the step gets to see varies."""
+    for rule in RULES:
+        yield _sketched(f"{rule}, gradient ratio {ratio}", ratio, {"momentum": rule})
+
+
+def _sketched(name: str, ratio: int, changes: dict[str, Any]) -> Row:
+    return Row(
+        name=name,
+        factor=f"gradient ratio {ratio}",
+        optimizer="flora",
+        options=CENTRE | changes,
+        gradient_rank=CENTRE["block"] // ratio,
+    )
+
+
+def _without_accumulation() -> Iterator[Row]:
+    """What accumulation is for: the same tokens, a step after every micro-batch."""
+    for row in rows_named([ADAMW, CENTRE_NAME], all_rows()):
+        yield Row(
+            name=f"{row.name}, no accumulation",
+            factor="no accumulation",
+            optimizer=row.optimizer,
+            options=row.options,
+            steps_per_batch=MICRO_BATCHES,
+        )
