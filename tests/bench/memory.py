@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flora_dist.layouts.dtensor import local_of
-from flora_dist.optimizer.stand_in import stands_in
+from flora_dist.optimizer.stand_in import CompressedGradient, stands_in
 
 
 class LiveBytes(TorchDispatchMode):
@@ -52,7 +52,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        del types
+        if CompressedGradient in types:
+            return NotImplemented  # adding to it adds to sketches: those operators come by later
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor) and not stands_in(leaf):  # that claims a size it has not

@@ -3,7 +3,7 @@
 
     python -m tests.bench.quality                       about 75 minutes of 2 cores
     python -m tests.bench.quality --quick               about 3 minutes
-    python -m tests.bench.quality --table compressed    gradients as sketches, about 25 minutes
+    python -m tests.bench.quality --table compressed    about 45 minutes of a shared core
 
 Every row gets the same tokens and learning rates (`quality_plan.py`); the one with the lowest
 validation loss counts, and is run again with a second seed. Finished runs are kept in runs.jsonl at

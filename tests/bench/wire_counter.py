@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flora_dist.optimizer import gradients
+from flora_dist.optimizer.stand_in import CompressedGradient
 
 # Operator -> (kind, which argument is the whole buffer). The arguments are (output, input, group,
 # ...) or (tensors, group, ...).
@@ -109,8 +110,8 @@ class Collectives(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if DTensor in types:
-            return NotImplemented  # what it sends for this operator comes by later
+        if DTensor in types or CompressedGradient in types:
+            return NotImplemented  # what they send for this operator comes by later
         name = func.overloadpacket.__name__
         if func.namespace in {"c10d", "_c10d_functional"} and name not in _WITHOUT_PAYLOAD:
             kind, whole = _KINDS[name]  # a KeyError: an operator that nobody counts
