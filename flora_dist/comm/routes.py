@@ -166,9 +166,8 @@ class _Shipment:
         header = len(parcels)
         self._length = max((line[-1].stop for line in self._lines if line), default=header)
         self._width = self._bucket_width(bucket_bytes)
-        self._left = list(range(len(parcels)))
+        self._left = list(reversed(range(len(parcels))))
         """Parcels that are not packed yet, the next one last."""
-        self._left.reverse()
         self._packed_at = self._last_numbers()
         self._presence_P = torch.empty(header, dtype=self._dtype, device=self._device)
         self._mine: dict[int, Tensor] = {}
@@ -184,10 +183,9 @@ class _Shipment:
 
     def _bucket_width(self, bucket_bytes: int) -> int:
         """Numbers of each line in a bucket."""
-        line_number_bytes = self._wire.itemsize * len(self._lines)
-        share = -(-self._length * line_number_bytes // BUCKETS)
-        limit = min(bucket_bytes, max(SMALLEST_BUCKET_BYTES, share))
-        return max(1, limit // line_number_bytes)
+        number_bytes = self._wire.itemsize * len(self._lines)
+        smallest, share = SMALLEST_BUCKET_BYTES // number_bytes, -(-self._length // BUCKETS)
+        return max(1, min(bucket_bytes // number_bytes, max(smallest, share)))
 
     def _runs(self, rank: int) -> Iterator[_Run]:
         begin = len(self._parcels)

@@ -210,21 +210,22 @@ class FloraState:
 def flora_hook(state: FloraState, bucket: GradBucket) -> Future[Tensor]:
     """All-reduce sketches of a bucket's gradients, and expand their mean into the bucket.
 
-    Register it before the first backward. 1-D parameters, and those that would not halve, travel
-    as they are in the same message. ``flora_dist.attach`` also spares the memory of the gradients
-    and the expansion, but for Flora alone.
+    ``ddp.register_comm_hook(FloraState(model.named_parameters()), flora_hook)``, before the first
+    backward. 1-D parameters, and those that would not halve, travel as they are in the same
+    message. ``flora_dist.attach`` also spares the memory of the gradients and the expansion, but
+    for Flora alone.
 
     The estimate is unbiased and noisy: its squared error is about block / rank times the squared
     gradient, spread evenly over each block, new at every step, with no error feedback. An optimizer
-    that works element by element sees all of it: AdamW's second moments settle near block / rank
-    times their size, so its steps shrink by the root of that, and small gradients drown beside
-    large ones of their block. Prefer a small ratio, and tune the learning rate anew. Accumulate
-    micro-batches under ``no_sync()``: without it DDP compresses what is already an estimate again,
-    and the noise multiplies.
+    that works element by element sees all of it: AdamW's second moments grow by block / rank or
+    more, so its steps shrink by the root of that, and small gradients drown beside large ones of
+    their block. Prefer a small ratio, and tune the learning rate anew. At ratios none, 2, 4, 8, 16
+    AdamW came to a validation loss of 2.33, 2.29, 2.38, 2.50, 2.58 (best of three rates, one seed,
+    42 thousand weights, 400 steps), with second moments 2.4, 6.8, 12 and 25 times the dense ones
+    at rate 3e-3 (``python -m tests.bench.hooked_adamw``, 2026-11-26, CPU, torch 2.13.0).
 
-    Example:
-        >>> state = flora_dist.ddp.FloraState(model.named_parameters())  # doctest: +SKIP
-        >>> ddp.register_comm_hook(state, flora_dist.ddp.flora_hook)  # doctest: +SKIP
+    Accumulate micro-batches under ``no_sync()``: without it DDP compresses what is already an
+    estimate again, and the noise multiplies.
 
     Raises:
         ValueError: a parameter that the state was not given, sparse gradients, or ranks whose

@@ -3,8 +3,8 @@
 
     python -m tests.bench.hooked_adamw      about two minutes on one core
 
-configs/tiny.yaml on the standard library's sources, 400 steps of 16 sequences, constant but for
-warm-up and linear decay; one process, since the ranks' mean is taken before AdamW sees anything.
+configs/tiny.yaml on the standard library's sources, 400 steps of 16 sequences, with warm-up and
+linear decay; one process, since the ranks' mean is taken before AdamW sees anything.
 """
 
 from __future__ import annotations

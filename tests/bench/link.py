@@ -36,7 +36,6 @@ ROWS: dict[str, tuple[tuple[str, int | None, str], ...]] = {
         ("ddp, flora_hook", RATIO, "float32"),
         ("ddp", RATIO, "float32"),
         ("ddp", RATIO, "bfloat16"),
-        ("ddp, each micro-batch", None, "float32"),
     ),
     "zero-2": (("zero-2", None, "float32"), ("zero-2", RATIO, "float32")),
     "fsdp2": (("fsdp2", None, "float32"), ("fsdp2", RATIO, "float32")),

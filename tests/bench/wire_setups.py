@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,12 +182,6 @@ def _ddp(setup: Setup) -> Training:
     return _plain_loop(model, DistributedDataParallel(model, broadcast_buffers=False), setup)
 
 
-def _ddp_syncing(setup: Setup) -> Training:
-    """As a user has it who has not heard of no_sync()."""
-    training = _ddp(setup)
-    return replace(training, forward=lambda sample, _: training.forward(sample, True))
-
-
 def _ddp_powersgd(setup: Setup) -> Training:
     """torch's PowerSGD at the compression that ``ratio`` names, with its defaults otherwise.
 
@@ -328,7 +322,6 @@ def _nothing() -> None:
 
 LAYOUTS: dict[str, Callable[[Setup], Training]] = {
     "ddp": _ddp,
-    "ddp, each micro-batch": _ddp_syncing,
     "ddp, PowerSGD": _ddp_powersgd,
     "ddp, flora_hook": _ddp_hook,
     "fsdp2": _fsdp2,

@@ -11,16 +11,20 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from flora_dist.comm import routes
 from flora_dist.optimizer.gradients import Gradients
 from flora_dist.trainer.traffic import Traffic
+from tests.battery.test_layouts import EXACT
 from tests.bench.wire_counter import Collectives, Payload
 from tests.bench.wire_counts import payloads
 from tests.bench.wire_memory import Peak, peak
 from tests.bench.wire_setups import Setup, start
 from tests.conftest import launched_pool_of, pool_of
+from tests.gradients import layouts
+from tests.gradients.oracle import SketchedCase
 
 # Two matrices of 80 x 96 and 96 x 80, biases and a norm per layer. Blocks of 32: a row of 96 has 3,
 # a row of 80 two and a half, which are 3 as well. Ratio 8: 4 numbers for each.
@@ -94,6 +98,7 @@ def test_dense_gradients_of_the_same_model_travel_whole(layout: str) -> None:
     assert _elements(sent, "gradients") == MATRICES * WIDTH * INNER + VECTORS
 
 
+@pytest.mark.deepspeed
 def test_zero_2_sends_fifty_times_fewer_gradients_over_four_micro_batches() -> None:
     # It reduces every micro-batch; 1-D parameters, here 0.2 % of all, remain on that way.
     model = ("stack", (("layers", 1), ("width", 512), ("inner", 2048)))
@@ -121,6 +126,37 @@ def test_the_trainers_own_counter_finds_the_same(layout: str) -> None:
     setup = replace(SMALL, layout=layout.split()[0])
     for traffic, ring in pool_of(RANKS[layout])(_both_counters, setup):
         assert traffic == pytest.approx(ring, abs=100)  # it rounds each collective down
+
+
+# ---- buckets
+
+
+def _in_small_buckets(body: Any, *args: Any) -> Any:
+    return _with(routes, "SMALLEST_BUCKET_BYTES", 1, body, *args)
+
+
+@pytest.mark.parametrize("layout", ["ddp x2", "hsdp 2x2"])
+def test_eight_buckets_carry_what_one_does(layout: str) -> None:
+    setup = replace(SMALL, layout=layout.split()[0])
+    sent = pool_of(RANKS[layout])(_in_small_buckets, payloads, setup)[0]
+    for kind, elements in SKETCHES[layout]:
+        sizes = [size for its_kind, size in _for(sent, "sketches") if its_kind == kind]
+        assert len(sizes) == routes.BUCKETS
+        assert sum(sizes) == elements
+
+
+@pytest.mark.parametrize("layout", ["ddp x2", "columns x2", "fsdp2 x4", "hsdp 2x2"])
+def test_a_run_in_eight_buckets_is_the_run_in_one(layout: str) -> None:
+    case = SketchedCase(settings={"momentum": "flora"}, micro_batches=3)
+    pool = pool_of(layouts.LAYOUTS[layout][0])
+    one, norms = pool(layouts.run, layout, case)[0]
+    eight, norms_of_eight = pool(_in_small_buckets, layouts.run, layout, case)[0]
+    # A bucket of gloo's is summed from another rank on than the whole: two numbers are added in
+    # either order alike, more are not.
+    tolerance = 0.0 if pool.world_size == 2 else EXACT
+    for name, weight in one.items():
+        torch.testing.assert_close(eight[name], weight, rtol=tolerance, atol=tolerance)
+    assert norms_of_eight == pytest.approx(norms, rel=tolerance)
 
 
 # ---- memory
@@ -192,11 +228,11 @@ def _keeping_gradients(setup: Setup) -> Peak:
     return _with(Gradients, "take", take, peak, setup)
 
 
-def _with(home: Any, name: str, wrong: Any, body: Any, setup: Setup) -> Any:
+def _with(home: Any, name: str, other: Any, body: Any, *args: Any) -> Any:
     original = getattr(home, name)
-    setattr(home, name, wrong)
+    setattr(home, name, other)
     try:
-        return body(setup)
+        return body(*args)
     finally:
         setattr(home, name, original)
 
