@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from flora_dist.optim.config import check_bool, check_rate, config_of
 from flora_dist.optim.spec import geometry_of
 from flora_dist.optimizer import naming
 from flora_dist.optimizer.gradients import Gradients
-from flora_dist.optimizer.slots import Group, Slot, check_compressed
+from flora_dist.optimizer.slots import Group, Slot, check_compressed, check_level
 from flora_dist.optimizer.stand_in import stands_in
 from flora_dist.optimizer.stepping import Gradient
 from flora_dist.sketch.matrices import smallest_stable_kappa
@@ -50,6 +51,13 @@ def check_gradient(slot: Slot, sketched: Gradients | None) -> None:
             "module with sparse=False."
         )
     slot.part.gradient()  # refuses what its layout cannot read
+
+
+def check_levels(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Refuse to step state of dense gradients with sketched ones, and the reverse."""
+    for slot in slots:
+        if slot.has_state(state.get(slot.tensor, {})):
+            check_level(slot, slot.own_state(state[slot.tensor]))
 
 
 def asks_for_state(slot: Slot, sketched: Gradients) -> bool:

@@ -16,12 +16,18 @@ from flora_dist.optim.config import KNOBS, check_group_keys, config_of
 from flora_dist.optim.part import Layout
 from flora_dist.optim.spec import LEVELS
 from flora_dist.optimizer import loading, naming
-from flora_dist.optimizer.checks import check_gradient, check_group, read_gradients, takes_part
+from flora_dist.optimizer.checks import (
+    check_gradient,
+    check_group,
+    check_levels,
+    read_gradients,
+    takes_part,
+)
 from flora_dist.optimizer.gradients import Gradients
-from flora_dist.optimizer.norms import clip_factor, global_norm
+from flora_dist.optimizer.norms import clip_factor, global_norm, scale_
 from flora_dist.optimizer.report import Report
 from flora_dist.optimizer.roster import Roster
-from flora_dist.optimizer.slots import Slot, check_level
+from flora_dist.optimizer.slots import Slot
 from flora_dist.optimizer.stepping import Gradient, run_step
 
 # Keys that torch itself and its schedulers write into groups.
@@ -210,9 +216,8 @@ class Flora(torch.optim.Optimizer):
         """Norm () of the mean gradient over all parameters and ranks, for every level.
 
         Exact for what is dense. Of sketches sqrt(sum |C|^2), whose square is unbiased: within 12 %
-        even for a gradient of rank 1. Call it on every rank, after the last micro-batch; one small
-        all-reduce per group of ranks, and the averaging of the sketches, which ``step()`` then has
-        no need to do.
+        even for a gradient of rank 1. Call it on every rank, after the last micro-batch: it averages
+        the sketches, in place of ``step()``, and costs one small all-reduce per group of ranks.
 
         Raises:
             RuntimeError: under DeepSpeed, which has its own: ``engine.get_global_grad_norm()``.
@@ -223,8 +228,6 @@ class Flora(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients to a ``grad_norm()`` of at most ``max_norm``; returns it as it was.
 
-        As ``torch.nn.utils.clip_grad_norm_``, which cannot see gradients that are sketches.
-
         Raises:
             ValueError: ``max_norm`` is not above 0.
             RuntimeError: under DeepSpeed, whose key is "gradient_clipping".
@@ -233,12 +236,7 @@ class Flora(torch.optim.Optimizer):
             raise ValueError(f"max_norm must be above 0; got {max_norm!r}. Raise it.")
         slots, gradients = self._current_gradients()
         norm = global_norm(slots, gradients)
-        factor = clip_factor(norm, max_norm)
-        for gradient in gradients:
-            if isinstance(gradient, Tensor):
-                gradient.mul_(factor.to(gradient.device))
-        if self._gradients is not None:
-            self._gradients.scale_(factor)
+        scale_(gradients, clip_factor(norm, max_norm))
         return norm
 
     def attach_gradients(self, gradients: Gradients | None) -> None:
@@ -252,7 +250,7 @@ class Flora(torch.optim.Optimizer):
         self._roster.set_level(LEVELS[0] if gradients is None else gradients.level)
         try:
             if gradients is not None:
-                self._check_levels(self.slots())
+                check_levels(self.slots(), self.state)
         except ValueError:
             self._gradients = before[0]
             self._roster.set_level(before[1])
@@ -267,8 +265,7 @@ class Flora(torch.optim.Optimizer):
 
         Before the first step too; parameters that need no gradient are left out.
         """
-        slots = self._roster.everything(self.param_groups, self.state)
-        slots = [slot for slot in slots if takes_part(slot)]
+        slots = [slot for slot in self.slots() if takes_part(slot)]
         return Report(
             level=self._roster.level,
             rows=tuple(slot.report_row() for slot in slots),
@@ -315,16 +312,11 @@ class Flora(torch.optim.Optimizer):
     def _ready_slots(self) -> list[Slot]:
         """Those that take part in a step, with state, in the order of their names."""
         slots = self._present_slots()
-        self._check_levels(slots)
+        check_levels(slots, self.state)
         for slot in slots:
             if not slot.has_state(self.state[slot.tensor]):
                 slot.create_state(self.state[slot.tensor])
         return sorted(slots, key=lambda slot: slot.part.name)
-
-    def _check_levels(self, slots: Sequence[Slot]) -> None:
-        for slot in slots:
-            if slot.has_state(self.state.get(slot.tensor, {})):
-                check_level(slot, slot.own_state(self.state[slot.tensor]))
 
     def _present_slots(self) -> list[Slot]:
         """Those that take part in a step, in the order of groups; their gradients are sound."""

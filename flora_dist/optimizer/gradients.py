@@ -170,7 +170,8 @@ class Gradients:
         assert self._mean is not None, "reduce() comes first"
         for gradient in self._mean.values():
             for compressed_ENKR in gradient.tiles:
-                compressed_ENKR.mul_(factor)
+                here = factor.to(compressed_ENKR.device) if isinstance(factor, Tensor) else factor
+                compressed_ENKR.mul_(here)
 
     # ---- forgetting
 

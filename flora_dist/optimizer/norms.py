@@ -43,6 +43,16 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + SMALLEST_NORM)).clamp(max=1.0)
 
 
+def scale_(gradients: Sequence[Gradient], factor: Tensor) -> None:
+    """Multiply gradients in place, elements and sketches alike."""
+    for gradient in gradients:
+        if gradient is None:
+            continue
+        tensors = gradient.tiles if isinstance(gradient, SketchedGradient) else (gradient,)
+        for tensor in tensors:
+            tensor.mul_(factor.to(tensor.device))
+
+
 def _square_sum(slot: Slot, gradient: Gradient) -> Tensor:
     weight = slot.part.weight()
     if gradient is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from flora_dist.comm import routes
 from flora_dist.comm.accumulator import Accumulator
 from flora_dist.optim.basis import Sketches
-from flora_dist.optimizer import gradients, norms
+from flora_dist.optimizer import flora, gradients, norms
 from flora_dist.sketch.keys import Purpose
 
 Mutate = Callable[[Any], Any]
@@ -87,7 +87,7 @@ def _wrong_place(original: Any) -> Any:
 
 def _unscaled(original: Any) -> Any:
     del original
-    return lambda self, factor: None  # noqa: ARG005 - the method's signature
+    return lambda gradients, factor: None  # noqa: ARG005 - the function's signature
 
 
 FAULTS: dict[str, tuple[Any, str, Mutate]] = {
@@ -98,7 +98,7 @@ FAULTS: dict[str, tuple[Any, str, Mutate]] = {
     "basis of its own": (Sketches, "_matrix", _momentum_basis),
     "cut blocks": (gradients.Gradients, "_complete", _incomplete),
     "whose line": (routes, "reduce_scatter", _wrong_place),
-    "clipping": (gradients.Gradients, "scale_", _unscaled),
+    "clipping": (flora, "scale_", _unscaled),
     "blocks kept twice": (norms, "_square_sum_of_sketches", _every_block),
 }
 """Name -> (where, attribute, from the right one to the wrong one)."""
