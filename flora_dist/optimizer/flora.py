@@ -216,7 +216,7 @@ class Flora(torch.optim.Optimizer):
         """Norm () of the mean gradient over all parameters and ranks, for every level.
 
         Exact for what is dense. Of sketches sqrt(sum |C|^2), whose square is unbiased: within 12 %
-        even for a gradient of rank 1. Call it on every rank, after the last micro-batch: it averages
+        even for a gradient of rank 1. Call it on every rank after the last micro-batch: it averages
         the sketches, in place of ``step()``, and costs one small all-reduce per group of ranks.
 
         Raises:
