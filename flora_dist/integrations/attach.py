@@ -55,7 +55,8 @@ def attach(
             framework's own path.
         gradients: "sharded": the framework reduces full gradients, this rank keeps sketches of its
             shard. "compressed": sketches of full gradients are kept and averaged, once per step,
-            in place of gradients. "fused": the same, and linear layers never form the gradient.
+            in place of gradients. "fused": the same, and linear layers never form the gradient;
+            call ``backward()`` without ``inputs=``, which would leave the sketches out.
         gradient_rank: numbers per block, over the blocks of the optimizer's groups; None: their
             ``rank``.
         wire_dtype: what travels under "compressed" and "fused": "float32" or "bfloat16".

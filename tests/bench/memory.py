@@ -59,7 +59,8 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor) and not stands_in(leaf):  # that claims a size it has not
                 storage = _storage_of(leaf)
                 if storage not in self._known:
-                    self._seen.setdefault(id(storage), ref(storage))
+                    # Over what may stand there: one that is gone, and had the same id.
+                    self._seen[id(storage)] = ref(storage)
         self.peak = max(self.peak, self.now())
         return found
 
