@@ -87,14 +87,18 @@ class Accumulator:
                 )
 
     def add_sketch_(self, sketched: Tensor, step: int) -> None:
-        """C <- C + c, where c = G A^T was taken in the basis of ``step``.
+        """C <- C + c, where c = G A^T was taken in the basis of ``step``; c is this object's then.
 
         Raises:
             RuntimeError: the optimizer has stepped, or loaded another step, since.
         """
         if step != self._next_step():
             raise self._stale(step)
-        self._begun(sketched.device).add_(sketched.view(self.sums_shape))
+        sketched_ENKR = sketched.view(self.sums_shape)
+        if self.sums_ENKR is None:
+            self.sums_ENKR, self.step = sketched_ENKR, step
+        else:
+            self._begun(sketched.device).add_(sketched_ENKR)
 
     def sketch(self, device: torch.device) -> Tensor:
         """A (E, R, B) of the coming step, for the tile's matrices."""
@@ -104,6 +108,11 @@ class Accumulator:
     def entry_scale(self) -> float:
         """The scalar in every entry of A: bfloat16 holds A over it exactly."""
         return self._sketches.entry_scale
+
+    @property
+    def basis(self) -> tuple[Sketches, int]:
+        """Where A comes from, and the coming step."""
+        return self._sketches, self._next_step()
 
     @property
     def next_step(self) -> int:

@@ -6,7 +6,9 @@ Shape suffixes: E matrices, N rows, W columns here, K blocks here, B block, R ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -160,30 +162,57 @@ class Sketches:
         cached = self._cache.get(window)
         if cached is not None and cached.dtype == dtype and cached.device == device:
             return cached
-        if self._held[0] == self._held[1]:  # an empty shard
-            return torch.zeros(0, self._rank, self._block, dtype=dtype, device=device)
-        sketch_ERB = torch.stack(
-            [self._matrix(window, e, dtype, device) for e in range(*self._held)]
-        )
-        if sketch_ERB.numel() <= self._limit:
-            for past in [w for w in self._cache if w != window - 1]:
-                del self._cache[past]
-            self._cache[window] = sketch_ERB
-        return sketch_ERB
-
-    def _matrix(self, window: int, matrix: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        key = keys.derive_key(
-            seed=self._config.seed,
-            name_key=self._name_key,
-            purpose=self._purpose,
-            window=window,
-            matrix=matrix,
-        )
-        return matrices.sketch_matrix(
+        sketch_ERB = matrices.sketch_matrices(
             self._config.sketch,
-            key=key,
+            keys=self._keys(window),
             rank=self._rank,
             block=self._block,
             dtype=dtype,
             device=device,
         )
+        self._keep(window, sketch_ERB)
+        return sketch_ERB
+
+    def _keys(self, window: int) -> list[int]:
+        """One per matrix of this rank."""
+        return [
+            keys.derive_key(
+                seed=self._config.seed,
+                name_key=self._name_key,
+                purpose=self._purpose,
+                window=window,
+                matrix=matrix,
+            )
+            for matrix in range(*self._held)
+        ]
+
+    def _is_small(self) -> bool:
+        return (self._held[1] - self._held[0]) * self._rank * self._block <= self._limit
+
+    def _keep(self, window: int, sketch_ERB: Tensor) -> None:
+        if self._is_small():
+            for past in [w for w in self._cache if w != window - 1]:
+                del self._cache[past]
+            self._cache[window] = sketch_ERB
+
+
+def draw_together(
+    wanted: Sequence[tuple[Sketches, int]], *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Draw the small sketches of many parameters in one pass, for ``Sketches.at`` to find.
+
+    ``wanted``: with the window of each.
+    """
+    alike: dict[tuple[str, int, int], list[tuple[Sketches, int]]] = {}
+    for sketches, window in wanted:
+        if sketches._is_small() and window not in sketches._cache:
+            law = (sketches._config.sketch, sketches._rank, sketches._block)
+            alike.setdefault(law, []).append((sketches, window))
+    for (kind, rank, block), group in alike.items():
+        own = [sketches._keys(window) for sketches, window in group]
+        drawn = matrices.sketch_matrices(
+            kind, keys=[*chain(*own)], rank=rank, block=block, dtype=dtype, device=device
+        )
+        parts = torch.split(drawn, [len(each) for each in own])
+        for (sketches, window), sketch_ERB in zip(group, parts, strict=True):
+            sketches._keep(window, sketch_ERB)

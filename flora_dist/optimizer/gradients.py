@@ -17,6 +17,7 @@ from torch import Tensor
 from flora_dist.comm.accumulator import Accumulator
 from flora_dist.comm.message import sum_terms
 from flora_dist.comm.routes import Arrived, Parcel, Route, carry
+from flora_dist.optim.basis import Sketches, draw_together
 from flora_dist.optim.cut_blocks import CutBlocks
 from flora_dist.optim.gradient import SketchedGradient
 from flora_dist.optim.part import Part, Reducer, Terms
@@ -186,8 +187,18 @@ class Gradients:
             if _is_shown(flow):
                 _hide(flow)
         self._mean = None
+        self._draw()
         for call in self._forgetting:
             call()
+
+    def _draw(self) -> None:
+        """A of the coming step, of all at once: each alone costs a hundred small calls."""
+        alike: dict[tuple[torch.dtype, torch.device], list[tuple[Sketches, int]]] = {}
+        for flow in self.flows.values():
+            place = (flow.accumulator.dtype, flow.device)
+            alike.setdefault(place, []).append(flow.accumulator.basis)
+        for (dtype, device), wanted in alike.items():
+            draw_together(wanted, dtype=dtype, device=device)
 
 
 def _is_shown(flow: Flow) -> bool:

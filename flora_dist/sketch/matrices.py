@@ -13,15 +13,25 @@ of that scalar and of one product.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from flora_dist.sketch.philox import draws63, grid16, grid_signs
+from flora_dist.sketch.philox import (
+    draws63,
+    draws63_of_each,
+    grid16,
+    grid_signs,
+    row_signs_of_each,
+)
 
 KINDS = ("hadamard", "gaussian", "rademacher")
 
 _TABLE_SIZE = 1 << 16
+
+# Numbers of one pass over many small matrices: its int64 temporaries stay in a CPU's cache.
+_PASS_NUMBERS = 1 << 17
 
 
 def sketch_matrix(
@@ -69,7 +79,8 @@ def sketch_matrix(
         signs = grid_signs(
             key, rows=(0, 1), columns=(first, stop), num_columns=block, device=device
         )
-        entries = _hadamard_rows(key, rank, block, (first, stop), device).mul_(signs)
+        rows = _choose_rows(draws63(key, count=block), rank)
+        entries = _hadamard_rows(rows.to(device), block, (first, stop)).mul_(signs)
     elif kind == "gaussian":
         table, _ = _gaussian_table(torch.device(device))
         index = grid16(key, rows=(0, rank), columns=(first, stop), num_columns=block, device=device)
@@ -79,6 +90,39 @@ def sketch_matrix(
             key, rows=(0, rank), columns=(first, stop), num_columns=block, device=device
         )
     return entries.to(dtype).mul_(entry_scale(kind, rank=rank))
+
+
+def sketch_matrices(
+    kind: str,
+    *,
+    keys: Sequence[int],
+    rank: int,
+    block: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """Draws the A of each key, bit for bit as `sketch_matrix`; those of `hadamard` in one pass.
+
+    A small matrix costs a hundred calls and hardly any work, and a step draws one per parameter.
+
+    Returns:
+        (keys, rank, block) in `dtype`.
+    """
+    _check(kind, rank=rank, block=block)
+    drawn = torch.empty(len(keys), rank, block, dtype=dtype, device=device)
+    if kind != "hadamard":
+        for own, key in zip(drawn, keys, strict=True):
+            made = sketch_matrix(kind, key=key, rank=rank, block=block, dtype=dtype, device=device)
+            own.copy_(made)
+        return drawn
+    together = max(1, _PASS_NUMBERS // (rank * block))
+    for start in range(0, len(keys), together):
+        some = keys[start : start + together]
+        rows = _choose_rows(draws63_of_each(some, count=block), rank).to(device)
+        signs = row_signs_of_each(some, count=block, device=device)
+        entries = _hadamard_rows(rows, block, (0, block)).mul_(signs.unsqueeze(1))
+        drawn[start : start + together] = entries
+    return drawn.mul_(entry_scale(kind, rank=rank))
 
 
 def entry_scale(kind: str, *, rank: int) -> float:
@@ -181,13 +225,17 @@ def _check(kind: str, *, rank: int, block: int) -> None:
         )
 
 
-def _hadamard_rows(
-    key: int, rank: int, block: int, columns: tuple[int, int], device: torch.device | str
-) -> Tensor:
-    """Rows (rank, columns) of the Sylvester matrix, int8 +-1: H[i, j] = (-1)^popcount(i & j)."""
-    # Drawn on the CPU: the few integers of a permutation, sorted once, in the same order anywhere.
-    rows = torch.argsort(draws63(key, count=block), stable=True)[:rank].to(device)
-    parity = rows.unsqueeze(-1) & torch.arange(*columns, dtype=torch.int64, device=device)
+def _choose_rows(draws: Tensor, rank: int) -> Tensor:
+    """Rows (..., rank) of a Hadamard matrix without replacement, by draws (..., block).
+
+    On the CPU: the few integers of a permutation, sorted once, in the same order anywhere.
+    """
+    return torch.argsort(draws, dim=-1, stable=True)[..., :rank]
+
+
+def _hadamard_rows(rows: Tensor, block: int, columns: tuple[int, int]) -> Tensor:
+    """These rows (..., columns) of Sylvester's matrix, int8 +-1: H[i, j] = (-1)^popcount(i & j)."""
+    parity = rows.unsqueeze(-1) & torch.arange(*columns, dtype=torch.int64, device=rows.device)
     shift = 1
     while shift < block.bit_length():
         shift *= 2

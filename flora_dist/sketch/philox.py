@@ -13,7 +13,7 @@ The layout of the counter is a fixed part of the format:
 """
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -120,14 +120,8 @@ def grid_signs(
     Returns:
         int8 (rows, columns), values -1 and +1.
     """
-    bit = torch.arange(8, dtype=torch.uint8, device=device)
-
-    def unpack_(out: Tensor, words: list[Tensor]) -> None:
-        octets = _packed(words).view(torch.uint8).unsqueeze(-1)
-        out.copy_(((octets >> bit) & 1).flatten(1)).mul_(-2).add_(1)
-
     out = torch.empty(0, _SIGNS_PER_COUNTER, dtype=torch.int8, device=device)
-    return _grid(key, Stream.SIGNS, out, unpack_, rows, columns, num_columns)
+    return _grid(key, Stream.SIGNS, out, _unpack_signs_, rows, columns, num_columns)
 
 
 def draws63(key: int, *, count: int) -> Tensor:
@@ -143,6 +137,25 @@ def draws63(key: int, *, count: int) -> Tensor:
     index = torch.arange(-(-count // 2), dtype=torch.int64, device="cpu")
     packed = _packed(_words(key, index, Stream.ROW_DRAWS))
     return packed.bitwise_and_((1 << 63) - 1).flatten()[:count]
+
+
+def draws63_of_each(keys: Sequence[int], *, count: int) -> Tensor:
+    """As `draws63`, of many keys in one pass: (keys, count)."""
+    packed = _packed(_words_of_each(keys, -(-count // 2), Stream.ROW_DRAWS, "cpu"))
+    return packed.bitwise_and_((1 << 63) - 1).view(len(keys), -1)[:, :count]
+
+
+def row_signs_of_each(keys: Sequence[int], *, count: int, device: torch.device | str) -> Tensor:
+    """As row 0 of `grid_signs`, `count` columns of as many, of many keys in one pass.
+
+    Returns:
+        int8 (keys, count), values -1 and +1.
+    """
+    per_key = -(-count // _SIGNS_PER_COUNTER)
+    words = _words_of_each(keys, per_key, Stream.SIGNS, device)
+    signs = torch.empty(len(keys) * per_key, _SIGNS_PER_COUNTER, dtype=torch.int8, device=device)
+    _unpack_signs_(signs, words)
+    return signs.view(len(keys), -1)[:, :count]
 
 
 def _grid(
@@ -190,13 +203,35 @@ def _chunks(height: int, width: int, device: torch.device) -> Iterator[tuple[int
 def _words(key: int, index: Tensor, stream: Stream) -> list[Tensor]:
     """Four random words (n,) each for counters (n,) of a stream."""
     assert 0 <= key < 1 << 64, key
-    counter = [
+    return _encrypt_(_counter(index, stream), (key & _MASK_32, key >> 32))
+
+
+def _words_of_each(
+    keys: Sequence[int], counters: int, stream: Stream, device: torch.device | str
+) -> list[Tensor]:
+    """Four random words each for the first counters of a stream, key after key, flat."""
+    assert all(0 <= key < 1 << 64 for key in keys), keys
+    halves = [[key & _MASK_32 for key in keys], [key >> 32 for key in keys]]
+    low, high = torch.tensor(halves, dtype=torch.int64, device=device).repeat_interleave(
+        counters, 1
+    )
+    index = torch.arange(counters, dtype=torch.int64, device=device).repeat(len(keys))
+    return _encrypt_(_counter(index, stream), (low, high))
+
+
+def _counter(index: Tensor, stream: Stream) -> list[Tensor]:
+    return [
         index & _MASK_32,
         index >> 32,
         torch.full_like(index, int(stream)),
         torch.zeros_like(index),
     ]
-    return _encrypt_(counter, (key & _MASK_32, key >> 32))
+
+
+def _unpack_signs_(out: Tensor, words: list[Tensor]) -> None:
+    bit = torch.arange(8, dtype=torch.uint8, device=out.device)
+    octets = _packed(words).view(torch.uint8).unsqueeze(-1)
+    out.copy_(((octets >> bit) & 1).flatten(1)).mul_(-2).add_(1)
 
 
 def _packed(words: list[Tensor]) -> Tensor:
@@ -208,8 +243,8 @@ def _packed(words: list[Tensor]) -> Tensor:
     return packed
 
 
-def _encrypt_(words: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Ten rounds on four separate word tensors, which are overwritten.
+def _encrypt_(words: list[Tensor], key: tuple[int, int] | tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Ten rounds on four separate word tensors, which are overwritten; one key, or one for each.
 
     One round, in 32-bit words:
         x0, x1, x2, x3 <- hi(M1 x2) ^ x1 ^ k0, lo(M1 x2), hi(M0 x0) ^ x3 ^ k1, lo(M0 x0)

@@ -53,6 +53,11 @@ class Timed:
     sent: float
     """Bytes per step that have left the host."""
 
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self.seconds)
+
 
 def timed(setup: Setup) -> Timed:
     """Whole steps, ranks beginning each together."""
@@ -81,14 +86,14 @@ def print_link(only: str) -> None:
         f"Seconds per step, {MBIT} Mbit/s each way between two hosts, {base.micro_batches} "
         f"micro-batches of 8 tokens,\n{sizes.compressed + sizes.dense:,} parameters, fp32; median "
         f"of {STEPS} steps after {WARM_UP}.\n"
-        "faster: than the first row of its kind; by bytes: its counted bytes over this row's.\n"
-        "counted: what gloo's cost of the counted payload says that a rank sends (without what\n"
-        "PowerSGD sends from threads of gloo); sent: what its host has sent, and how long the\n"
-        "link takes for that."
+        "faster: than the first row of its kind; by bytes: its counted bytes over this row's;\n"
+        "by link: if the link's time for the bytes saved were all that changes. counted: what\n"
+        "gloo's cost of the counted payload says that a rank sends; sent: what its host has sent,\n"
+        "and how long the link takes for that."
     )
     print(
         f"{'layout and level':31} {'median':>7} {'min':>6} {'max':>6} {'faster':>7} {'by bytes':>9}"
-        f" {'counted MB':>11} {'sent MB':>8} {'link s':>6}"
+        f" {'by link':>8} {'counted MB':>11} {'sent MB':>8} {'link s':>6}"
     )
     for kind, rows in ROWS.items():
         if kind.startswith(only):
@@ -107,13 +112,22 @@ def _print_rows(
             # Ranks begin a step together and wait for each other in it: any of them will do.
             found = pool(timed, setup, timeout=400.0)[0]
             first = first or found
-            median = statistics.median(found.seconds)
-            print(
-                f"{setup!s:31} {median:7.2f} {min(found.seconds):6.2f} {max(found.seconds):6.2f} "
-                f"{statistics.median(first.seconds) / median:7.2f} {first.cost / found.cost:9.2f} "
-                f"{found.cost / 1e6:11.2f} {found.sent / 1e6:8.2f} "
-                f"{8 * found.sent / (MBIT * 1e6):6.2f}",
-                flush=True,
-            )
+            print(f"{setup!s:31} {_cells(first, found)}", flush=True)
     finally:
         pool.close()
+
+
+def _cells(first: Timed, found: Timed) -> str:
+    by_link = first.median / (first.median - _link_seconds(first.cost - found.cost))
+    counted = f"{first.cost / found.cost:9.2f} {by_link:8.2f} {found.cost / 1e6:11.2f}"
+    if found.sent > 2 * found.cost:  # PowerSGD's callbacks send from threads that nobody counts
+        counted = f"{'-':>9} {'-':>8} {'-':>11}"
+    return (
+        f"{found.median:7.2f} {min(found.seconds):6.2f} {max(found.seconds):6.2f} "
+        f"{first.median / found.median:7.2f} {counted} {found.sent / 1e6:8.2f} "
+        f"{_link_seconds(found.sent):6.2f}"
+    )
+
+
+def _link_seconds(num_bytes: float) -> float:
+    return 8 * num_bytes / (MBIT * 1e6)

@@ -95,7 +95,7 @@ FAULTS: dict[str, tuple[Any, str, Mutate]] = {
     "replicas": (gradients, "carry", _without_replicas),
     "micro-batches": (Accumulator, "add_", _last_only),
     "fresh basis": (Sketches, "at", _one_basis_for_all_steps),
-    "basis of its own": (Sketches, "_matrix", _momentum_basis),
+    "basis of its own": (Sketches, "_keys", _momentum_basis),
     "cut blocks": (gradients.Gradients, "_complete", _incomplete),
     "whose line": (routes, "reduce_scatter", _wrong_place),
     "clipping": (flora, "scale_", _unscaled),

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from flora_dist.integrations import fused, linear
+from flora_dist.sketch import matrices
 from tests.battery import zoo
 from tests.battery.layouts import _parallelize
 from tests.battery.oracle import distances, trainable
@@ -26,7 +27,7 @@ from tests.battery.test_layouts import EXACT, FLOAT_MODEL, FLOAT_PARAMETER
 from tests.conftest import pool_of
 from tests.gradients import layouts
 from tests.gradients.oracle import SketchedCase, Weights, reference_run
-from tests.gradients.small import Small, attached, my_inputs
+from tests.gradients.small import Small, attached, inputs, my_inputs
 
 EQUAL = 1e-12
 LAYOUTS = ("plain", "ddp x2", "compiled ddp x2", "fsdp2 x2", "fsdp2 x3", "tp x2")
@@ -137,6 +138,30 @@ def test_a_broken_mechanism_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch)
     _, worst = distances(start, expected, weights)
     norm = max(abs(a - b) / b for a, b in zip(ours, norms, strict=True))
     assert max(worst, norm) > 1e6 * EXACT
+
+
+# ---- speed
+
+
+@pytest.mark.parametrize("level", ["compressed", "fused"])
+def test_sketches_of_a_step_are_drawn_in_one_pass(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+
+    def counted(kind: str, **more: Any) -> Tensor:
+        passes.append(len(more["keys"]))
+        return draw(kind, **more)
+
+    draw = matrices.sketch_matrices
+    model = Small()
+    optimizer, _ = attached(model, level, {"momentum": "none"})
+    model(inputs(0)).backward()
+    monkeypatch.setattr(matrices, "sketch_matrices", counted)
+    optimizer.step()
+    optimizer.zero_grad()
+    model(inputs(1)).backward()
+    assert passes == [3]
 
 
 # ---- FSDP2

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flora_dist.sketch import matrices
 from flora_dist.sketch.keys import Purpose, derive_key
-from flora_dist.sketch.matrices import KINDS, sketch_matrix
+from flora_dist.sketch.matrices import KINDS, sketch_matrices, sketch_matrix
 from flora_dist.sketch.philox import draws63, grid16, grid_signs
 
 KEY = 0x0123456789ABCDEF
@@ -42,6 +42,24 @@ def test_hadamard_is_rows_of_the_sylvester_matrix_times_signs(rank: int, block: 
     signs = grid_signs(KEY, rows=(0, 1), columns=(0, block), num_columns=block, device="cpu")
     expected = sylvester(block)[rows] * signs * (1 / math.sqrt(rank))
     assert torch.equal(draw("hadamard", rank=rank, block=block), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rank", "block"), [(1, 1), (1, 2), (3, 8), (8, 64), (5, 2048)])
+def test_matrices_drawn_together_are_those_drawn_alone(
+    kind: str, rank: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrices, "_PASS_NUMBERS", 4 * rank * block)  # several passes
+    keys = [KEY, 0, 1, (1 << 64) - 1, *range(1 << 32, (1 << 32) + 6)]
+    for dtype in (torch.float32, torch.float64):
+        where = {"rank": rank, "block": block, "dtype": dtype}
+        drawn = sketch_matrices(kind, keys=keys, device="cpu", **where)
+        assert torch.equal(drawn, torch.stack([draw(kind, key=key, **where) for key in keys]))
+
+
+def test_no_keys_draw_no_matrices() -> None:
+    where = {"rank": 2, "block": 8, "dtype": torch.float32, "device": "cpu"}
+    assert sketch_matrices("hadamard", keys=[], **where).shape == (0, 2, 8)
 
 
 @pytest.mark.parametrize(("rank", "block"), [(1, 1), (3, 8), (8, 64), (64, 64), (5, 2048)])
