@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -44,6 +45,9 @@ def serve(folder: Path) -> None:
             _write_whole(folder / f"failed-{count}-rank-{rank}", text)
             os._exit(1)
         _write_whole(folder / f"result-{count}-{rank}", pickle.dumps(result))
+        # As in ranks.py: groups of engines that are left to the collector keep threads awake.
+        del result
+        gc.collect()
 
 
 if __name__ == "__main__":
