@@ -7,7 +7,10 @@ Importing this package loads no torch; the names below load what they need when 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flora_dist.version import __version__
+
 if TYPE_CHECKING:
+    from flora_dist import checkpoint as checkpoint
     from flora_dist import ddp as ddp
     from flora_dist import deepspeed as deepspeed
     from flora_dist import fsdp1 as fsdp1
@@ -15,7 +18,6 @@ if TYPE_CHECKING:
     from flora_dist.optimizer.flora import Flora
     from flora_dist.optimizer.report import Report
 
-__version__ = "0.1.0"
 __all__ = ["Flora", "Report", "__version__", "attach"]
 
 _HOMES = {
@@ -24,7 +26,7 @@ _HOMES = {
     "attach": "flora_dist.integrations.attach",
 }
 # Not in __all__: import * would need DeepSpeed.
-_FRAMEWORKS = ("ddp", "deepspeed", "fsdp1")
+_FRAMEWORKS = ("checkpoint", "ddp", "deepspeed", "fsdp1")
 
 
 def __getattr__(name: str) -> Any:

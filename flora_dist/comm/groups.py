@@ -3,13 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from flora_dist.optim.part import Reducer
+
+T = TypeVar("T")
+Peers: TypeAlias = "dist.ProcessGroup | DeviceMesh | Sequence[dist.ProcessGroup] | None"
+"""Whom to talk to: a group, a mesh, groups that reach everyone one after the other as the axes of a
+mesh do, or None: the default group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +99,45 @@ def any_process(flag: Tensor) -> bool:
     return bool(count.item() > 0)
 
 
+def smallest(numbers_S: Tensor, peers: Peers) -> Tensor:
+    """The smallest of each number over all peers, on whatever device their groups know."""
+    for group in _groups(peers):
+        numbers_S = numbers_S.to(group_device(numbers_S, group))
+        dist.all_reduce(numbers_S, op=dist.ReduceOp.MIN, group=group)
+    return numbers_S
+
+
+def gather(mine: T, peers: Peers) -> list[T]:
+    """What each of the peers gave, in an order that is the same on all."""
+    known = [mine]
+    for group in _groups(peers):
+        lists = [known] * dist.get_world_size(group)
+        dist.all_gather_object(lists, known, group=group)
+        known = [value for each in lists for value in each]
+    return known
+
+
+def _groups(peers: Peers) -> Sequence[dist.ProcessGroup | None]:
+    if isinstance(peers, DeviceMesh):
+        return [peers.get_group(axis) for axis in range(peers.ndim)]
+    return peers if isinstance(peers, Sequence) else [peers]
+
+
+def place_of(reducer: Reducer | None) -> tuple[int, int]:
+    """Which shard of how many a part is; parts of one place on several ranks are replicas."""
+    if reducer is None:
+        return 0, 1
+    if isinstance(reducer, GroupReducer):
+        return reducer.rank, dist.get_world_size(reducer.group)
+    assert isinstance(reducer, MeshReducer)
+    coordinate = reducer.mesh.get_coordinate()
+    assert coordinate is not None, "this process is outside the mesh of its own parameter"
+    place, sizes = 0, [reducer.mesh.size(axis) for axis in reducer.axes]
+    for axis, size in zip(reducer.axes, sizes, strict=True):
+        place = place * size + coordinate[axis]
+    return place, math.prod(sizes)
+
+
 def group_device(tensor: Tensor, group: dist.ProcessGroup | None) -> str:
     """The tensor's own, or the accelerator's where the group knows no other (CPU offload)."""
     if f"{tensor.device.type}:" in str(dist.get_backend_config(group)):
@@ -99,6 +147,11 @@ def group_device(tensor: Tensor, group: dist.ProcessGroup | None) -> str:
     return accelerator.type
 
 
+def has_peers() -> bool:
+    """Whether there is a process group at all."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def process_rank() -> int:
     """This process's rank in the default group; 0 where there is none."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if has_peers() else 0

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from flora_dist.comm.groups import Peers
 from flora_dist.integrations.ddp import host_of_ddp
 from flora_dist.integrations.flows import WIRE_DTYPES, check_request, flow_for, geometry_for
 from flora_dist.integrations.fsdp2 import host_of_shards, host_of_unsharded
@@ -26,6 +27,7 @@ from flora_dist.integrations.sources import Host
 from flora_dist.layouts.dtensor import local_of
 from flora_dist.optim.spec import Geometry
 from flora_dist.optimizer.checks import takes_part
+from flora_dist.optimizer.consistency import check
 from flora_dist.optimizer.flora import Flora
 from flora_dist.optimizer.gradients import Flow, Gradients
 from flora_dist.optimizer.slots import Slot
@@ -67,8 +69,8 @@ def attach(
 
     Raises:
         TypeError: the optimizer is not Flora.
-        ValueError: a level this model cannot have, a setting that cannot be right, or an optimizer
-            that has stepped with dense gradients; nothing has changed then.
+        ValueError: a level this model cannot have, a setting that cannot be right, an optimizer
+            that has stepped with dense gradients, or ranks that differ; nothing has changed then.
     """
     if not isinstance(optimizer, Flora):
         raise TypeError(
@@ -84,6 +86,10 @@ def attach(
             f"an optimizer keeps gradients in one way; this one is attached as {known.request}, "
             f"asked for {request}. Call remove() on its handle first."
         )
+    peers = _peers(model)
+    if peers is not None:  # first of all: what follows talks to others, by level and names
+        words = ("gradients", "gradient_rank", "wire_dtype")
+        check(optimizer, peers, asked=dict(zip(words, request, strict=True)))
     check_request(gradients, wire_dtype)
     slots = [slot for slot in optimizer.slots() if takes_part(slot)]
     _check_owned(slots, model)
@@ -94,6 +100,14 @@ def attach(
     handle = Handle(model, optimizer, slots, sizes, host, request)
     _attached[optimizer] = handle
     return handle
+
+
+def _peers(model: nn.Module) -> Peers:
+    """Who trains the model with this rank, as far as it says so; None: nobody is known."""
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
 
 def _check_owned(slots: Sequence[Slot], model: nn.Module) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from flora_dist.comm.groups import GroupReducer
 from flora_dist.integrations.deepspeed_config import check_features, check_flora_block, refusal
 from flora_dist.integrations.deepspeed_gradients import check_compressible, sketch_gradients
-from flora_dist.integrations.spans import Partition, check_partitions, cut_each, cut_line
-from flora_dist.layouts.flat import FlatLayout
+from flora_dist.integrations.spans import Partition, check_partitions
+from flora_dist.layouts.flat import FlatLayout, cut_each, cut_line
 from flora_dist.layouts.replicated import NamedLayout
 from flora_dist.optimizer.flora import Flora
 from flora_dist.sketch.keys import canonical_name
@@ -45,7 +45,7 @@ def attach(engine: DeepSpeedEngine) -> Flora:
     Raises:
         TypeError: the engine's optimizer is not Flora.
         ValueError: a feature that would be computed wrong, a "flora" block that cannot be followed,
-            or an engine that has stepped already.
+            an engine that has stepped already, or ranks that differ.
         RuntimeError: this version of DeepSpeed lays parameters out in another way.
     """
     optimizer = engine.optimizer
@@ -69,6 +69,7 @@ def attach(engine: DeepSpeedEngine) -> Flora:
     else:
         _attach_partitions(flora, optimizer, _partitions_of(optimizer, names))
     sketch_gradients(engine, flora, names)
+    flora.check_consistency()
     # Not at the first step: stages 1 and 2 hide all groups but one from a step.
     flora.announce()
     _attached[flora] = ref(engine)

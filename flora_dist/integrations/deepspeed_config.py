@@ -14,7 +14,7 @@ from flora_dist.optim.config import KNOBS
 from flora_dist.optim.spec import LEVELS
 
 TYPE = "Flora"
-_SETTINGS = ("lr", "weight_decay", "maximize", *KNOBS)
+_SETTINGS = ("lr", "weight_decay", "maximize", "check_every", *KNOBS)
 _AVAILABLE = ("dense", "compressed", "fused")
 _GRADIENTS = ("gradients", "gradient_rank", "wire_dtype")
 _BFLOAT16 = ("bf16", "bfloat16", "torch.bfloat16")

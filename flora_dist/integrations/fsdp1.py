@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from flora_dist.comm.groups import GroupReducer
-from flora_dist.integrations.spans import Partition, check_partitions, cut_line
-from flora_dist.layouts.flat import FlatLayout, Span
+from flora_dist.integrations.spans import Partition, check_partitions
+from flora_dist.layouts.flat import FlatLayout, Span, cut_line
 from flora_dist.layouts.replicated import NamedLayout
 from flora_dist.optim.part import Layout
 from flora_dist.optimizer.flora import Flora
@@ -47,7 +47,8 @@ def attach(model: nn.Module, optimizer: Flora) -> None:
 
     Raises:
         TypeError: the optimizer is not Flora.
-        ValueError: what would be computed wrong, or an optimizer of another model.
+        ValueError: what would be computed wrong, an optimizer of another model, or ranks that
+            differ.
         RuntimeError: this version of torch lays parameters out in another way.
     """
     if not isinstance(optimizer, Flora):
@@ -76,6 +77,7 @@ def attach(model: nn.Module, optimizer: Flora) -> None:
     check_partitions(partitions, host=f"torch {torch.__version__}", tested=_TESTED)
     for layout in _layouts(units):
         optimizer.attach_layout(layout)
+    optimizer.check_consistency(_peers(modules[0]))
     known.update(fresh)
 
 
@@ -138,6 +140,12 @@ def _layouts(units: Iterable[_Unit]) -> tuple[Layout, Layout]:
 
 
 # ---- FSDP1's private names
+
+
+def _peers(module: Any) -> list[dist.ProcessGroup]:
+    """Who trains the model: those that share it and, under HYBRID_SHARD, its replicas."""
+    replicas = getattr(module, "_inter_node_pg", None)
+    return [module._handle.process_group, *([] if replicas is None else [replicas])]
 
 
 def _units(

@@ -16,9 +16,6 @@ from torch import Tensor
 
 from flora_dist.layouts.flat import Span
 
-Shapes = Sequence[tuple[str, tuple[int, ...]]]
-"""Names and whole shapes of parameters, in the order of the flat tensor."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partition:
@@ -31,46 +28,6 @@ class Partition:
     spans: tuple[Span, ...]
     weights: Sequence[Callable[[int, int], Tensor]]
     """For each span: this rank's elements [start, stop) as the model itself holds them."""
-
-
-def cut_line(
-    shapes: Shapes, *, offsets: Sequence[int], size: int, rank: int, world_size: int
-) -> tuple[Span, ...]:
-    """Parameters laid in one line, which is cut in partitions of ``size`` elements.
-
-    >>> [span.owned for span in cut_line(
-    ...     [("a", (2, 3)), ("b", (4,))], offsets=[0, 6], size=5, rank=1, world_size=2)]
-    [((0, 5), (5, 6)), ((0, 0), (0, 4))]
-    """
-    bounds = [size * place for place in range(world_size + 1)]
-    spans = []
-    for (name, shape), offset in zip(shapes, offsets, strict=True):
-        inside = [min(max(bound - offset, 0), math.prod(shape)) for bound in bounds]
-        spans.append(
-            Span(
-                name=name,
-                shape=shape,
-                owned=tuple(itertools.pairwise(inside)),
-                offset=max(0, offset - bounds[rank]),
-            )
-        )
-    return tuple(spans)
-
-
-def cut_each(shapes: Shapes, *, sizes: Sequence[int], world_size: int) -> tuple[Span, ...]:
-    """Each parameter cut in chunks of its own size, a rank's chunks padded and laid in a line.
-
-    >>> [(span.owned, span.offset) for span in cut_each(
-    ...     [("a", (2, 3)), ("b", (3,))], sizes=[4, 2], world_size=2)]
-    [(((0, 4), (4, 6)), 0), (((0, 2), (2, 3)), 4)]
-    """
-    spans, offset = [], 0
-    for (name, shape), size in zip(shapes, sizes, strict=True):
-        bounds = [min(size * place, math.prod(shape)) for place in range(world_size + 1)]
-        owned = tuple(itertools.pairwise(bounds))
-        spans.append(Span(name=name, shape=shape, owned=owned, offset=offset))
-        offset += size
-    return tuple(spans)
 
 
 def check_partitions(partitions: Sequence[Partition], *, host: str, tested: str) -> None:

@@ -54,6 +54,10 @@ class DTensorPart:
             isinstance(p, Shard) and not (by_matrix and p.dim == 0) for p in self.tensor.placements
         )
 
+    @property
+    def column_shards(self) -> int:
+        return math.prod(self.tensor.device_mesh.size(axis) for axis in _column_axes(self.tensor))
+
     def cuts(self, block: int) -> Cuts:
         return find_cuts(self.everyone, grid_of(self.shape, block))
 
@@ -103,8 +107,7 @@ class DTensorPart:
         # Equal for all, so that DTensor cuts them evenly; where cuts stand between blocks, their
         # sum is the number of blocks and the shape is that of the unsharded state.
         places = max(last - first for first, last in map(_blocks(entry.block), self.everyone))
-        sizes = [self.tensor.device_mesh.size(axis) for axis in _column_axes(self.tensor)]
-        return (*entry.shape[:-2], places * math.prod(sizes), entry.shape[-1])
+        return (*entry.shape[:-2], places * self.column_shards, entry.shape[-1])
 
     def _state_placements(self, entry: StateTensor) -> tuple[Placement, ...]:
         """Cut as the parameter is; row means not by columns, column means only by matrices."""
@@ -251,6 +254,13 @@ def _local(tensor: DTensor) -> Tensor:
 def local_of(tensor: Tensor) -> Tensor:
     """The plain tensor of this rank inside a DTensor; a plain tensor itself."""
     return _local(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def offsets_of(tensor: Tensor) -> tuple[int, ...]:
+    """Index of the first element that this rank holds, in each dim."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim
+    return _box(tensor, _coordinate(tensor))[0]
 
 
 def shaped_like(tensor: Tensor, local: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ the step's messages; no elements travel. Every holder of a cut block keeps its s
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,9 @@ from torch import Tensor
 from flora_dist.optim.part import Part, Reducer
 from flora_dist.optim.spec import StateTensor, grid_of, matrix_sizes
 from flora_dist.tiles import Cuts, Interval, Tile, find_shared_cuts, tiles_of_span
+
+Shapes = Sequence[tuple[str, tuple[int, ...]]]
+"""Names and whole shapes of parameters, in the order of the flat tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,10 @@ class FlatPart:
     @property
     def splits_matrices(self) -> bool:
         return self.reducer is not None
+
+    @property
+    def column_shards(self) -> int:
+        return 1
 
     def cuts(self, block: int) -> Cuts:
         return find_shared_cuts(self.span.owned, self.rank, grid_of(self.shape, block))
@@ -153,3 +162,43 @@ def _tiles(shape: tuple[int, ...], owned: Interval) -> tuple[Tile, ...]:
     if start == stop:
         return ()
     return tiles_of_span(start, stop, num_rows=rows, num_columns=columns)
+
+
+def cut_line(
+    shapes: Shapes, *, offsets: Sequence[int], size: int, rank: int, world_size: int
+) -> tuple[Span, ...]:
+    """Parameters laid in one line, which is cut in partitions of ``size`` elements.
+
+    >>> [span.owned for span in cut_line(
+    ...     [("a", (2, 3)), ("b", (4,))], offsets=[0, 6], size=5, rank=1, world_size=2)]
+    [((0, 5), (5, 6)), ((0, 0), (0, 4))]
+    """
+    bounds = [size * place for place in range(world_size + 1)]
+    spans = []
+    for (name, shape), offset in zip(shapes, offsets, strict=True):
+        inside = [min(max(bound - offset, 0), math.prod(shape)) for bound in bounds]
+        spans.append(
+            Span(
+                name=name,
+                shape=shape,
+                owned=tuple(itertools.pairwise(inside)),
+                offset=max(0, offset - bounds[rank]),
+            )
+        )
+    return tuple(spans)
+
+
+def cut_each(shapes: Shapes, *, sizes: Sequence[int], world_size: int) -> tuple[Span, ...]:
+    """Each parameter cut in chunks of its own size, a rank's chunks padded and laid in a line.
+
+    >>> [(span.owned, span.offset) for span in cut_each(
+    ...     [("a", (2, 3)), ("b", (3,))], sizes=[4, 2], world_size=2)]
+    [(((0, 4), (4, 6)), 0), (((0, 2), (2, 3)), 4)]
+    """
+    spans, offset = [], 0
+    for (name, shape), size in zip(shapes, sizes, strict=True):
+        bounds = [min(size * place, math.prod(shape)) for place in range(world_size + 1)]
+        owned = tuple(itertools.pairwise(bounds))
+        spans.append(Span(name=name, shape=shape, owned=owned, offset=offset))
+        offset += size
+    return tuple(spans)

@@ -39,6 +39,10 @@ class ReplicatedPart:
         return False
 
     @property
+    def column_shards(self) -> int:
+        return 1
+
+    @property
     def reducer(self) -> None:
         return None
 

@@ -65,6 +65,10 @@ class Part(Protocol):
         """Whether several ranks may hold parts of one matrix; equal on all ranks."""
 
     @property
+    def column_shards(self) -> int:
+        """How many ranks a box of whole rows is cut among; 1 where columns are not sharded."""
+
+    @property
     def reducer(self) -> Reducer | None:
         """None: every rank holds the whole parameter and the same gradient."""
 

@@ -56,7 +56,7 @@ def build_pieces(job: Job, weights: Sequence[Tensor]) -> list[Piece]:
     gradients = _gradients(job)
     momenta: list[Tensor | None] = [None] * len(tiles)
     if "momentum" in job.state:
-        momenta = [*_momenta(job.local("momentum"), tiles, size)]
+        momenta = [*momentum_batches(job.local("momentum"), tiles, size)]
     rows = carve(job.local("row"), [tile.sizes[:2] for tile in tiles])
     return [
         Piece(
@@ -129,7 +129,7 @@ def _window(batch: Tensor, tile: Tile, piece: Tile) -> Tensor:
     return batch[inside(tile, piece)]
 
 
-def _momenta(local: Tensor, tiles: Sequence[Tile], size: Geometry) -> list[Tensor]:
+def momentum_batches(local: Tensor, tiles: Sequence[Tile], size: Geometry) -> list[Tensor]:
     """The momentum of each tile: (E, N, blocks touched, R), or (E, N, W) where dense."""
     if size.rank is None:
         return as_batches(local, tiles, shape=size.shape)

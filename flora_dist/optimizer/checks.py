@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.optim.config import check_bool, check_rate, config_of
+from flora_dist.optim.config import check_bool, check_group_keys, check_rate, config_of
 from flora_dist.optim.spec import geometry_of
 from flora_dist.optimizer import naming
 from flora_dist.optimizer.gradients import Gradients
@@ -20,7 +20,27 @@ from flora_dist.optimizer.stand_in import stands_in
 from flora_dist.optimizer.stepping import Gradient
 from flora_dist.sketch.matrices import smallest_stable_kappa
 
+# Keys that torch itself and its schedulers write into groups.
+_TORCH_KEYS = (
+    "params",
+    "param_names",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "swa_lr",
+    "max_momentum",
+    "base_momentum",
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_not_captured() -> None:
+    """Refuse to step inside a CUDA graph."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "Flora counts steps and windows on the host; a CUDA graph would replay one step for "
+            "ever. Leave optimizer.step() out of the capture."
+        )
 
 
 def takes_part(slot: Slot) -> bool:
@@ -82,6 +102,11 @@ def read_gradients(slots: Sequence[Slot], sketched: Gradients | None) -> list[Gr
         else slot.part.gradient()
         for slot in slots
     ]
+
+
+def check_keys(group: Group, defaults: Group) -> None:
+    """Refuse a key of a group that is nearly that of a setting."""
+    check_group_keys(group.keys(), (*defaults, *_TORCH_KEYS))
 
 
 def check_group(group: Group) -> None:

@@ -4,22 +4,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flora_dist.comm.groups import process_rank
+from flora_dist.comm.groups import Peers, process_rank
 from flora_dist.optim.arithmetic import exact_products
-from flora_dist.optim.config import KNOBS, check_group_keys, config_of
+from flora_dist.optim.config import KNOBS, config_of
 from flora_dist.optim.part import Layout
 from flora_dist.optim.spec import LEVELS
-from flora_dist.optimizer import loading, naming
+from flora_dist.optimizer import consistency, loading, naming
 from flora_dist.optimizer.checks import (
     check_gradient,
     check_group,
+    check_keys,
     check_levels,
+    check_not_captured,
     read_gradients,
     takes_part,
 )
@@ -29,18 +32,6 @@ from flora_dist.optimizer.report import Report
 from flora_dist.optimizer.roster import Roster
 from flora_dist.optimizer.slots import Slot
 from flora_dist.optimizer.stepping import Gradient, run_step
-
-# Keys that torch itself and its schedulers write into groups.
-_TORCH_KEYS = (
-    "params",
-    "param_names",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "swa_lr",
-    "max_momentum",
-    "base_momentum",
-)
 
 
 class Flora(torch.optim.Optimizer):
@@ -85,6 +76,8 @@ class Flora(torch.optim.Optimizer):
         strict: raise where a matrix expected to be compressed would be dense.
         seed: one per run, equal on all ranks.
         maximize: step uphill.
+        check_every: steps from one ``check_consistency()`` to the next; None: only where gradients,
+            ZeRO or FSDP1 are attached and where a checkpoint is loaded. One for all groups.
 
     Each setting may stand in a parameter group. A parameter without gradient is skipped; if only
     some ranks have one, the others count as zero.
@@ -124,10 +117,12 @@ class Flora(torch.optim.Optimizer):
         strict: bool = False,
         seed: int = 0,
         maximize: bool = False,
+        check_every: int | None = None,
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
         config_of(defaults)
+        self._rhythm = consistency.Rhythm(check_every)
         self._roster = Roster()
         self._announced = False
         self._gradients: Gradients | None = None
@@ -155,8 +150,7 @@ class Flora(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with any settings of their own; their steps count from 1."""
         group = naming.tidy_group(param_group)
-        known = (*self.defaults, *_TORCH_KEYS)
-        check_group_keys(group.keys(), known)
+        check_keys(group, self.defaults)
         merged = {**self.defaults, **group}
         check_group(merged)
         naming.check_unique(naming.names_of([*self.param_groups, group]))
@@ -191,11 +185,7 @@ class Flora(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            raise RuntimeError(
-                "Flora counts steps and windows on the host; a CUDA graph would replay one step "
-                "for ever. Leave optimizer.step() out of the capture."
-            )
+        check_not_captured()
         with torch.no_grad():
             if self._roster.is_rehearsal(self.param_groups, self.state):
                 return loss
@@ -209,7 +199,26 @@ class Flora(torch.optim.Optimizer):
                 run_step(slots, gradients, self.state, may_only_create_state=alone)
             if self._gradients is not None and alone:
                 self._gradients.forget()
+            self._rhythm.count(self, slots)
         return loss
+
+    @torch.no_grad()
+    def check_consistency(self, group: Peers = None) -> None:
+        """Compare ranks: names, shapes, seed, settings, level, steps, and statistics bit for bit.
+
+        Column means must be equal on all ranks that hold some of a matrix; of replicas weights and
+        all state. One all-reduce of 4 KiB; of large models each call reads other parameters.
+        Without a process group there is nobody to compare with.
+
+        Args:
+            group: who calls this: a process group, a mesh, or the groups of its axes; None: the
+                default group. Ranks with other layers, or with plain parameters of their own, do
+                not belong together.
+
+        Raises:
+            ValueError: on every rank, naming the field and the ranks that differ.
+        """
+        consistency.check(self, group)
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
@@ -256,6 +265,16 @@ class Flora(torch.optim.Optimizer):
             self._roster.set_level(before[1])
             raise
 
+    @property
+    def gradients(self) -> Gradients | None:
+        """What takes gradients in as sketches; None: they are dense."""
+        return self._gradients
+
+    @property
+    def roster(self) -> Roster:
+        """Who holds what, for checkpoints."""
+        return self._roster
+
     def slots(self) -> list[Slot]:
         """Every parameter as the optimizer holds it, for integrations; in the order of groups."""
         return self._roster.everything(self.param_groups, self.state)
@@ -278,26 +297,11 @@ class Flora(torch.optim.Optimizer):
         Raises:
             ValueError: state of another model, seed, level or optimizer; nothing has changed then.
         """
-        taken: dict[str, Any] = {}
-
-        def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            # After the user's own hooks. The states stay here, since torch would cast them.
-            taken["states"] = self._checked_states(final)
-            return {**final, "state": {}}
-
-        def give(_: torch.optim.Optimizer) -> None:
-            for tensor, state, _group in taken["states"]:
-                self.state[tensor] = loading.copy_in(state, tensor)
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(give, prepend=True),
-        ]
-        try:
+        with loading.beside_torch(self, partial(self._roster.fresh, state=self.state)):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rhythm": self._rhythm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -333,14 +337,6 @@ class Flora(torch.optim.Optimizer):
             )
         slots = sorted(self._present_slots(), key=lambda slot: slot.part.name)
         return slots, read_gradients(slots, self._gradients)
-
-    def _checked_states(
-        self, state_dict: Mapping[str, Any]
-    ) -> list[tuple[Tensor, dict[str, Any], Mapping[str, Any]]]:
-        loading.check_groups(state_dict["param_groups"], self.param_groups)
-        states = list(loading.saved_states(state_dict, self.param_groups))
-        loading.check_states(states, self._roster.fresh(self.param_groups, self.state))
-        return states
 
     def announce(self) -> None:
         """Print the report's summary once, on process 0; the first step does if nobody has."""

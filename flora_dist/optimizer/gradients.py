@@ -111,6 +111,14 @@ class Gradients:
             drop_sketch=lambda: _hide(flow),
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether something has come in since the last step and was not dropped."""
+        flows = self.flows.values()
+        return any(f.accumulator.sums_ENKR is not None for f in flows if f.visible is None) or any(
+            map(_is_shown, flows)
+        )
+
     # ---- averaging
 
     def reduce(self) -> None:

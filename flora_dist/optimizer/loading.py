@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flora_dist.optim.config import KNOBS, config_of
@@ -13,6 +15,41 @@ from flora_dist.optimizer.naming import names_of
 from flora_dist.optimizer.slots import Slot, check_level
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+@contextmanager
+def beside_torch(
+    optimizer: torch.optim.Optimizer, fresh_slots: Callable[[Groups], Sequence[Slot]]
+) -> Iterator[None]:
+    """Take the states past torch's own ``load_state_dict``, which would cast them.
+
+    ``fresh_slots``: of these groups, not configured.
+
+    Raises:
+        ValueError: what is loaded inside does not fit; nothing has changed then.
+    """
+    states: list[tuple[Tensor, dict[str, Any], Mapping[str, Any]]] = []
+
+    def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+        # After the user's own hooks.
+        check_groups(final["param_groups"], optimizer.param_groups)
+        states.extend(saved_states(final, optimizer.param_groups))
+        check_states(states, fresh_slots(optimizer.param_groups))
+        return {**final, "state": {}}
+
+    def give(_: torch.optim.Optimizer) -> None:
+        for tensor, state, _group in states:
+            optimizer.state[tensor] = copy_in(state, tensor)
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(take),
+        optimizer.register_load_state_dict_post_hook(give, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_groups(saved: Groups, current: Groups) -> None:

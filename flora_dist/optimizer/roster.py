@@ -11,7 +11,7 @@ from torch import Tensor
 from flora_dist.layouts.dtensor import DTensorLayout
 from flora_dist.layouts.replicated import ReplicatedLayout
 from flora_dist.optim.config import config_of
-from flora_dist.optim.part import Layout
+from flora_dist.optim.part import Layout, Part
 from flora_dist.optim.spec import LEVELS
 from flora_dist.optimizer.slots import Group, Slot, make_slots
 
@@ -70,9 +70,18 @@ class Roster:
         """Also of tensors that the host has taken out of the groups for now."""
         if self._resident is None:
             return self.present(groups, state)
-        pairs = zip(groups, self._resident, strict=True)
-        filled = [{**group, "params": list(tensors)} for group, tensors in pairs]
-        return _configured(self.fresh(filled, state), state)
+        return _configured(self.fresh(self.filled(groups), state), state)
+
+    def filled(self, groups: Sequence[Group]) -> list[Group]:
+        """Copies of the groups with what each holds when it is stepped."""
+        tensors = self._resident or [group["params"] for group in groups]
+        pairs = zip(groups, tensors, strict=True)
+        return [{**group, "params": list(own)} for group, own in pairs]
+
+    def parts_of(self, tensor: Tensor, name: str) -> tuple[Part, ...]:
+        """What stands in a tensor that need not be the optimizer's."""
+        layout = next((layout for layout in self._layouts if layout.claims(tensor)), None)
+        return () if layout is None else layout.parts(tensor, name)
 
     def fresh(self, groups: Sequence[Group], state: State) -> list[Slot]:
         """New slots, not configured yet.
@@ -115,6 +124,11 @@ class Roster:
     def is_stepped_in_turns(self) -> bool:
         """Whether the host steps its groups one after the other (ZeRO)."""
         return self._resident is not None
+
+    @property
+    def turns(self) -> list[Tensor]:
+        """What the host steps one after the other, in its order; empty where all at once."""
+        return [tensor for tensors in self._resident or () for tensor in tensors]
 
     def _is_foreign(self, tensor: Tensor) -> bool:
         """A plain tensor that no integration claims and nobody gave."""

@@ -96,6 +96,23 @@ class Slot:
         """The parameter's state tensors, all ranks together."""
         return self._entries
 
+    @property
+    def geometry(self) -> Geometry:
+        """How the parameter is cut."""
+        return self._geometry
+
+    @property
+    def column_shards(self) -> int | None:
+        """How many ranks cut blocks of the momentum among them; None where no block is cut so.
+
+        The momentum's shape hangs on it: it stands in the state, lest another layout misread that.
+        """
+        is_sketched = any(e.name == "momentum" and e.along == "rows" for e in self._entries)
+        if not is_sketched or self.part.column_shards == 1:
+            return None
+        is_cut = self.part.cuts(self._geometry.block).blocks_anywhere
+        return self.part.column_shards if is_cut else None
+
     def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """This parameter's state inside its tensor's."""
         return self._layout.state_of(state, self.part)
@@ -120,6 +137,8 @@ class Slot:
         )
         if self.position is not None:
             own["position"] = self.position
+        if self.column_shards is not None:
+            own["column_shards"] = self.column_shards
         if own is not state:
             state[self.part.name] = own
 
@@ -224,6 +243,13 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
             f"the state of {slot.part.name!r} must have position={slot.position!r}; it has "
             f"{own.get('position')!r}. Construct the optimizer with named parameters if, and only "
             "if, the run that saved the state had them."
+        )
+    if own.get("column_shards") != slot.column_shards:
+        raise ValueError(
+            f"the momentum of {slot.part.name!r} must have its blocks cut among "
+            f"{slot.column_shards or 'no'} ranks by columns; the state's are cut among "
+            f"{own.get('column_shards') or 'none'}. What torch's checkpoints hold of cut blocks "
+            "loads on the same layout alone: use flora_dist.checkpoint.save and load."
         )
     kept = {name for name, value in own.items() if isinstance(value, Tensor)}
     expected = {entry.name: entry for entry in slot.entries}

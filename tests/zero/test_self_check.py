@@ -13,8 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from flora_dist.integrations import deepspeed as integration
-from flora_dist.integrations.spans import Partition, cut_line
-from flora_dist.layouts.flat import Span
+from flora_dist.integrations.spans import Partition
+from flora_dist.layouts.flat import Span, cut_line
 from tests.conftest import launched_pool_of
 from tests.zero.small import PARAMS, build, config_of, start
 
