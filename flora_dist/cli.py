@@ -6,8 +6,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from flora_dist import trainer
+
+_USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,8 +22,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a model as a config file says")
     trainer.add_arguments(train)
     train.set_defaults(run=lambda parsed: trainer.start(parsed.config, parsed.overrides))
+    convert = commands.add_parser(
+        "convert",
+        help="rewrite a checkpoint of DeepSpeed, torch's DCP or flora_dist",
+        description="One process, no GPU. DST: a folder of checkpoints, or a name that ends in "
+        ".pt for one file that a plain run loads. DeepSpeed's files are read without running code "
+        "of theirs; its own loader runs what they hold: for trusted files alone.",
+    )
+    convert.add_argument("source", metavar="SRC", type=Path)
+    convert.add_argument("target", metavar="DST", type=Path)
+    convert.set_defaults(run=lambda parsed: _convert(parsed.source, parsed.target))
     parsed = parser.parse_args(arguments)
     return int(parsed.run(parsed))
+
+
+def _convert(source: Path, target: Path) -> int:
+    """0 when it is written, 2 for a mistake in what was asked."""
+    from flora_dist.checkpoint.convert import convert
+
+    try:
+        done = convert(source, target)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return _USER_ERROR
+    sys.stdout.write(f"{done.form} checkpoint of step {done.step}: wrote {done.path}\n")
+    if done.left_out:
+        sys.stdout.write(f"left out, being no numbers or words: {', '.join(done.left_out)}\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's own checkpoints, at the world size that wrote them."""
+"""DeepSpeed's own checkpoints, at the world size that wrote them; and ours, at any."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from tests.battery.test_layouts import FLOAT_MODEL, FLOAT_PARAMETER
 from tests.conftest import launched_pool_of
+from tests.harness.ranks import RankError
+from tests.zero import checkpoints, engines
+from tests.zero.checkpoints import END, HALF
+from tests.zero.engines import Run
+from tests.zero.expected import distances_that_move
 from tests.zero.small import STAGES, build, config_of, counts, start, states, train, weights
 
 pytestmark = pytest.mark.deepspeed
 BF16 = {"bf16": {"enabled": True}}
+COMPRESSED = {"flora": {"gradients": "compressed"}}
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1, "warmup_num_steps": 20}}
 
 
@@ -48,7 +55,7 @@ def resumed(stage: int, blocks: dict[str, Any], folder: str) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in weights(engine).items())
 
 
-@pytest.mark.parametrize("blocks", [{}, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("blocks", [{}, BF16, COMPRESSED], ids=["fp32", "bf16", "compressed"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loaded_run_goes_on_bit_for_bit(
     stage: int, blocks: dict[str, Any], tmp_path: Path
@@ -71,16 +78,22 @@ def test_a_checkpoint_of_another_seed_is_refused(stage: int, tmp_path: Path) -> 
     launched_pool_of(2)(other_seed, stage, str(tmp_path))
 
 
-def written(stage: int, folder: str) -> dict[str, Any]:
-    engine, _ = start(config_of(stage))
+def written(stage: int, blocks: dict[str, Any], folder: str) -> dict[str, Any]:
+    engine, _ = start(config_of(stage, **blocks))
     train(engine, range(3))
     engine.save_checkpoint(folder)
-    return weights(engine)
+    return engines.masters(engine)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_to_fp32_reads_the_weights(stage: int, tmp_path: Path) -> None:
-    wanted, _ = launched_pool_of(2)(written, stage, str(tmp_path))
+@pytest.mark.parametrize(
+    ("stage", "blocks"),
+    [
+        *((stage, {}) for stage in (1, 2, 3)),
+        *((stage, {**BF16, **COMPRESSED}) for stage in (1, 2, 3)),
+    ],
+)
+def test_zero_to_fp32_reads_the_masters(stage: int, blocks: dict[str, Any], tmp_path: Path) -> None:
+    wanted, _ = launched_pool_of(2)(written, stage, blocks, str(tmp_path))
     found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
@@ -101,3 +114,86 @@ def weights_only(stage: int, folder: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_alone_may_be_loaded_and_state_starts_anew(stage: int, tmp_path: Path) -> None:
     launched_pool_of(2)(weights_only, stage, str(tmp_path))
+
+
+# ---- checkpoints in the canonical form
+
+# The scale doubles every second step.
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2}}
+ACCUMULATED = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
+SAME = {
+    "0": (0, {}),
+    "0 bf16": (0, BF16),
+    "0 fp16": (0, FP16),
+    "1 bf16, gradients in fp32": (1, ACCUMULATED),
+    "1 fp16": (1, FP16),
+    "2 bf16": (2, BF16),
+    "2 compressed": (2, COMPRESSED),
+    "2 offloaded": (2, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    "2 round robin": (2, {"zero": {"round_robin_gradients": True}}),
+    "3": (3, {"zero": {"sub_group_size": 500}}),
+    "3 bf16": (3, BF16),
+    "3 bf16, compressed, nothing whole": (
+        3,
+        {**BF16, **COMPRESSED, "zero": {"stage3_param_persistence_threshold": 0}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_an_engine_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    launched_pool_of(2)(checkpoints.goes_on, *SAME[name], str(tmp_path))
+
+
+# 0 in fp32 has no copies; partitions of stage 3 in fp32 are copies too.
+@pytest.mark.parametrize(
+    ("name", "step"), [("0 bf16", "_refresh"), ("2 bf16", "_refresh"), ("3", "_refresh_stage_3")]
+)
+def test_weights_that_are_not_brought_up_to_date_are_noticed(
+    name: str, step: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RankError, match="differing"):
+        launched_pool_of(2)(checkpoints.goes_on, *SAME[name], str(tmp_path), step)
+
+
+# Gradients of 2 and 3 ranks are summed in another order: the battery's tolerances, thrice as for
+# engines against the reference; half the steps are the same run's.
+MODEL, PARAMETER = 3 * FLOAT_MODEL, 3 * FLOAT_PARAMETER
+MOVES = {
+    "1 x3 to 3 x2": (Run(stage=1), 3, Run(stage=3), 2),
+    "3 x2 to 2 x3": (Run(stage=3), 2, Run(stage=2), 3),
+    "2 x3 to 0 x2, groups": (Run(stage=2, groups=True), 3, Run(stage=0, groups=True), 2),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_any_stage_and_number_of_ranks_goes_on_from_any_other(name: str, tmp_path: Path) -> None:
+    first, wrote, second, reads = MOVES[name]
+    launched_pool_of(wrote)(checkpoints.trained, first, str(tmp_path), range(HALF), True)
+    found, *_ = launched_pool_of(reads)(
+        checkpoints.trained, second, str(tmp_path), range(HALF, END), False
+    )
+    wanted, *_ = launched_pool_of(reads)(
+        checkpoints.trained, second, str(tmp_path), range(END), False
+    )
+    begin = {n: p.detach() for n, p in engines.build().named_parameters() if p.requires_grad}
+    model, parameter = distances_that_move(begin, wanted, found)
+    assert model < MODEL
+    assert parameter < PARAMETER
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_is_not_cut_in_two(stage: int, tmp_path: Path) -> None:
+    launched_pool_of(2)(checkpoints.between_micro_batches, stage, str(tmp_path))
+
+
+def test_what_cannot_go_on_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    launched_pool_of(2)(checkpoints.refusals, str(tmp_path))
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    launched_pool_of(2)(checkpoints.other_optimizer, str(tmp_path))
+
+
+def test_an_engine_goes_on_from_a_plain_model(tmp_path: Path) -> None:
+    launched_pool_of(2)(checkpoints.no_scheduler_saved, str(tmp_path))

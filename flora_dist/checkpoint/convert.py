@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversions between checkpoint forms: one process, no GPU, the whole state in memory.
+
+Read are DeepSpeed's own folders, vanilla folders of torch's DCP, and ours; written are ours, or one
+file for a plain run. Nothing is unpickled freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora_dist.checkpoint.convert_dcp import read_dcp
+from flora_dist.checkpoint.convert_deepspeed import MODEL_FILES, read_deepspeed
+from flora_dist.checkpoint.manifest import NAME
+from flora_dist.checkpoint.whole import Whole, read_whole, write_file, write_whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a conversion has done."""
+
+    path: Path
+    """What was written."""
+    form: str
+    """Of the source."""
+    step: int
+    left_out: tuple[str, ...]
+    """What the source had and the result has not."""
+
+
+def convert(source: str | Path, target: str | Path) -> Converted:
+    """Read a checkpoint of any known form and write it anew.
+
+    Args:
+        source: a folder that ``engine.save_checkpoint`` of DeepSpeed wrote (or one tag in it), one
+            of ``dcp.save({"model": ..., "optimizer": ...})`` from ``get_state_dict``, or of ours.
+        target: a folder of checkpoints, for ``flora_dist.checkpoint.load`` and
+            ``flora_dist.deepspeed.load_checkpoint``; or a name that ends in .pt: one file
+            ``{"model", "optimizer", "step", "extra"}`` for a plain run.
+
+    Raises:
+        ValueError: a source of another form or optimizer, or damaged; a target that is there.
+    """
+    source, target = Path(source), Path(target)
+    if target.suffix == ".pt" and target.exists():
+        raise ValueError(f"a conversion overwrites no file; '{target}' is there. Name another.")
+    form, whole = _read(source)
+    path = write_file(whole, target) if target.suffix == ".pt" else write_whole(whole, target)
+    return Converted(path=path, form=form, step=whole.step, left_out=whole.left_out)
+
+
+def _read(source: Path) -> tuple[str, Whole]:
+    for place in _places(source):
+        if (place / NAME).exists():
+            return "flora_dist", read_whole(place)
+        if (place / ".metadata").exists():
+            return "torch DCP", read_dcp(place)
+        if any(place.glob(MODEL_FILES)):
+            return "DeepSpeed", read_deepspeed(place)
+    raise ValueError(
+        "a source must be a folder that DeepSpeed, torch.distributed.checkpoint or flora_dist has "
+        f"written; '{source}' holds none of their files. Name a checkpoint or its folder."
+    )
+
+
+def _places(source: Path) -> Iterable[Path]:
+    """The folder itself, then what its ``latest`` names."""
+    yield source
+    pointer = source / "latest"
+    if pointer.is_file():
+        tag = pointer.read_bytes()[:4096].decode(errors="replace").partition("\n")[0].strip()
+        if tag and Path(tag).name == tag:
+            yield source / tag

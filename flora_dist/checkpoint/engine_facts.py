@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint keeps of a DeepSpeed engine beside weights and state, under ``extra``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flora_dist.checkpoint.folder import Json, Manifest
+
+ENGINE = "deepspeed"
+"""Its name in ``extra``."""
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What moves of a dynamic loss scale, by DeepSpeed's names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """Counters, scheduler and loss scale; the steps done stand in the manifest itself."""
+
+    global_samples: int
+    skipped_steps: int
+    scheduler: Json
+    """None: it had none."""
+    loss_scale: dict[str, Json] | None
+    """None: a loss was not scaled, or always by the same number."""
+
+    def as_json(self) -> Json:
+        """As ``facts_in`` reads it."""
+        return asdict(self)
+
+    def loss_scale_for(self, attributes: Mapping[str, Any]) -> dict[str, Json]:
+        """What to set of a scaler; nothing unless both scale dynamically."""
+        if self.loss_scale is None or scale_of(attributes) is None:
+            return {}
+        return {name: value for name, value in self.loss_scale.items() if name in attributes}
+
+
+def scale_of(attributes: Mapping[str, Any]) -> dict[str, Json] | None:
+    """What moves of a scaler with these attributes; None unless it is dynamic."""
+    if not attributes.get("dynamic", attributes.get("dynamic_loss_scale", False)):
+        return None
+    return {name: attributes[name] for name in _SCALE if name in attributes}
+
+
+def facts_in(manifest: Manifest) -> EngineFacts | None:
+    """What an engine has written into a checkpoint; None: no engine wrote it.
+
+    Raises:
+        ValueError: naming the field that is missing or of another kind.
+    """
+    extra = manifest.facts.get("extra")
+    if not isinstance(extra, dict) or ENGINE not in extra:
+        return None
+    saved = extra[ENGINE]
+    facts = saved if isinstance(saved, dict) else {}
+    return EngineFacts(
+        global_samples=_field(facts, "global_samples", int),
+        skipped_steps=_field(facts, "skipped_steps", int),
+        scheduler=_field(facts, "scheduler", dict | None),
+        loss_scale=_field(facts, "loss_scale", dict | None),
+    )
+
+
+def _field(facts: Mapping[str, Json], name: str, kind: Any) -> Any:
+    value = facts.get(name, ...)
+    if not isinstance(value, kind):
+        found = "is missing" if value is ... else f"is {value!r}"
+        raise ValueError(  # noqa: TRY004 - a file's fault
+            f"what a checkpoint has of an engine must be whole; extra.{ENGINE}.{name} {found}. "
+            "Load another checkpoint."
+        )
+    return value

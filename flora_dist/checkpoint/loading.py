@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a checkpoint: all is checked and read beside the running state, then put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from flora_dist.checkpoint import folder as folders
+from flora_dist.checkpoint.boxes import Boxes, BoxPlanner, BoxReader, check_stored
+from flora_dist.checkpoint.folder import Manifest
+from flora_dist.checkpoint.metadata import read_metadata
+from flora_dist.checkpoint.together import Group, agreed, everyones, place, readable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What was loaded."""
+
+    path: Path
+    """The checkpoint."""
+    step: int
+    """Steps done when it was written."""
+    extra: dict[str, Any]
+    """What its writer kept with it."""
+
+
+class Fitted(Protocol):
+    """Fresh tensors for what a manifest lists, as this rank's model holds it."""
+
+    @property
+    def tensors(self) -> Mapping[str, Boxes]:
+        """To be read into."""
+
+    def put_in_place(self) -> None:
+        """Replace the running state by what was read; must not fail."""
+
+
+def read(path: Path, fit: Callable[[Manifest], Fitted], group: Group = None) -> Loaded:
+    """Load a checkpoint, or the newest of a folder, on every rank of ``group``.
+
+    ``fit`` compares the manifest with the running model and changes nothing; without messages.
+
+    Raises:
+        ValueError: on every rank, naming file and field; the running state is as it was.
+    """
+    where, manifest = _open(path, group)
+    with agreed(group):
+        fitted = fit(manifest)
+    with agreed(group):
+        error = folders.verify_files(where, manifest, share=place(group))
+        if error is not None:
+            raise ValueError(error)
+    with agreed(group):
+        check_stored(read_metadata(where / ".metadata"), manifest, where)
+        _read_boxes(where, fitted.tensors)
+    fitted.put_in_place()
+    extra = manifest.facts.get("extra")
+    return Loaded(
+        path=where, step=manifest.step, extra=dict(extra) if isinstance(extra, dict) else {}
+    )
+
+
+def _open(path: Path, group: Group) -> tuple[Path, Manifest]:
+    """Rank 0 says which: a checkpoint that comes meanwhile must not divide the ranks."""
+    found: Path | None = None
+    with agreed(group):
+        if place(group)[0] == 0:
+            found = folders.resolve(path)
+    where = everyones(found, group)[0]
+    assert where is not None
+    with agreed(group):
+        manifest = folders.read_manifest(where)
+    return where, manifest
+
+
+def _read_boxes(where: Path, tensors: Mapping[str, Boxes]) -> None:
+    """Each rank for itself, so that no message is due where one fails."""
+    with readable():
+        dcp_load(dict(tensors), storage_reader=BoxReader(where), planner=BoxPlanner(), no_dist=True)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that save or load together succeed or fail together, all with the same error."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+T = TypeVar("T")
+Group = dist.ProcessGroup | None
+"""Who saves or loads together; None: the default group, or this process alone."""
+
+
+def place(group: Group = None) -> tuple[int, int]:
+    """This rank among those together, and how many they are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+@contextmanager
+def agreed(group: Group = None) -> Iterator[None]:
+    """Run a block without messages on every rank; if it raises on one, every rank raises.
+
+    Raises:
+        ValueError: what a rank's check or file system found; of the first rank that found any.
+    """
+    caught: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        caught = error
+    texts: list[str | None] = [None if caught is None else _text(caught)]
+    rank, size = place(group)
+    if size > 1:
+        texts = [None] * size
+        dist.all_gather_object(texts, None if caught is None else _text(caught), group=group)
+    first = next((index for index, text in enumerate(texts) if text is not None), None)
+    if first is None:
+        return
+    if caught is not None and first == rank:
+        raise ValueError(texts[first]) from caught
+    raise ValueError(texts[first] if size == 1 else f"{texts[first]} (found on rank {first})")
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """DCP's own failures, which are no ``Exception``, as what users see.
+
+    Raises:
+        ValueError: the first rank's.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Without a group DCP warns that it takes this process for the only one: it is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+            yield
+    except CheckpointException as error:
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise ValueError(
+            f"a checkpoint's files must be readable and writable; rank {rank}: {first!r}. See to "
+            "the disk, or take another checkpoint."
+        ) from error
+
+
+def everyones(mine: T, group: Group = None) -> list[T]:
+    """Each rank's, in the order of ranks."""
+    _, size = place(group)
+    if size == 1:
+        return [mine]
+    all_of_them: list[T] = [mine] * size
+    dist.all_gather_object(all_of_them, mine, group=group)
+    return all_of_them
+
+
+def distinct(mine: T, group: Group = None) -> list[T]:
+    """What ranks have that is not equal: one, unless stages of a pipeline hold other parameters.
+
+    Equal ones travel as a digest of their ``repr``: lists of all tensors would grow with the ranks.
+    """
+    digest = hashlib.sha256(repr(mine).encode()).digest()
+    if len(set(everyones(digest, group))) == 1:
+        return [mine]
+    return everyones(mine, group)
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return (
+            f"a checkpoint's files must be there and the disk must take them; {error}. "
+            "See to the disk, or name another folder."
+        )
+    return str(error)

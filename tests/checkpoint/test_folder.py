@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of checkpoints: kills at every file operation, replacing, keeping some, ``latest``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from flora_dist.checkpoint import folder as folders
+from tests.checkpoint.kills import Save, content_of, killed, resolved, run
+
+A, B, C = (Save(tag=f"step-0000000{n}", content=f"{n}", step=n) for n in (1, 2, 3))
+# What was there; the save that is killed.
+SCENES: dict[str, tuple[Sequence[Save], Save]] = {
+    "the first": ([], A),
+    "another": ([A, B], C),
+    "the newest again": ([A, B], Save(tag=B.tag, content="new", step=2)),
+    "an older again": ([A, B], Save(tag=A.tag, content="new", step=1)),
+    "and keep one": ([A, B], Save(tag=C.tag, content="new", step=3, keep=1)),
+    "again and keep two": ([A, B, C], Save(tag=A.tag, content="new", step=1, keep=2)),
+}
+
+
+def dotted(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def visible(folder: Path) -> dict[str, str]:
+    """Contents by tag; every folder without a dot must be whole."""
+    return {
+        path.name: content_of(path)
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith(".")
+    }
+
+
+def check_after_kill(folder: Path, before: Sequence[Save], save: Save) -> None:
+    """The old or the new one loads, nothing visible is torn, and the next save mends the rest."""
+    if not folders.has_checkpoint(folder):
+        assert not before, "nothing is left"
+        return
+    assert resolved(folder) in {save.content, *(old.content for old in before[-1:])}
+    found = visible(folder)
+    for old in before:
+        if old.tag == save.tag:
+            assert resolved(folder / old.tag) in {old.content, save.content}
+        elif save.keep is None:
+            assert found[old.tag] == old.content
+
+
+def kill_everywhere(
+    tmp_path: Path, before: Sequence[Save], save: Save, *, every: int = 1
+) -> list[Path]:
+    """The folders that kills at every, or every third, operation have left, checked."""
+    left = []
+    for number in range(0, 10_000, every):
+        folder = tmp_path / f"{number}"
+        run(before, folder)
+        was_killed = killed(lambda folder=folder: save.into(folder), number)  # type: ignore[misc]
+        check_after_kill(folder, before, save)
+        if not was_killed:
+            assert number > 20, "kills were not counted"
+            return left
+        left.append(folder)
+    raise AssertionError("it never ended")
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_one(
+    scene: str, tmp_path: Path
+) -> None:
+    before, save = SCENES[scene]
+    for folder in kill_everywhere(tmp_path, before, save):
+        expected = dict.fromkeys({old.tag for old in before} | {save.tag})
+        # The next save finishes what was begun.
+        run([save], folder)
+        assert resolved(folder) == save.content
+        assert dotted(folder) == []
+        if save.keep is None:
+            assert set(visible(folder)) == set(expected)
+        else:
+            assert len(visible(folder)) == save.keep
+
+
+def test_a_kill_while_the_traces_of_a_kill_are_removed_leaves_one_to_load(tmp_path: Path) -> None:
+    before, save = SCENES["the newest again"]
+    again = Save(tag=save.tag, content="newer", step=2)
+    for folder in kill_everywhere(tmp_path, before, save, every=3):
+        for number in range(0, 10_000, 7):
+            copy = folder.with_name(f"{folder.name} and {number}")
+            shutil.copytree(folder, copy)
+            stopped = killed(lambda copy=copy: again.into(copy), number)  # type: ignore[misc]
+            assert resolved(copy) in {B.content, save.content, again.content}
+            assert resolved(copy / save.tag) in {B.content, save.content, again.content}
+            assert visible(copy)[A.tag] == A.content
+            shutil.rmtree(copy)
+            if not stopped:
+                break
+
+
+def _removed_first(source: Path, target: Path) -> None:
+    """A rename that has no old one to fall back on: as if ``publish`` removed it before."""
+    if target.name.endswith(".previous"):
+        shutil.rmtree(source)
+    else:
+        source.replace(target)
+
+
+def _removed_in_place(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def _made_in_place(folder: Path, tag: str) -> Path:
+    return folder / tag
+
+
+MUTATIONS: dict[str, tuple[str, Any, str]] = {
+    "the old one is removed before": ("_rename", _removed_first, "the newest again"),
+    "removed under its own name": ("_remove", _removed_in_place, "and keep one"),
+    "written under its own name": ("_partial", _made_in_place, "another"),
+    "traces of kills are left alone": ("_settle", lambda *_: None, "the newest again"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_kills_tell_of_a_folder_that_does_without(mutation: str, tmp_path: Path) -> None:
+    name, mutant, scene = MUTATIONS[mutation]
+    with (
+        patch.object(folders, name, mutant),
+        pytest.raises((AssertionError, ValueError, OSError, KeyError)),
+    ):
+        test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_one(scene, tmp_path)
+
+
+def logged(work: Callable[[], None]) -> list[str]:
+    """Syncs and renames in their order, by the names of files."""
+    log: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def log_sync(descriptor: int) -> None:
+        log.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def log_rename(source: Path, target: Path) -> Path:
+        log.append(f"rename {source.name} {target.name}")
+        return replace(source, target)
+
+    with patch("os.fsync", log_sync), patch.object(Path, "replace", log_rename):
+        work()
+    return log
+
+
+def test_the_disk_has_each_step_before_the_next_begins(tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    run([A], folder)
+    tag = A.tag
+    assert logged(lambda: Save(tag=tag, content="new").into(folder)) == [
+        f"sync {tmp_path.name}",
+        *("sync __0_0.distcp", "sync __1_0.distcp", "sync .metadata"),
+        *("sync manifest.json", f"sync .{tag}.partial"),
+        *(f"rename {tag} .{tag}.previous", "sync all"),
+        *(f"rename .{tag}.partial {tag}", "sync all"),
+        *("sync .latest.partial", "rename .latest.partial latest", "sync all"),
+        *(f"rename .{tag}.previous .{tag}.previous.removed", "sync all"),
+    ]
+
+
+# ---- latest
+
+
+def test_latest_names_the_one_saved_last_whatever_its_step(tmp_path: Path) -> None:
+    run([A, B, C, A], tmp_path)
+    assert (tmp_path / "latest").read_text(encoding="utf-8").split("\n")[0] == A.tag
+    assert folders.resolve(tmp_path) == tmp_path / A.tag
+    assert folders.resolve(tmp_path / B.tag) == tmp_path / B.tag
+
+
+def test_without_latest_the_one_saved_last_is_taken_with_a_warning(tmp_path: Path) -> None:
+    run([B, C, A], tmp_path)
+    (tmp_path / "latest").unlink()
+    with pytest.warns(UserWarning, match=r"latest' names no checkpoint that is there; taking .*1'"):
+        assert folders.resolve(tmp_path) == tmp_path / A.tag
+
+
+@pytest.mark.parametrize("said", ["", "\n", "step-00000009", "../elsewhere", ".", "\xff\x00", "la"])
+def test_a_latest_that_names_nothing_there_is_as_a_missing_one(said: str, tmp_path: Path) -> None:
+    run([A, B], tmp_path)
+    (tmp_path / "latest").write_text(said, encoding="latin-1")
+    with pytest.warns(UserWarning, match="taking the newest whole one"):
+        assert folders.resolve(tmp_path) == tmp_path / B.tag
+
+
+def test_the_newest_whole_one_has_all_its_files(tmp_path: Path) -> None:
+    run([A, B, C], tmp_path)
+    shutil.rmtree(tmp_path / C.tag)
+    (tmp_path / B.tag / "__0_0.distcp").unlink()
+    with pytest.warns(UserWarning, match="taking the newest whole one"):
+        assert folders.resolve(tmp_path) == tmp_path / A.tag
+
+
+def test_a_name_written_by_hand_counts(tmp_path: Path) -> None:
+    run([A, B], tmp_path)
+    (tmp_path / "latest").write_text(f"{A.tag}\n", encoding="utf-8")
+    assert folders.resolve(tmp_path) == tmp_path / A.tag
+
+
+def test_a_bit_flipped_in_latest_leads_to_no_other_checkpoint(tmp_path: Path) -> None:
+    # 1 and 3 are one bit apart.
+    run([A, C], tmp_path)
+    raw = (tmp_path / "latest").read_bytes()
+    for position in range(8 * len(raw)):
+        flipped = bytearray(raw)
+        flipped[position // 8] ^= 1 << position % 8
+        (tmp_path / "latest").write_bytes(flipped)
+        try:
+            assert resolved(tmp_path) == C.content
+        except ValueError as error:
+            assert "latest" in str(error)  # noqa: PT017 - either is right
+
+
+def test_a_checkpoint_swapped_for_another_runs_is_not_the_one_latest_names(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    run([A, B], ours)
+    run([A, Save(tag=B.tag, content="foreign", step=2)], theirs)
+    shutil.rmtree(ours / B.tag)
+    shutil.move(theirs / B.tag, ours / B.tag)
+    with pytest.raises(ValueError, match=r"latest' has '[0-9a-f]{64}', '.*manifest.json' is"):
+        folders.resolve(ours)
+    assert resolved(ours / A.tag) == A.content
+
+
+def test_a_damaged_newest_one_is_an_error_and_the_previous_one_loads(tmp_path: Path) -> None:
+    run([A, B], tmp_path)
+    (tmp_path / B.tag / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"step-00000002/manifest.json' is missing"):
+        folders.resolve(tmp_path)
+    with pytest.raises(ValueError, match=r"step-00000002/manifest.json' is missing"):
+        folders.resolve(tmp_path / B.tag)
+    assert resolved(tmp_path / A.tag) == A.content
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "a file", "foreign"])
+def test_what_is_no_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    if kind == "a file":
+        path.touch()
+    elif kind != "absent":
+        path.mkdir()
+    if kind == "foreign":
+        (path / "plots").mkdir()
+    assert not folders.has_checkpoint(path)
+    with pytest.raises(ValueError, match="it"):
+        folders.resolve(path)
+
+
+def test_a_folder_where_only_a_partial_one_is_left_has_no_checkpoint(tmp_path: Path) -> None:
+    folders.begin(tmp_path, A.tag)
+    assert not folders.has_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint that is there, and no other is whole"):
+        folders.resolve(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_not_none(tmp_path: Path) -> None:
+    # Else a run whose only checkpoint is torn would quietly start anew.
+    run([A], tmp_path)
+    (tmp_path / "latest").unlink()
+    (tmp_path / A.tag / "manifest.json").unlink()
+    assert folders.has_checkpoint(tmp_path)
+
+
+# ---- keep
+
+
+def test_keep_leaves_the_ones_saved_last_whatever_their_steps(tmp_path: Path) -> None:
+    # Gone back to 1 after 3: what 3 belongs to goes first.
+    run([B, C, A, Save(tag="step-00000004", content="4", step=4, keep=2)], tmp_path)
+    assert set(visible(tmp_path)) == {A.tag, "step-00000004"}
+    assert dotted(tmp_path) == []
+
+
+def test_keep_counts_no_damaged_one_and_touches_nothing_of_others(tmp_path: Path) -> None:
+    run([A, B], tmp_path)
+    (tmp_path / B.tag / "__0_0.distcp").unlink()
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "loss.txt").touch()
+    run([Save(tag=C.tag, content="3", step=3, keep=2)], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {A.tag, B.tag, C.tag, "plots", "latest"}
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_to_keep_none_is_refused(keep: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"keep must be 1 or more checkpoints; got {keep}"):
+        run([Save(tag=A.tag, content="1", keep=keep)], tmp_path)
+    assert not (tmp_path / A.tag).exists()
+
+
+# ---- begin and publish
+
+
+@pytest.mark.parametrize(
+    "tag", ["", ".", "..", ".x", "a/b", "a\\b", "latest", " a", "a\n", "a\nb", "\x00", "x" * 201]
+)
+def test_a_tag_that_is_no_plain_name_is_refused(tag: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tag must be a plain name"):
+        folders.begin(tmp_path, tag)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").touch()
+    with pytest.raises(ValueError, match="thesis' is no checkpoint"):
+        folders.begin(tmp_path, "thesis")
+    assert (tmp_path / "thesis" / "chapter").exists()
+
+
+def test_a_damaged_checkpoint_is_replaced(tmp_path: Path) -> None:
+    run([A, B], tmp_path)
+    (tmp_path / B.tag / "manifest.json").unlink()
+    run([Save(tag=B.tag, content="new", step=2)], tmp_path)
+    assert resolved(tmp_path) == "new"
+    assert dotted(tmp_path) == []
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "all", tmp_path / "elsewhere"
+    run([A], folder)
+    shutil.move(folder / A.tag, elsewhere)
+    (folder / A.tag).symlink_to(elsewhere)
+    assert resolved(folder) == A.content
+    run([Save(tag=A.tag, content="new", step=1)], folder)
+    assert resolved(folder) == "new"
+    assert dotted(folder) == []
+    assert content_of(elsewhere) == A.content
+
+
+def test_nothing_is_published_without_a_manifest(tmp_path: Path) -> None:
+    run([A], tmp_path)
+    folders.begin(tmp_path, A.tag)
+    with pytest.raises(ValueError, match=r"manifest.json' is missing"):
+        folders.publish(tmp_path, A.tag, None)
+    assert resolved(tmp_path) == A.content
