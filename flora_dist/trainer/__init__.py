@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +11,6 @@ __all__ = ["add_arguments", "main", "start"]
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
-# torchrun looks ten times a second for a process that has ended, the deepspeed launcher once; then
-# both end the others. The rest is for a busy machine, where process 0 may be seconds behind.
-_LET_PROCESS_ZERO_SPEAK_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,28 +35,24 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def start(config: Path, overrides: Sequence[str]) -> int:
-    """Run a config file: 0 when it finished, 130 after Ctrl-C, 2 for a mistake in the config."""
+    """Run a config file: 0 when it finished or after SIGTERM, 130 after Ctrl-C, 2 for a mistake.
+
+    1 is any other failure. Whatever it is, one process says it, and no traceback comes twice.
+    """
     try:
         from flora_dist.trainer.configfile import load_config
         from flora_dist.trainer.run import run
 
         return run(load_config(config, overrides))
     except ValueError as error:
-        _report(str(error))
+        # Imported where it is needed: without torch the mistake is another.
+        from flora_dist.trainer.failure import tell_mistake
+
+        tell_mistake(error)
         return _USER_ERROR
     except KeyboardInterrupt:  # before the run could ask for a clean stop: nothing is written yet
         return _INTERRUPTED
+    except Exception as error:
+        from flora_dist.trainer.failure import tell
 
-
-def _report(message: str) -> None:
-    """Say the error once: process 0 speaks, another one only if it outlives process 0's turn.
-
-    All processes check the same config and make the same mistake; the launcher then ends them when
-    process 0 has ended. A process still there after its wait has an error of its own.
-    """
-    process_rank = int(os.environ.get("RANK", "0"))
-    if process_rank:
-        time.sleep(_LET_PROCESS_ZERO_SPEAK_S)
-        message = f"[process {process_rank}] {message}"
-    sys.stderr.write(f"error: {message}\n")
-    sys.stderr.flush()
+        return tell(error)

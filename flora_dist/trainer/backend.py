@@ -7,14 +7,18 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist.trainer.config import BackendConfig, Config
+from flora_dist.trainer.failure import Failed, Mistake, Store, has_lost_peers, is_first
+from flora_dist.trainer.meeting import fresh_store, has_agent_store
 from flora_dist.trainer.sharded import fsdp1, fsdp2, hsdp
 from flora_dist.trainer.spread import Spread, World, autocast, over
 
@@ -80,6 +84,10 @@ def process_group(config: BackendConfig, world: World) -> Iterator[None]:
     """The default process group, where the backend needs one; closed at the end.
 
     A single process gets a group over a store in its own memory: no port, no file.
+
+    Raises:
+        Mistake: a ValueError of the block; it says whether this process was the first to fail.
+        Failed: any other exception, likewise, or the loss of another process.
     """
     if config.name == "none":
         yield
@@ -88,16 +96,61 @@ def process_group(config: BackendConfig, world: World) -> Iterator[None]:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         kind = "nccl"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(kind)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(kind, store=store, rank=0, world_size=1)
+    store: Store | None = None
     try:
+        store = _open_group(kind, world, timeout_of(config))
         wait_for_all()  # every process has passed its checks: from here on files may be written
         yield
-    finally:
+    except Exception as error:
+        if has_lost_peers(error):
+            # The group stays open: closing it may wait for those that are lost.
+            raise Failed(first=False, lost=True) from error
+        first = store is None or is_first(store)
+        _close_group()
+        if isinstance(error, ValueError):
+            raise Mistake(str(error), first=first) from error
+        raise Failed(first=first, lost=False) from error
+    except BaseException:
+        _close_group()
+        raise
+    _close_group()
+
+
+def _open_group(kind: str, world: World, timeout: timedelta) -> Store:
+    """Enter the default group; the store in which its processes met."""
+    if has_agent_store():
+        rank, size = world.process_rank, world.size
+        met = fresh_store(rank, size, timeout)
+        dist.init_process_group(kind, store=met, rank=rank, world_size=size, timeout=timeout)
+    elif "WORLD_SIZE" in os.environ:
+        dist.init_process_group(kind, timeout=timeout)
+    else:
+        own = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(kind, store=own, rank=0, world_size=1, timeout=timeout)
+    group = dist.group.WORLD
+    assert group is not None
+    store: Store = group.get_group_store()
+    return store
+
+
+def _close_group() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def timeout_of(config: BackendConfig) -> timedelta:
+    """How long a process waits for another before it gives up."""
+    return timedelta(minutes=config.timeout_minutes)
+
+
+def bound_waits(config: BackendConfig) -> None:
+    """Give every process group of this process the run's timeout.
+
+    Groups made after the default one, by meshes and by DeepSpeed, start with torch's: 30 minutes.
+    """
+    if dist.is_initialized():
+        for group in c10d._world.pg_map:  # private in torch 2.11 to 2.13, and so is the setter
+            c10d._set_pg_timeout(timeout_of(config), group)
 
 
 def wait_for_all() -> None:

@@ -1,127 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Basic save and resume through torch DCP: all or nothing on disk, refused where it does not fit.
-
-DCP's own files hold pickles: a checkpoint is as trusted as the program that wrote it.
-"""
+"""When a run saves itself, what it goes on from, and what that must share with it."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim.lr_scheduler import LambdaLR
 
-from flora_dist.trainer.backend import wait_for_all
-from flora_dist.trainer.spread import World
-
-_FACTS = "trainer.json"
+from flora_dist import checkpoint
+from flora_dist.checkpoint import folder as folders
+from flora_dist.trainer.backend import largest_over_processes
+from flora_dist.trainer.config import AUTO, CheckpointConfig
+from flora_dist.trainer.failure import has_lost_peers
+from flora_dist.trainer.spread import Learner, World
+from flora_dist.trainer.storage import Pending
 
 
 @dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens: int = 0
+    """Labels they were taken on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins: at its beginning, or from a checkpoint."""
+
+    path: Path | None = None
+    """The checkpoint."""
+    position: Position = field(default_factory=Position)
+    """How far it is."""
+
+
 class Checkpoints:
-    """Where and how often a run saves itself."""
+    """Saves one run; on leaving, the last checkpoint is waited for."""
 
-    folder: Path
-    """Parent of the checkpoints."""
-    every: int | None
-    """Steps between two; None saves none."""
-    identity: Mapping[str, Any]
-    """What a run that resumes must have in common, by name."""
-    world: World
-    """The processes."""
-
-    def maybe_save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        learner: Learner,
+        identity: Mapping[str, Any],
+        start: Start,
     ) -> None:
-        """Save after `step` steps if one is due.
+        self._folder, self._config, self._learner = folder, config, learner
+        self._identity = identity
+        self._saved, self._saved_step = start.path, start.position.step
+        self._pending: Pending | None = None
 
-        The files are written beside the target and renamed at the end, so a folder with the final
-        name is whole.
-        """
-        if self.every is None or step % self.every:
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            self._wait()
+        elif not has_lost_peers(error):
+            # The others wait for this process in a message of the loop; their saves go on.
+            with suppress(Exception):
+                self._wait()
+
+    def save_if_due(self, position: Position, *, last_step: int) -> None:
+        """Save every so many steps, and after the last one."""
+        every, step = self._config.every, position.step
+        if every is not None and (step % every == 0 or step == last_step):
+            self.save(position)
+
+    def save(self, position: Position) -> None:
+        """Save now, where the run saves at all and has taken a step since the last time."""
+        if self._config.every is None or position.step == self._saved_step:
             return
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".step-{step:08d}.partial"
-        if self.world.speaks:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        wait_for_all()
-        weights, state = get_state_dict(model, optimizer)
-        with _one_process_is_meant():
-            save({"model": weights, "optimizer": state}, checkpoint_id=partial)
-        if self.world.speaks:
-            facts = {
-                "step": step,
-                "identity": dict(self.identity),
-                "schedule": _numbers(scheduler.state_dict()),
-            }
-            (partial / _FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
-            aside = self.folder / f".step-{step:08d}.replaced"
-            if final.exists():  # the same step, taken again after a resume
-                final.rename(aside)
-            partial.rename(final)
-            shutil.rmtree(aside, ignore_errors=True)
-        wait_for_all()
+        scheduler = self._learner.scheduler.state_dict()
+        self._pending = self._learner.storage.save(
+            self._folder,
+            step=position.step,
+            extra={
+                "step": position.step,
+                "tokens": position.tokens,
+                "identity": dict(self._identity),
+                # Its functions come from the config.
+                "schedule": {k: v for k, v in scheduler.items() if k != "lr_lambdas"},
+            },
+            keep=self._config.keep,
+        )
+        self._saved, self._saved_step = self._folder / folders.tag_of(position.step), position.step
+
+    def of(self, step: int) -> Path | None:
+        """The checkpoint after that many steps, if it is the newest one."""
+        return self._saved if step == self._saved_step else None
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
 
 
-def check_checkpoint(folder: Path, identity: Mapping[str, Any]) -> int:
-    """The step a checkpoint was written at, after comparing what it must share with this run.
+def find_start(
+    config: CheckpointConfig, folder: Path, identity: Mapping[str, Any], world: World
+) -> Start:
+    """What the run begins with, its manifest compared with this run; reads no tensors.
+
+    `folder` holds the run's own checkpoints, for `auto`; `identity` is what a run that resumes must
+    have in common, by name.
 
     Raises:
-        ValueError: no checkpoint, or one of another model, seed, optimizer or corpus.
+        ValueError: no checkpoint, a damaged one, or one of another model, seed, optimizer or
+            corpus.
     """
-    path = folder / _FACTS
-    if not path.is_file():
-        raise ValueError(
-            f"checkpoint.resume must name a folder this trainer wrote; {str(folder)!r} has no "
-            f"{_FACTS}. Name a step-... folder below <run>/checkpoints."
-        )
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    theirs, ours = facts["identity"], json.loads(json.dumps(dict(identity)))
+    if config.resume is None:
+        return Start()
+    with warnings.catch_warnings():
+        if not world.speaks:
+            warnings.simplefilter("ignore")
+        is_auto = config.resume == AUTO
+        path = checkpoint.latest(folder) if is_auto else folders.resolve(Path(config.resume))
+    if path is None:
+        return Start()
+    manifest = folders.read_manifest(path)
+    match manifest.facts.get("extra"):
+        case {"identity": dict(theirs), "tokens": int(tokens), "schedule": dict()}:
+            _compare(path, theirs, identity)
+            return Start(path=path, position=Position(step=manifest.step, tokens=tokens))
+    raise ValueError(
+        f"checkpoint.resume must name what this trainer wrote; {str(path)!r} says nothing of a "
+        "run. Name a checkpoint below <run>/checkpoints."
+    )
+
+
+def _compare(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     different = [name for name in ours if theirs.get(name) != ours[name]]
     if different:
         listed = "; ".join(_difference(name, theirs.get(name), ours[name]) for name in different)
         raise ValueError(
-            f"a checkpoint must come from the same run; {str(folder)!r} differs: {listed}. "
-            "Restore the config it was written with, or start afresh with checkpoint.resume: null."
+            f"a checkpoint must come from the same run; {str(path)!r} differs: {listed}. "
+            "Restore the config it was written with, or start another run: change output.name."
         )
-    return int(facts["step"])
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
-) -> None:
-    """Put a checkpoint's weights, optimizer state and schedule in place."""
-    weights, state = get_state_dict(model, optimizer)
-    with _one_process_is_meant():
-        load({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-    scheduler.load_state_dict(facts["schedule"] | {"lr_lambdas": [None] * len(scheduler.base_lrs)})
+def check_same_start(start: Start, world: World) -> None:
+    """Compare what the processes have found, which they must not train without.
+
+    Raises:
+        ValueError: they found different steps; on every process.
+    """
+    step = start.position.step
+    highest = largest_over_processes(step, world.device)
+    lowest = -largest_over_processes(-step, world.device)
+    if highest != lowest:
+        raise ValueError(
+            "every process must find the same checkpoint; they found some after "
+            f"{lowest} and some after {highest} steps. Put output.folder on storage that every "
+            "machine sees."
+        )
 
 
-@contextmanager
-def _one_process_is_meant() -> Iterator[None]:
-    """Without a process group DCP warns that it takes this process for the only one: it is."""
+def load(learner: Learner, path: Path) -> None:
+    """Put a checkpoint's weights, optimizer state and schedule in place.
+
+    Raises:
+        ValueError: on every process, naming file and field; nothing has changed then.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
-        yield
-
-
-def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The schedule's state without its functions, which come from the config."""
-    return {key: value for key, value in state.items() if key != "lr_lambdas"}
+        # DeepSpeed's part of a checkpoint has a schedule only if an engine wrote it; ours always.
+        warnings.filterwarnings("ignore", message="a learning rate scheduler goes on if both")
+        loaded = learner.storage.load(path)
+    scheduler: LambdaLR = learner.scheduler
+    functions = {"lr_lambdas": [None] * len(scheduler.base_lrs)}
+    scheduler.load_state_dict(loaded.extra["schedule"] | functions)
 
 
 def _difference(name: str, theirs: Any, ours: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 STDLIB = "python-stdlib"
 BYTE = "byte"
 DENSE: Final = "dense"
+AUTO: Final = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +193,15 @@ class BackendConfig:
     """deepspeed: its JSON config."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """deepspeed: laid over the JSON key by key; null takes a key out."""
+    timeout_minutes: float = 10.0
+    """How long a process waits for the others in any message; then the run fails."""
 
     def __post_init__(self) -> None:
+        if not self.timeout_minutes > 0.0:
+            raise ValueError(
+                "backend.timeout_minutes must be above 0; it is "
+                f"{self.timeout_minutes!r}. Give the minutes that a slow process may need."
+            )
         if self.name != "deepspeed" and (self.config is not None or self.changes):
             raise ValueError(
                 "backend.config and backend.changes belong to deepspeed; "
@@ -223,13 +231,26 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     every: int | None = None
-    """Steps between checkpoints in `<run>/checkpoints`; none by default."""
+    """Steps between checkpoints in `<run>/checkpoints`, the last step too; none by default."""
+    keep: int | None = 2
+    """Newest checkpoints that stay: should one be damaged, the one before it loads. null: all."""
+    asynchronous: bool = False
+    """Copy the state at once and write it while training goes on; not under deepspeed."""
     resume: str | None = None
-    """A checkpoint folder to go on from. It is trusted: load only what you wrote."""
+    """`auto`: go on from the run folder's newest checkpoint, or start where it has none, so that
+    the same command starts and resumes. It removes nothing: a folder with checkpoints is gone on
+    with whatever output.overwrite says, which then only allows a run that finished without saving
+    to be started over. Else a checkpoint, or the folder of several: the newest."""
 
     def __post_init__(self) -> None:
-        if self.every is not None:
-            _at_least("checkpoint.every", self.every, 1)
+        for name in ("every", "keep"):
+            if getattr(self, name) is not None:
+                _at_least(f"checkpoint.{name}", getattr(self, name), 1)
+        if self.resume == AUTO and self.every is None:
+            raise ValueError(
+                "checkpoint.resume='auto' goes on from what checkpoint.every saves; it is null. "
+                "Set checkpoint.every to a number of steps."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +262,7 @@ class OutputConfig:
     name: str
     """Name of this run's folder."""
     overwrite: bool = False
-    """Replace a run of this name instead of refusing."""
+    """Replace a run of this name instead of refusing; with checkpoint.resume: auto, see there."""
     tensorboard: bool = True
     """Write TensorBoard scalars beside metrics.jsonl."""
     progress: bool = True

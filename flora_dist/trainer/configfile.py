@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from flora_dist.trainer.config import BYTE, STDLIB, Config, OptimizerConfig
+from flora_dist.trainer.config import AUTO, BYTE, STDLIB, Config, OptimizerConfig
 from flora_dist.trainer.extras import needs_train_extra
 from flora_dist.trainer.optimizers import option_names
 
@@ -239,5 +239,5 @@ def _with_paths(config: Config, folder: Path) -> Config:
             tokenizer=found(data.tokenizer, "data.tokenizer", BYTE),
         ),
         backend=change(backend, config=found(backend.config, "backend.config")),
-        checkpoint=change(checkpoint, resume=found(checkpoint.resume, "checkpoint.resume")),
+        checkpoint=change(checkpoint, resume=found(checkpoint.resume, "checkpoint.resume", AUTO)),
     )

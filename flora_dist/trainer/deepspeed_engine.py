@@ -7,20 +7,25 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from flora_dist.checkpoint import Loaded
+from flora_dist.checkpoint.folder import tag_of
 from flora_dist.integrations.deepspeed_config import check_features, prepared
 from flora_dist.trainer.config import DENSE, Config, OptimizerConfig
 from flora_dist.trainer.deepspeed_json import engine_settings
 from flora_dist.trainer.extras import needs_deepspeed_extra
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
 from flora_dist.trainer.spread import Learner, Spread, World
+from flora_dist.trainer.storage import Pending, Written
 
 
 def check_engine(config: Config, world: World) -> None:
@@ -75,7 +80,30 @@ def build_engine(
         optimizer=built,
         scheduler=scheduler,
         gradients=flora_deepspeed.gradient_report(engine) if is_sketched else None,
+        storage=_EngineStorage(engine=engine),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EngineStorage:
+    """Checkpoints of an engine, of the same form as every other backend's."""
+
+    engine: Any
+
+    def save(
+        self, folder: Path, *, step: int, extra: Mapping[str, Any], keep: int | None
+    ) -> Pending:
+        from flora_dist.deepspeed import save_checkpoint
+
+        return Written(
+            path=save_checkpoint(self.engine, folder, tag_of(step), extra=extra, keep=keep)
+        )
+
+    def load(self, path: Path) -> Loaded:
+        """Put a checkpoint in place."""
+        from flora_dist.deepspeed import load_checkpoint
+
+        return load_checkpoint(self.engine, path)
 
 
 def _spread(engine: Any, optimizer: torch.optim.Optimizer) -> Spread:

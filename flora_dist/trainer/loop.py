@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from flora_dist.trainer.backend import largest_over_processes, sum_over_processes
-from flora_dist.trainer.checkpoint import Checkpoints
+from flora_dist.trainer.checkpoint import Checkpoints, Position
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.data import IGNORED, Corpus, Order
 from flora_dist.trainer.evaluate import validation_loss
@@ -45,8 +44,6 @@ class Job:
     """Which sequences make which batch."""
     spread: Spread
     """The model over the processes."""
-    model: nn.Module
-    """The same model by its own names, for optimizer and checkpoint."""
     optimizer: torch.optim.Optimizer
     """The optimizer."""
     scheduler: torch.optim.lr_scheduler.LambdaLR
@@ -63,6 +60,8 @@ class Measured:
     """Steps done, those before a resume included."""
     finished: bool
     """Whether it came to its last step."""
+    tokens: int
+    """Labels it was trained on, those before a resume included."""
     loss: float | None
     """Training loss in nats per token, mean of the last ten records."""
     validation_loss: float | None
@@ -119,17 +118,21 @@ class _Taken:
 def train(
     job: Job,
     *,
-    first_step: int,
     stop: StopRequest,
     metrics: Metrics,
     progress: Progress,
-    checkpoints: Checkpoints,
+    start: Position | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Measured:
-    """Run the steps from `first_step` (0 is a fresh run) to the last or to a stop request."""
-    steps = job.config.train.steps
+    """Run the steps from `start` (None: a fresh run) to the last or to a stop request.
+
+    A run that stops early is saved where it stops.
+    """
+    steps, position = job.config.train.steps, start or Position()
+    first_step = position.step
     # What a step sends settles after the first ones; a shorter run measures its last step.
     measured_step = min(first_step + _SETTLING_STEPS, steps - 1)
-    clock, bytes_sent, done, unlogged = _Clock(), None, first_step, None
+    clock, bytes_sent, unlogged = _Clock(), None, None
     for step in range(first_step, steps):
         began = time.perf_counter()
         with Traffic() if step == measured_step else nullcontext() as traffic:
@@ -137,6 +140,7 @@ def train(
         if taken is None:
             break
         done, unlogged = taken.step, taken
+        position = Position(step=done, tokens=position.tokens + taken.tokens)
         bytes_sent = traffic.bytes_sent if traffic is not None else bytes_sent
         clock.add(taken.tokens, time.perf_counter() - began, settled=step > measured_step)
         record: Record = {}
@@ -147,10 +151,13 @@ def train(
             record["validation_loss"] = _evaluate(job)
         if record:
             metrics.add({"step": done} | record)
-        checkpoints.maybe_save(done, job.model, job.optimizer, job.scheduler)
+        if checkpoints is not None:
+            checkpoints.save_if_due(position, last_step=steps)
     if unlogged is not None:  # stopped between two lines
-        metrics.add({"step": done} | _training_record(unlogged, clock))
-    return _measured(job, done, clock, bytes_sent, metrics.records)
+        metrics.add({"step": unlogged.step} | _training_record(unlogged, clock))
+    if checkpoints is not None and stop.agreed is not None:
+        checkpoints.save(position)
+    return _measured(job, position, clock, bytes_sent, metrics.records)
 
 
 def _take_step(job: Job, step: int, stop: StopRequest) -> _Taken | None:
@@ -209,9 +216,10 @@ def _micro_batches(job: Job, step: int) -> list[MicroBatch]:
 def _agree(batches: Sequence[MicroBatch], stop: StopRequest, world: World) -> tuple[int, bool]:
     """Labels that count in the global batch, and whether any process was asked to stop."""
     counted = sum(int((labels != IGNORED).sum()) for _, labels in batches)
-    both = torch.tensor([counted, int(stop.asked)], dtype=torch.int64, device=world.device)
-    tokens, asked = sum_over_processes(both).tolist()
-    return max(1, tokens), asked > 0
+    asked = [int(stop.asked is each) for each in (signal.SIGINT, signal.SIGTERM)]
+    counts = torch.tensor([counted, *asked], dtype=torch.int64, device=world.device)
+    tokens, interrupted, preempted = sum_over_processes(counts).tolist()
+    return max(1, tokens), stop.agree(interrupted=interrupted, preempted=preempted)
 
 
 def _dropout_seed(seed: int, step: int, world: World) -> int:
@@ -230,15 +238,16 @@ def _evaluate(job: Job) -> float:
 
 
 def _measured(
-    job: Job, steps: int, clock: _Clock, bytes_sent: int | None, records: list[Record]
+    job: Job, position: Position, clock: _Clock, bytes_sent: int | None, records: list[Record]
 ) -> Measured:
     device = job.world.device
     losses = [value for record in records if (value := record.get("loss")) is not None][-10:]
     checks = [value for record in records if (value := record.get("validation_loss")) is not None]
     trained = sum(tensor.numel() for tensor in job.spread.trained())
     return Measured(
-        steps=steps,
-        finished=steps == job.config.train.steps,
+        steps=position.step,
+        finished=position.step == job.config.train.steps,
+        tokens=position.tokens,
         loss=sum(losses) / len(losses) if losses else None,
         validation_loss=checks[-1] if checks else None,
         tokens_per_second=clock.rate,
@@ -260,8 +269,3 @@ def _held_bytes(values: Iterable[object]) -> int:
         elif isinstance(value, torch.Tensor):
             total += local_part(value).numel() * value.itemsize
     return total
-
-
-def checkpoint_folder(run: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run / "checkpoints"

@@ -38,7 +38,7 @@ class Metrics:
         }
         self.records.append(clean)
         if self._file is not None:
-            self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+            self._file.write(_line(clean))
             self._file.flush()
         if self._board is not None:
             for key, value in record.items():
@@ -54,7 +54,10 @@ def open_metrics(
     """Metrics that append to `folder/metrics.jsonl`; None writes nothing.
 
     Lines of steps after `first_step` are dropped: a run that resumes from an older checkpoint takes
-    those steps again.
+    those steps again. A kill meanwhile leaves the file as it was.
+
+    Raises:
+        ValueError: a line that is no record.
     """
     if folder is None:
         yield Metrics(None, None)
@@ -66,23 +69,35 @@ def open_metrics(
         with needs_train_extra():
             from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(str(board_folder), purge_step=first_step + 1)
+    partial = folder / ".metrics.jsonl.partial"
+    partial.write_text("".join(map(_line, earlier)), encoding="utf-8")
+    partial.replace(path)
     try:
-        with path.open("w", encoding="utf-8") as file:
-            metrics = Metrics(file, None)
-            for record in earlier:
-                metrics.add(record)
-            metrics._board = board
+        with path.open("a", encoding="utf-8") as file:
+            metrics = Metrics(file, board)
+            metrics.records += earlier
             yield metrics
     finally:
         if board is not None:
             board.close()
 
 
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
 def _read_until(path: Path, step: int) -> list[Record]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records: list[Record] = [json.loads(line) for line in lines]
+    # What stands behind the last line's end is a line that a kill cut short: of a step to be taken
+    # again, since a checkpoint comes after the line of its step.
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        records: list[Record] = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"every line of {str(path)!r} must be a record; {error}. Remove that line."
+        ) from error
     return [record for record in records if (record["step"] or 0) <= step]
 
 

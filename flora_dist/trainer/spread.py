@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from flora_dist.integrations.gradient_report import GradientReport
 from flora_dist.optimizer.flora import Flora
 from flora_dist.trainer.config import Config
+from flora_dist.trainer.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ class Learner:
     """Its learning rate."""
     gradients: GradientReport | None
     """What of the gradients is sketched; None: nothing."""
+    storage: Storage
+    """How both are saved and loaded."""
 
 
 def over(

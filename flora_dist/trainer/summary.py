@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
+RESULTS = "summary.json"
+"""What a run has measured, in its folder."""
 _NOT_RUN = "not run"
 
 
@@ -96,7 +98,7 @@ def write_summary(summary: Summary, folder: Path) -> None:
             del part["records"]  # they are metrics.jsonl
     partial = folder / ".summary.json.partial"
     partial.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "summary.json")
+    partial.replace(folder / RESULTS)
     _draw(summary, folder)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch import nn
 from flora_dist import Flora
 from flora_dist.integrations.gradient_report import GradientReport
 from flora_dist.trainer.backend import World, find_world, spread
-from flora_dist.trainer.checkpoint import Checkpoints
 from flora_dist.trainer.config import (
     BackendConfig,
     Config,
@@ -122,7 +120,6 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
             seed=run.seed,
         ),
         spread=module,
-        model=model,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         gradients=totals(sketched, bench.world.device),
@@ -130,11 +127,9 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     with redirect_stderr(io.StringIO()):  # Flora's summary, hundreds of times
         measured = train(
             job,
-            first_step=0,
             stop=StopRequest(),
             metrics=Metrics(None, None),
             progress=Progress(None, None),
-            checkpoints=Checkpoints(folder=Path(), every=None, identity={}, world=bench.world),
         )
     tokens = config.train.global_batch * settings.size.sequence_length
     held = {"gradient_bytes": gradient_bytes(model, sketched)}

@@ -13,8 +13,8 @@ import torch
 import flora_dist.deepspeed
 from flora_dist import Flora
 from flora_dist.trainer.backend import find_world
-from flora_dist.trainer.checkpoint import Checkpoints
-from flora_dist.trainer.config import Config
+from flora_dist.trainer.checkpoint import Checkpoints, Start, find_start, load
+from flora_dist.trainer.config import CheckpointConfig, Config
 from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.data import Order, read_corpus
 from flora_dist.trainer.gradients import totals
@@ -22,10 +22,11 @@ from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.learner import build_learner, check_learner
 from flora_dist.trainer.loop import Job, accumulate, train
 from flora_dist.trainer.metrics import Metrics, Progress
+from flora_dist.trainer.plan import make_plan
 from flora_dist.trainer.spread import Learner, World
 from flora_dist.trainer.tokenizer import ByteTokenizer
 from tests.trainer.ragged import micro_batches, tiny_model, token_count
-from tests.trainer.support import TINY
+from tests.trainer.support import TINY, tensor_hashes
 
 
 def _learner(config: Config, world: World) -> tuple[torch.nn.Module, Learner]:
@@ -41,31 +42,60 @@ def trained(overrides: list[str]) -> dict[str, Any]:
     """
     config = load_config(TINY, overrides)
     world = find_world(config.backend)
-    model, learner = _learner(config, world)
+    _, learner = _learner(config, world)
+    measured = train(_job(config, world, learner), **_quietly())
+    optimizer = learner.optimizer
+    reported = optimizer.report().state_bytes if isinstance(optimizer, Flora) else None
+    learner.spread.close()
+    return {**asdict(measured), "reported": reported}
+
+
+def saved_and_resumed(overrides: list[str], folder: str) -> list[tuple[list[Any], dict[str, str]]]:
+    """Train whole, then from the second step on; records, and hashes of weights and state."""
+    config = load_config(TINY, overrides)
+    world = find_world(config.backend)
+    identity = make_plan(config, world).identity
+    saving = CheckpointConfig(every=2, keep=None)
+    found, start = [], Start()
+    for name in ("whole", "resumed"):
+        _, learner = _learner(config, world)
+        if start.path is not None:
+            load(learner, start.path)
+        place = Path(folder) / name
+        with Checkpoints(place, saving, learner, identity, start) as checkpoints:
+            measured = train(
+                _job(config, world, learner),
+                **_quietly(),
+                start=start.position,
+                checkpoints=checkpoints,
+            )
+        learner.spread.close()
+        found.append((measured.records, tensor_hashes(place / "step-00000006")))
+        resume = str(Path(folder) / "whole" / "step-00000002")
+        start = find_start(CheckpointConfig(resume=resume), place, identity, world)
+    return found
+
+
+def _job(config: Config, world: World, learner: Learner) -> Job:
     corpus = read_corpus(config.data, ByteTokenizer())
-    job = Job(
+    return Job(
         config=config,
         world=world,
         corpus=corpus,
         order=Order(sequences=len(corpus.train), global_batch=config.train.global_batch, seed=0),
         spread=learner.spread,
-        model=model,
         optimizer=learner.optimizer,
         scheduler=learner.scheduler,
         gradients=totals(learner.gradients, world.device),
     )
-    measured = train(
-        job,
-        first_step=0,
-        stop=StopRequest(),
-        metrics=Metrics(None, None),
-        progress=Progress(None, None),
-        checkpoints=Checkpoints(folder=Path(), every=None, identity={}, world=world),
-    )
-    optimizer = learner.optimizer
-    reported = optimizer.report().state_bytes if isinstance(optimizer, Flora) else None
-    learner.spread.close()
-    return {**asdict(measured), "reported": reported}
+
+
+def _quietly() -> dict[str, Any]:
+    return {
+        "stop": StopRequest(),
+        "metrics": Metrics(None, None),
+        "progress": Progress(None, None),
+    }
 
 
 def gradient_norm(overrides: list[str]) -> float:

@@ -8,8 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from flora_dist.checkpoint.folder import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -34,11 +37,22 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def torchrun(processes: int, log_folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def tensor_hashes(checkpoint: Path) -> dict[str, str]:
+    """The files of a checkpoint's tensors by their hashes; `.metadata` has a number of its own."""
+    files = read_manifest(checkpoint).files
+    return {name: facts.sha256 for name, facts in files.items() if name.endswith(".distcp")}
+
+
+def torchrun(
+    processes: int,
+    log_folder: Path,
+    *overrides: str,
+    module: Sequence[str] = ("flora_dist.trainer",),
+) -> subprocess.Popen[str]:
     """Start the trainer under torchrun, each process's output in a file of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "--redirects", "3", "--log-dir"]
-    command += [str(log_folder), "-m", "flora_dist.trainer", "--config", str(TINY)]
+    command += [str(log_folder), "-m", *module, "--config", str(TINY)]
     for override in overrides:
         command += ["--set", override]
     return subprocess.Popen(
@@ -50,7 +64,7 @@ def deepspeed_launch(processes: int, log_folder: Path, *overrides: str) -> int:
     """Run the trainer under the deepspeed launcher, each process's output in a file of its own."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", str(processes), "--no_local_rank"]
-    command += ["--master_port", str(_free_port()), "--enable_each_rank_log", str(log_folder)]
+    command += ["--master_port", str(free_port()), "--enable_each_rank_log", str(log_folder)]
     command += ["--module", "flora_dist.trainer", "--config", str(TINY)]
     for override in overrides:
         command += ["--set", override]
@@ -58,7 +72,7 @@ def deepspeed_launch(processes: int, log_folder: Path, *overrides: str) -> int:
     return subprocess.run(command, env=environment, check=False, timeout=240).returncode
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -73,22 +87,26 @@ def output_of(log_folder: Path, process_rank: int) -> str:
 
 
 class Workers:
-    """Runs tests/trainer/worker.py once per world size; its cases share the start of torch."""
+    """Runs tests/trainer/worker.py once per world size; its cases share the start of torch.
+
+    Cases are `trained` or `saved`.
+    """
 
     def __init__(self, corpus: Path, folder: Path) -> None:
         self._corpus, self._folder = corpus, folder
-        self._done: dict[int, Path] = {}
+        self._done: dict[tuple[int, str], Path] = {}
 
-    def __call__(self, world_size: int) -> Path:
+    def __call__(self, world_size: int, cases: str = "trained") -> Path:
         """The folder with what the cases of this world size wrote."""
-        if world_size not in self._done:
-            self._done[world_size] = self._launch(world_size)
-        return self._done[world_size]
+        key = (world_size, cases)
+        if key not in self._done:
+            self._done[key] = self._launch(world_size, cases)
+        return self._done[key]
 
-    def _launch(self, world_size: int) -> Path:
-        folder = self._folder / str(world_size)
+    def _launch(self, world_size: int, cases: str) -> Path:
+        folder = self._folder / f"{cases}.{world_size}"
         folder.mkdir()
-        arguments = [str(folder), str(self._corpus)]
+        arguments = [str(folder), str(self._corpus), cases]
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.trainer.worker", *arguments],
@@ -106,7 +124,7 @@ class Workers:
             for rank in range(world_size)
         ]
         try:
-            outputs = [process.communicate(timeout=270)[0] for process in processes]
+            outputs = [process.communicate(timeout=285)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -14,13 +14,22 @@ from typing import Any
 import pytest
 import torch
 
+from flora_dist.checkpoint import latest
+from flora_dist.checkpoint.folder import read_manifest
 from flora_dist.trainer.backend import spread
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.loop import accumulate
 from flora_dist.trainer.run import run
 from flora_dist.trainer.spread import World
 from tests.trainer.ragged import MICRO_BATCH, micro_batches, tiny_model, token_count, whole_batch
-from tests.trainer.support import Workers, metrics, output_of, tiny_overrides, torchrun
+from tests.trainer.support import (
+    Workers,
+    metrics,
+    output_of,
+    tensor_hashes,
+    tiny_overrides,
+    torchrun,
+)
 
 LAYOUTS = [(2, "ddp"), (2, "fsdp1"), (2, "fsdp2"), (4, "hsdp")]
 ALONE = World(process_rank=0, size=1, device=torch.device("cpu"))
@@ -143,8 +152,8 @@ def test_clipping_on_fsdp2_is_clipping_on_one_process_and_its_norm_is_counted(
 
 def test_a_whole_step_adds_the_token_count_to_the_gradients_bytes(workers: Workers) -> None:
     summary = json.loads((workers(2) / "ddp" / "summary.json").read_text())
-    # two int64: the labels that count, and whether somebody pressed Ctrl-C
-    assert summary["measured"]["bytes_sent"] == 4 * summary["parameters"] + 16
+    # three int64: the labels that count, and who got a SIGINT or a SIGTERM
+    assert summary["measured"]["bytes_sent"] == 4 * summary["parameters"] + 24
 
 
 def test_state_bytes_are_the_largest_processs(workers: Workers) -> None:
@@ -156,18 +165,63 @@ def test_state_bytes_are_the_largest_processs(workers: Workers) -> None:
     assert summary["measured"]["weight_bytes"] == 4 * held
 
 
-def test_resuming_on_fsdp2_repeats_the_uninterrupted_run(workers: Workers) -> None:
-    folder = workers(2)
-    whole, resumed = metrics(folder / "fsdp2"), metrics(folder / "resumed")
-    assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
-    kept = ("loss", "validation_loss", "lr")
-    assert [[r.get(k) for k in kept] for r in resumed] == [[r.get(k) for k in kept] for r in whole]
+@pytest.mark.parametrize("name", ["fsdp2", "ddp", "fsdp1", "fsdp2.low", "compressed"])
+def test_resuming_on_two_processes_repeats_the_uninterrupted_run_bit_for_bit(
+    name: str, workers: Workers
+) -> None:
+    whole, again = (metrics(workers(2, "saved") / f"{name}.{how}") for how in ("whole", "resumed"))
+    kept = ("step", "loss", "validation_loss", "lr", "tokens")
+    assert [[r.get(k) for k in kept] for r in again] == [
+        [r.get(k) for k in kept] for r in whole[2:]
+    ]
+    # Weights and state of the last step, by the hashes of their files.
+    files = [
+        tensor_hashes(workers(2, "saved") / f"{name}.{how}" / "checkpoints" / "step-00000006")
+        for how in ("whole", "resumed")
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp1"])
+def test_a_run_of_two_processes_goes_on_with_one(
+    name: str, workers: Workers, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    checkpoint = workers(2, "saved") / f"{name}.whole" / "checkpoints" / "step-00000002"
+    flora = "optimizer={name: flora, lr: 1e-2}"
+    assert run(tiny(flora, f"checkpoint.resume={checkpoint}")) == 0
+    whole = metrics(workers(2, "saved") / f"{name}.whole")
+    # float32 sums in another order through four steps; Flora divides by means, not by elements.
+    assert [r["loss"] for r in metrics(tmp_path / "tiny")] == pytest.approx(
+        [r["loss"] for r in whole[2:]], rel=1e-5
+    )
+
+
+def test_processes_that_find_different_checkpoints_are_told_so(workers: Workers) -> None:
+    folder = workers(2, "saved")
+    for rank in (0, 1):
+        said = (folder / f"starts.{rank}").read_text()
+        assert "they found some after 0 and some after 10 steps" in said
 
 
 def test_ctrl_c_on_one_process_ends_all_of_them_cleanly(workers: Workers) -> None:
-    folder = workers(2)
+    folder = workers(2, "saved")
     assert [(folder / f"interrupted.{rank}").read_text() for rank in (0, 1)] == ["130", "130"]
     check_interrupted(folder / "interrupted")
+    check_saved(folder / "interrupted")
+
+
+def test_sigterm_on_one_process_saves_on_all_of_them_and_all_exit_with_0(workers: Workers) -> None:
+    folder = workers(2, "saved")
+    assert [(folder / f"preempted.{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
+    check_interrupted(folder / "preempted")
+    check_saved(folder / "preempted")
+
+
+def check_saved(folder: Path) -> None:
+    """The one checkpoint is that of the last step taken."""
+    newest = latest(folder / "checkpoints")
+    assert newest is not None
+    assert read_manifest(newest).step == metrics(folder)[-1]["step"]
 
 
 def check_interrupted(folder: Path) -> None:

@@ -170,7 +170,7 @@ def test_without_deepspeed_the_error_names_the_extra(
 def test_checkpoints_of_flat_parts_are_refused_before_anything_is_written(
     name: str, key: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"checkpoints need .*Set both to null, or use ddp"):
+    with pytest.raises(ValueError, match=r"in flat parts only Flora .*Set both to null, or"):
         run(tiny(f"backend={{{name}}}", f"checkpoint={{{key}}}"))
     assert not any(tmp_path.iterdir())
 

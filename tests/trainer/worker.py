@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The multi-process cases of one world size; run by support.Workers, one process per rank.
 
-python -m tests.trainer.worker FOLDER CORPUS
+python -m tests.trainer.worker FOLDER CORPUS CASES
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from flora_dist.sketch.keys import canonical_name
 from flora_dist.trainer.backend import find_world, process_group, spread
+from flora_dist.trainer.checkpoint import Position, Start, check_same_start
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.loop import accumulate
@@ -49,10 +51,20 @@ SKETCHED = {
     4: {"hsdp.compressed": [*BACKENDS[4]["hsdp"], "gradients.level=compressed"]},
 }
 
+LOW = "train.precision=bfloat16"
+SAVING = "checkpoint={every: 2, keep: null}"
+RESUMED = {
+    "fsdp2": ["backend.name=fsdp2"],
+    "ddp": [*FLORA, "backend.name=ddp", "checkpoint.asynchronous=true"],
+    "fsdp1": [*FLORA, "backend.name=fsdp1"],
+    "fsdp2.low": [*FLORA, "backend.name=fsdp2", LOW, "checkpoint.asynchronous=true"],
+    "compressed": [*FLORA, "backend.name=fsdp2", "gradients.level=compressed"],
+}
 
-def main(folder: Path, corpus: Path) -> None:
-    meet_at_files(folder)
-    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+
+def trained(folder: Path, corpus: Path) -> None:
+    """Every backend's gradient and run, and runs with sketched gradients."""
+    size = int(os.environ["WORLD_SIZE"])
     for name, overrides in BACKENDS[size].items():
         config = load_config(
             TINY, tiny_overrides(corpus, folder, f"output.name={name}", *overrides)
@@ -67,17 +79,38 @@ def main(folder: Path, corpus: Path) -> None:
         fsdp2 = tiny_overrides(corpus, folder, "backend.name=fsdp2")
         clipped = [*fsdp2, "output.name=clipped", "train.max_grad_norm=0.1"]
         assert run(load_config(TINY, clipped)) == 0
-        half = [*fsdp2, "output.name=resumed", "checkpoint.every=2"]
-        assert run(load_config(TINY, half)) == 0
-        checkpoint = folder / "resumed" / "checkpoints" / "step-00000002"
-        assert run(load_config(TINY, [*half, f"checkpoint.resume={checkpoint}"])) == 0
-        half = [*fsdp2, *sketched, "gradients.level=compressed", "checkpoint.every=2"]
-        half.append("output.name=compressed.resumed")
-        assert run(load_config(TINY, half)) == 0
-        checkpoint = folder / "compressed.resumed" / "checkpoints" / "step-00000002"
-        assert run(load_config(TINY, [*half, f"checkpoint.resume={checkpoint}"])) == 0
-        code = interrupted([*fsdp2, "output.name=interrupted", "train.steps=100000"], folder, rank)
-        (folder / f"interrupted.{rank}").write_text(str(code))
+
+
+def saved(folder: Path, corpus: Path) -> None:
+    """Runs that resume, or are asked to stop."""
+    rank = int(os.environ["RANK"])
+    for name, overrides in RESUMED.items():
+        resumed(name, tiny_overrides(corpus, folder, SAVING, *overrides), folder)
+    fsdp2 = tiny_overrides(corpus, folder, "backend.name=fsdp2")
+    endless = [*fsdp2, "train.steps=100000", "checkpoint.every=100000"]
+    for name, number in (("interrupted", signal.SIGINT), ("preempted", signal.SIGTERM)):
+        code = stopped([*endless, f"output.name={name}"], folder / name, rank, number)
+        (folder / f"{name}.{rank}").write_text(str(code))
+    (folder / f"starts.{rank}").write_text(different_starts(load_config(TINY, fsdp2), rank))
+
+
+def resumed(name: str, overrides: list[str], folder: Path) -> None:
+    """Train whole, then from the second step on."""
+    assert run(load_config(TINY, [*overrides, f"output.name={name}.whole"])) == 0
+    checkpoint = folder / f"{name}.whole" / "checkpoints" / "step-00000002"
+    again = [*overrides, f"output.name={name}.resumed", f"checkpoint.resume={checkpoint}"]
+    assert run(load_config(TINY, again)) == 0
+
+
+def different_starts(config: Config, rank: int) -> str:
+    """What each process says if they have found checkpoints of different steps."""
+    world = find_world(config.backend)
+    try:
+        with process_group(config.backend, world):
+            check_same_start(Start(position=Position(step=10 * rank)), world)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def meet_at_files(folder: Path) -> None:
@@ -87,9 +120,10 @@ def meet_at_files(folder: Path) -> None:
     """
     init, stores = dist.init_process_group, (folder / f"store.{n}" for n in count())
 
-    def at_a_file(kind: str) -> None:
+    def at_a_file(kind: str, timeout: timedelta) -> None:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        init(kind, init_method=next(stores).as_uri(), rank=rank, world_size=size)
+        where = next(stores).as_uri()
+        init(kind, init_method=where, rank=rank, world_size=size, timeout=timeout)
 
     dist.init_process_group = at_a_file
 
@@ -129,14 +163,15 @@ def full_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         }
 
 
-def interrupted(overrides: list[str], folder: Path, rank: int) -> int:
-    """Run without end; process 1 alone gets a Ctrl-C once two steps are written."""
-    log = folder / "interrupted" / "metrics.jsonl"
+def stopped(overrides: list[str], run_folder: Path, rank: int, number: signal.Signals) -> int:
+    """Run without end; process 1 alone gets a signal once two steps are written, and again."""
+    log = run_folder / "metrics.jsonl"
 
     def press() -> None:
         while not log.exists() or log.read_text().count("\n") < 2:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):
+            os.kill(os.getpid(), number)
 
     if rank == 1:
         threading.Thread(target=press, daemon=True).start()
@@ -144,5 +179,6 @@ def interrupted(overrides: list[str], folder: Path, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(240, exit=True)  # say where it hangs, and end
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    faulthandler.dump_traceback_later(270, exit=True)  # say where it hangs, and end
+    meet_at_files(Path(sys.argv[1]))
+    {"trained": trained, "saved": saved}[sys.argv[3]](Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything about a run that can be checked before a process group or a file exists."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flora_dist.trainer.backend import check_world
+from flora_dist.trainer.checkpoint import Start, find_start
+from flora_dist.trainer.config import AUTO, DENSE, Config
+from flora_dist.trainer.data import Corpus, Order, read_corpus
+from flora_dist.trainer.gradients import check_sizes
+from flora_dist.trainer.learner import check_learner
+from flora_dist.trainer.model import read_model_config, shapes_only
+from flora_dist.trainer.optimizers import build_optimizer
+from flora_dist.trainer.spread import World
+from flora_dist.trainer.summary import RESULTS
+from flora_dist.trainer.tokenizer import open_tokenizer
+
+RESOLVED = "config.yaml"
+"""Every run folder has it; only a folder with it is ever replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run whose every check has passed, and which has written nothing yet."""
+
+    config: Config
+    """The config."""
+    world: World
+    """The processes."""
+    corpus: Corpus
+    """The text, tokenized."""
+    order: Order
+    """The batches."""
+    network: Any
+    """The transformers config."""
+    identity: dict[str, Any]
+    """What a checkpoint must share with this run."""
+    start: Start
+    """Where it begins."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return folder_of(self.config)
+
+    @property
+    def keeps_folder(self) -> bool:
+        """Whether the run goes on in a folder that is there, and removes nothing of it."""
+        resume = self.config.checkpoint.resume
+        if resume is None or resume == AUTO:
+            return resume == AUTO
+        return self.folder.resolve() in Path(resume).resolve().parents
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the same command has come to its end before, with everything written."""
+        results, config = _results(self.folder), self.config
+        wanted = ["measured"] if config.compare is None else ["measured", "adamw"]
+        return (
+            config.checkpoint.resume == AUTO
+            and self.start.position.step == config.train.steps
+            and all((results.get(part) or {}).get("finished") for part in wanted)
+        )
+
+
+def folder_of(config: Config) -> Path:
+    """Where a run writes."""
+    return Path(config.output.folder) / config.output.name
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def make_plan(config: Config, world: World) -> Plan:
+    """Check a run.
+
+    Raises:
+        ValueError: the config does not fit the corpus, the model, the processes, the checkpoint or
+            the run folder.
+    """
+    check_world(config, world.size)
+    check_learner(config, world)
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    network = read_model_config(config.model, tokenizer, config.data.sequence_length)
+    corpus = read_corpus(config.data, tokenizer)
+    order = Order(
+        sequences=len(corpus.train),
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+    )
+    for optimizer in filter(None, (config.optimizer, config.compare)):
+        # On weights without memory: what the optimizer refuses, it refuses here.
+        shapes = shapes_only(network).named_parameters()
+        check_sizes(config, build_optimizer(optimizer, shapes, seed=config.train.seed))
+    identity = _identity(config, network, corpus)
+    folder = folder_of(config)
+    plan = Plan(
+        config=config,
+        world=world,
+        corpus=corpus,
+        order=order,
+        network=network,
+        identity=identity,
+        start=find_start(config.checkpoint, checkpoint_folder(folder), identity, world),
+    )
+    _check_length(plan)
+    _check_folder(plan)
+    return plan
+
+
+def _identity(config: Config, network: Any, corpus: Corpus) -> dict[str, Any]:
+    """What a run and the one it resumes must share: not the processes, nor how they are used."""
+    facts = {
+        "model": {k: v for k, v in network.to_dict().items() if k != "transformers_version"},
+        "seed": config.train.seed,
+        "optimizer": config.optimizer.name,
+        # A checkpoint brings its own: others in the config would go unheard.
+        "options": dict(config.optimizer.options),
+        # How sketches come about may change; that they are none is another algorithm.
+        "gradients": DENSE if config.gradients.level == DENSE else "sketched",
+        "corpus": corpus.fingerprint,
+        "sequence_length": config.data.sequence_length,
+        "global_batch": config.train.global_batch,
+    }
+    tree: dict[str, Any] = json.loads(json.dumps(facts))  # as a manifest gives it back
+    return tree
+
+
+def _check_length(plan: Plan) -> None:
+    done, steps = plan.start.position.step, plan.config.train.steps
+    # With auto, a run that was killed behind its last step has its comparison or summary to do.
+    if done > steps or (done == steps and plan.config.checkpoint.resume != AUTO):
+        raise ValueError(
+            f"train.steps must be above the checkpoint's step; it is {steps}, the checkpoint was "
+            f"written after {done}. Raise train.steps."
+        )
+
+
+def _check_folder(plan: Plan) -> None:
+    folder, resume = plan.folder, plan.config.checkpoint.resume
+    is_continued = plan.keeps_folder and plan.start.path is not None
+    if is_continued or not folder.exists():
+        return
+    overwrite = plan.config.output.overwrite
+    if resume != AUTO and not overwrite:
+        raise ValueError(
+            f"a run must not overwrite another; {str(folder)!r} exists. Change output.name, set "
+            "output.overwrite: true, or go on with it: checkpoint.resume: auto."
+        )
+    if any(folder.iterdir()) and not (folder / RESOLVED).is_file():
+        raise ValueError(
+            f"only a run's folder is replaced or gone on with; {str(folder)!r} has no {RESOLVED}, "
+            "so something else wrote it. Change output.name."
+        )
+    steps = (_results(folder).get("measured") or {}).get("steps")
+    if not overwrite and steps:
+        raise ValueError(
+            "checkpoint.resume: auto starts over only what left nothing behind; "
+            f"{str(folder)!r} has the results of {steps} steps and no checkpoint. Change "
+            "output.name, or set output.overwrite: true."
+        )
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """What a run in that folder has written at its end; empty without one."""
+    path = folder / RESULTS
+    tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return tree if isinstance(tree, dict) else {}

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer with a fault in one process: python -m tests.trainer.failing PROCESS ARGUMENTS."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from flora_dist.trainer import loop, main
+from flora_dist.trainer.interrupt import StopRequest
+
+
+def break_down(job: loop.Job, step: int, stop: StopRequest) -> object:
+    """In place of the loop's step: the fourth one divides by zero."""
+    if step == 3:
+        raise ZeroDivisionError("a fault of this process alone")
+    return take_step(job, step, stop)
+
+
+if __name__ == "__main__":
+    take_step = loop._take_step
+    if os.environ["RANK"] == sys.argv[1]:
+        loop._take_step = break_down  # type: ignore[assignment]
+    sys.exit(main(sys.argv[2:]))
