@@ -159,7 +159,7 @@ def _tensors(path: Path, metadata: Metadata) -> dict[str, Tensor]:
         key: Boxes.of(tuple(t.shape), t.dtype, [Box(offsets=(0,) * t.ndim, values=t)])
         for key, t in found.items()
     }
-    with readable():
+    with readable(path):
         dcp_load(dict(boxes), storage_reader=BoxReader(path), planner=BoxPlanner(), no_dist=True)
     return found
 

@@ -80,5 +80,5 @@ def _open(path: Path, group: Group) -> tuple[Path, Manifest]:
 
 def _read_boxes(where: Path, tensors: Mapping[str, Boxes]) -> None:
     """Each rank for itself, so that no message is due where one fails."""
-    with readable():
+    with readable(where):
         dcp_load(dict(tensors), storage_reader=BoxReader(where), planner=BoxPlanner(), no_dist=True)

@@ -42,6 +42,10 @@ class Target:
     keep: int | None
     """Checkpoints to keep, this one among them; None: all."""
 
+    def __post_init__(self) -> None:
+        folders.check_tag(self.tag)
+        folders.check_keep(self.keep)
+
 
 def write(contents: Contents, target: Target, group: Group = None) -> Path:
     """Save what all ranks of ``group`` hold; the path of the checkpoint.
@@ -55,7 +59,7 @@ def write(contents: Contents, target: Target, group: Group = None) -> Path:
     with agreed(group):
         if rank == 0:
             partial = folders.begin(target.folder, target.tag)
-    with readable():
+    with readable(partial):
         dcp_save(
             dict(contents.tensors),
             storage_writer=FileSystemWriter(partial, sync_files=True),

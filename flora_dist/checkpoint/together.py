@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -50,7 +51,7 @@ def agreed(group: Group = None) -> Iterator[None]:
 
 
 @contextmanager
-def readable() -> Iterator[None]:
+def readable(where: Path) -> Iterator[None]:
     """DCP's own failures, which are no ``Exception``, as what users see.
 
     Raises:
@@ -64,8 +65,8 @@ def readable() -> Iterator[None]:
     except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
         raise ValueError(
-            f"a checkpoint's files must be readable and writable; rank {rank}: {first!r}. See to "
-            "the disk, or take another checkpoint."
+            f"a checkpoint's files must be readable and writable; '{where}' on rank {rank}: "
+            f"{first!r}. See to the disk, or take another checkpoint."
         ) from error
 
 

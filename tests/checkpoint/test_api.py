@@ -98,6 +98,16 @@ def test_other_optimizers_of_torch(kind: Any, tmp_path: Path) -> None:
 # ---- what is refused
 
 
+@pytest.mark.parametrize("wrong", [{"keep": 0}, {"tag": "../elsewhere"}, {"tag": ""}])
+def test_a_wrong_keep_or_tag_is_refused_before_anything_is_written(
+    wrong: dict[str, Any], tmp_path: Path
+) -> None:
+    model, optimizer = trained()
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        checkpoint.save(tmp_path / "new", model, optimizer, step=1, **wrong)
+    assert not (tmp_path / "new").exists()
+
+
 def _wrong_seed() -> tuple[nn.Module, Flora, str]:
     return *trained(seed=1), "seed"
 
