@@ -35,6 +35,7 @@ class RankPool:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._calls = 0
 
     def __call__(self, body: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
         """Run ``body(*args)`` on every rank; return the results in rank order.
@@ -43,15 +44,15 @@ class RankPool:
         """
         if not self._workers:
             self._start()
-        with tempfile.TemporaryDirectory() as folder:
-            store = Path(folder) / "store"
-            for _, pipe in self._workers:
-                pipe.send((body, args, store, timeout))
-            try:
-                return self._collect(timeout)
-            except BaseException:
-                self.close()
-                raise
+        self._calls += 1
+        store = Path(self._stores.name) / str(self._calls)
+        for _, pipe in self._workers:
+            pipe.send((body, args, store, timeout))
+        try:
+            return self._collect(timeout)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Stop every worker; the next call starts new ones."""
@@ -59,9 +60,14 @@ class RankPool:
             process.kill()
             process.join()
             pipe.close()
+        if self._workers:
+            self._stores.cleanup()
         self._workers.clear()
 
     def _start(self) -> None:
+        # As long as the workers: a store that dies late opens its file once more, and waits for one
+        # that is gone until the timeout of its group.
+        self._stores = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
