@@ -7,8 +7,6 @@ Importing this package loads no torch; the names below load what they need when 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flora_dist.version import __version__
-
 if TYPE_CHECKING:
     from flora_dist import checkpoint as checkpoint
     from flora_dist import ddp as ddp
@@ -17,12 +15,14 @@ if TYPE_CHECKING:
     from flora_dist.integrations.attach import attach as attach
     from flora_dist.optimizer.flora import Flora
     from flora_dist.optimizer.report import Report
+    from flora_dist.version import __version__
 
 __all__ = ["Flora", "Report", "__version__", "attach"]
 
 _HOMES = {
     "Flora": "flora_dist.optimizer.flora",
     "Report": "flora_dist.optimizer.report",
+    "__version__": "flora_dist.version",
     "attach": "flora_dist.integrations.attach",
 }
 # Not in __all__: import * would need DeepSpeed.

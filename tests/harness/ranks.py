@@ -131,3 +131,5 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
                 # is left to the collector keeps three threads that wake all the time: hundreds of
                 # them, in every idle worker, had taken the machine from the tests that ran.
                 gc.collect()
+                # What stays is torch's and ours: looking at it again takes longer than most bodies.
+                gc.freeze()

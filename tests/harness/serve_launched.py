@@ -48,6 +48,7 @@ def serve(folder: Path) -> None:
         # As in ranks.py: groups of engines that are left to the collector keep threads awake.
         del result
         gc.collect()
+        gc.freeze()
 
 
 if __name__ == "__main__":
