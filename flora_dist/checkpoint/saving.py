@@ -152,6 +152,8 @@ class Saving:
             ValueError: as ``save``; what it raised in the background.
         """
         self._thread.join()
+        if self in _pending:  # what is said here must not stop the next save
+            _pending.remove(self)
         if self._error is not None:
             raise self._error
         assert self._path is not None
@@ -169,7 +171,7 @@ def write_behind(contents: Contents, target: Target) -> Saving:
     A second one waits for the first.
     """
     while _pending:
-        _pending.pop().wait()
+        _pending[-1].wait()
     copied = replace(contents, tensors={k: _copied(b) for k, b in contents.tensors.items()})
     group = _background_group()
     saving = Saving(lambda: write(copied, target, group))

@@ -96,6 +96,7 @@ def test_what_fails_in_the_background_is_raised_by_wait(tmp_path: Path) -> None:
     saving = checkpoint.save_async(tmp_path / "file", model, optimizer, step=2)
     with pytest.raises(ValueError, match="file"):
         saving.wait()
+    assert checkpoint.save_async(tmp_path / "good", model, optimizer, step=2).wait().is_dir()
 
 
 def _in_background(folder: Path) -> list[str]:
