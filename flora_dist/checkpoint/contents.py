@@ -50,7 +50,7 @@ class Contents:
     tensors: Mapping[str, Boxes]
     """What the rank saves, by key."""
     parameters: dict[str, Json]
-    """Shape and, where there is state, counters of each parameter, by name."""
+    """Shape of each parameter and buffer and, where there is state, its counters, by name."""
     groups: list[Json]
     """Names and settings of each group."""
 
@@ -88,14 +88,16 @@ def gather(optimizer: Flora, others: Iterable[Held] = ()) -> Contents:
         ValueError: sketches of a step that was not taken yet, whose sums no checkpoint holds.
     """
     check_between_steps(optimizer)
-    slots = optimizer.slots()
+    slots, others = optimizer.slots(), list(others)
     tensors = {weight_key(held.name): _elements(held) for held in others}
     for slot in slots:
         tensors[weight_key(slot.part.name)] = _weight(slot)
         tensors |= dict(_states(slot, optimizer.state.get(slot.tensor, {})))
+    parameters: dict[str, Json] = {held.name: {"shape": list(held.shape)} for held in others}
+    parameters |= {slot.part.name: _counters(slot, optimizer) for slot in slots}
     return Contents(
         tensors=tensors,
-        parameters={slot.part.name: _counters(slot, optimizer) for slot in slots},
+        parameters=parameters,
         groups=_groups(slots),
     )
 

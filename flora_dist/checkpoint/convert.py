@@ -38,7 +38,8 @@ def convert(source: str | Path, target: str | Path) -> Converted:
             of ``dcp.save({"model": ..., "optimizer": ...})`` from ``get_state_dict``, or of ours.
         target: a folder of checkpoints, for ``flora_dist.checkpoint.load`` and
             ``flora_dist.deepspeed.load_checkpoint``; or a name that ends in .pt: one file
-            ``{"model", "optimizer", "step", "extra"}`` for a plain run.
+            ``{"model", "optimizer", "step", "extra"}`` for a plain run. Of tied parameters ours
+            knows the first name alone: load such a model with ``strict=False``.
 
     Raises:
         ValueError: a source of another form or optimizer, or damaged; a target that is there.

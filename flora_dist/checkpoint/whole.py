@@ -81,9 +81,11 @@ def read_whole(path: Path) -> Whole:
 
 
 def _shape_of(counters: Mapping[str, Json], tensor: Tensor) -> Shape:
-    """As the model has it; of buffers and frozen parameters only the canonical one is known."""
+    """As the model has it; the canonical one where another optimizer than Flora was saved."""
     saved = counters.get("shape")
-    return tuple(map(int, saved)) if isinstance(saved, list) else tuple(tensor.shape)  # type: ignore[arg-type]
+    if not isinstance(saved, list):
+        return tuple(tensor.shape)
+    return tuple(size for size in saved if isinstance(size, int))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +131,11 @@ def write_whole(whole: Whole, folder: Path) -> Path:
     Raises:
         ValueError: the disk, or an extra that is no JSON.
     """
-    names = {name for own, _ in whole.groups for name in own}
     contents = Contents(
         tensors={key: _boxes(tensor) for key, tensor in whole.tensors.items()},
         parameters={
             name: {"shape": list(shape), **whole.counters.get(name, {})}
             for name, shape in whole.shapes.items()
-            if name in names
         },
         groups=[{"names": list(own), "settings": settings} for own, settings in whole.groups],
     )

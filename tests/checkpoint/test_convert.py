@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from flora_dist import checkpoint, cli
+from flora_dist import Flora, checkpoint, cli
 from flora_dist.checkpoint import convert_deepspeed
 from flora_dist.checkpoint.convert import convert
 from flora_dist.checkpoint.whole import Whole, read_whole
@@ -219,3 +219,24 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: Any) -> None:
     assert "overwrites no file" in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path / "c"), str(tmp_path / "d")]) == 2
     assert "holds none of their files" in capsys.readouterr().err
+
+
+class Crowd(torch.nn.Module):
+    """A frozen convolution and a buffer without dims, beside a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 4, 3).requires_grad_(requires_grad=False)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.linear = torch.nn.Linear(8, 16)
+
+
+def test_a_file_made_of_ours_has_the_models_own_shapes(tmp_path: Path) -> None:
+    model = Crowd()
+    optimizer = Flora(model.linear.named_parameters(), rank=2, block=8)
+    checkpoint.save(tmp_path / "ours", model, optimizer, step=1)
+    convert(tmp_path / "ours", tmp_path / "file.pt")
+    content = torch.load(tmp_path / "file.pt", weights_only=True)
+    shapes = {name: value.shape for name, value in content["model"].items()}
+    assert shapes["conv.weight"] == (4, 2, 3, 3)
+    assert shapes["norm.num_batches_tracked"] == ()
