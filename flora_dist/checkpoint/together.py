@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from flora_dist.comm.groups import gather, has_peers
+
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 """Who saves or loads together; None: the default group, or this process alone."""
@@ -20,7 +22,7 @@ Group = dist.ProcessGroup | None
 
 def place(group: Group = None) -> tuple[int, int]:
     """This rank among those together, and how many they are."""
-    if not dist.is_initialized():
+    if not has_peers():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
@@ -37,11 +39,8 @@ def agreed(group: Group = None) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         caught = error
-    texts: list[str | None] = [None if caught is None else _text(caught)]
     rank, size = place(group)
-    if size > 1:
-        texts = [None] * size
-        dist.all_gather_object(texts, None if caught is None else _text(caught), group=group)
+    texts = everyones(None if caught is None else _text(caught), group)
     first = next((index for index, text in enumerate(texts) if text is not None), None)
     if first is None:
         return
@@ -72,12 +71,7 @@ def readable(where: Path) -> Iterator[None]:
 
 def everyones(mine: T, group: Group = None) -> list[T]:
     """Each rank's, in the order of ranks."""
-    _, size = place(group)
-    if size == 1:
-        return [mine]
-    all_of_them: list[T] = [mine] * size
-    dist.all_gather_object(all_of_them, mine, group=group)
-    return all_of_them
+    return gather(mine, group) if has_peers() else [mine]
 
 
 def distinct(mine: T, group: Group = None) -> list[T]:

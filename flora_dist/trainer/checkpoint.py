@@ -83,7 +83,6 @@ class Checkpoints:
             self._folder,
             step=position.step,
             extra={
-                "step": position.step,
                 "tokens": position.tokens,
                 "identity": dict(self._identity),
                 # Its functions come from the config.
