@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flora_dist import trainer
+from flora_dist import launch, trainer
 
 _USER_ERROR = 2
 
@@ -32,6 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("source", metavar="SRC", type=Path)
     convert.add_argument("target", metavar="DST", type=Path)
     convert.set_defaults(run=lambda parsed: _convert(parsed.source, parsed.target))
+    start = commands.add_parser(
+        "launch",
+        help="start the trainer or any script on one or several hosts, through any launcher",
+        description="Reaches every host, starts PROGRAM there through the launcher, and ends all "
+        "of it when one part fails, a host no longer answers or a signal comes. Exit code: the "
+        "job's, 128 + N after signal N, 1 where a host is lost, 2 for a mistake.",
+    )
+    launch.add_arguments(start)
+    start.set_defaults(run=launch.start)
     parsed = parser.parse_args(arguments)
     return int(parsed.run(parsed))
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which hosts a job runs on: a hostfile, a list of nodes, or this machine alone."""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+# What DNS allows, and addresses: a name is a word of ssh's, pdsh's and mpirun's command lines.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+_LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\S+)(?P<rest>.*)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """One machine of a job."""
+
+    name: str
+    """As ssh and every other host know it; no alias of ssh's configuration alone."""
+    slots: int
+    """Processes there."""
+
+
+def read_hostfile(path: Path) -> tuple[Host, ...]:
+    """The hosts of a file in DeepSpeed's and MPI's form, one "name slots=N" a line.
+
+    Raises:
+        ValueError: no such file, a line of another form, a host named twice, or none at all.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"the hostfile must be a readable text; {str(path)!r}: {error}. Name another one."
+        ) from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        match = _LINE.fullmatch(words)
+        if match is None or match["rest"].strip():
+            raise ValueError(
+                f"a hostfile has one 'name slots=N' a line; {path}:{number} is {line.strip()!r}. "
+                "Write the host's name, a space and slots= with its number of processes."
+            )
+        found.append(_host(match["name"], match["slots"], f"{path}:{number}"))
+    return _checked(found, str(path))
+
+
+def read_nodes(text: str, slots: int) -> tuple[Host, ...]:
+    """The hosts of a list "node1,node2:4"; ``slots`` where no number of processes is given.
+
+    >>> [(host.name, host.slots) for host in read_nodes("node1,node2:4", 1)]
+    [('node1', 1), ('node2', 4)]
+
+    Raises:
+        ValueError: a word that is no name, a host named twice, or none at all.
+    """
+    found = []
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        name, _, number = word.partition(":")
+        found.append(_host(name, number or str(slots), f"--nodes {text!r}"))
+    return _checked(found, f"--nodes {text!r}")
+
+
+def address_of(name: str) -> str:
+    """The IPv4 address behind a host's name.
+
+    Raises:
+        ValueError: the name does not resolve.
+    """
+    try:
+        return socket.gethostbyname(name)
+    except OSError as error:
+        raise ValueError(
+            f"every host must have a name that resolves here; {name!r} does not ({error}). "
+            "Correct the hostfile, /etc/hosts or DNS."
+        ) from None
+
+
+def is_local(name: str) -> bool:
+    """Whether a host is this machine: its address is one of ours."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address_of(name), 0))
+        except OSError:
+            return False
+    return True
+
+
+def _host(name: str, slots: str, where: str) -> Host:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"a host's name has letters, digits, '.', ':', '-' and '_'; {where} names {name!r}. "
+            "Correct it."
+        )
+    if not slots.isdecimal() or int(slots) < 1:
+        raise ValueError(
+            f"a host's slots must be a whole number from 1; {where} gives {name!r} {slots!r}. "
+            "Write the number of its processes, one per GPU."
+        )
+    return Host(name=name, slots=int(slots))
+
+
+def _checked(found: list[Host], where: str) -> tuple[Host, ...]:
+    if not found:
+        raise ValueError(f"a job needs a host; {where} names none. Add a line for each.")
+    names = [host.name for host in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"each host is named once, with all its slots; {where} repeats {', '.join(twice)}. "
+            "Join its lines."
+        )
+    return tuple(found)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every launcher starts as a rank: it settles the environment and becomes the user's program.
+
+Launchers disagree on the names of ranks, and each has quoting of its own: pdsh hands words to a
+remote shell. So words travel percent-encoded, and ranks are renamed here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote, unquote
+
+from flora_dist.world import interface_toward, read_world
+
+MODULE = "flora_dist.launch.worker"
+# Nothing here means anything to a shell; pdsh reads %n, %h and %u, which no encoded byte spells.
+_PLAIN = "/:=+,.@-_"
+
+
+def encode(words: Sequence[str]) -> list[str]:
+    """Words that no shell changes.
+
+    >>> encode(["--set", "backend={name: fsdp2}"])
+    ['--set', 'backend=%7Bname:%20fsdp2%7D']
+    """
+    return [quote(word, safe=_PLAIN) if word else "%" for word in words]
+
+
+def decode(words: Sequence[str]) -> list[str]:
+    """The words before `encode`."""
+    return ["" if word == "%" else unquote(word) for word in words]
+
+
+def settled(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with torch's names for this process's place and the interface toward rank 0.
+
+    Raises:
+        ValueError: the launcher's variables contradict each other.
+    """
+    place = read_world(environment)
+    found = {**environment, **place.variables()}
+    interface = interface_toward(place.address) if place.address else None
+    if interface is not None:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            found.setdefault(name, interface)
+    return found
+
+
+def main() -> None:
+    """Become ``python WORDS``: a script and its arguments, or -m and a module and its own."""
+    words = decode(sys.argv[1:])
+    try:
+        environment = settled(os.environ)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    # The same process: signals and exit codes are the program's own, and nothing waits beside it.
+    os.execve(sys.executable, [sys.executable, "-u", *words], environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which process of how many this one is: the one reader of what launchers say in the environment.
+
+torchrun, the deepspeed launcher, mpirun (Open MPI) and Slurm each say it in variables of their own.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+DEFAULT_PORT = 29500
+"""Where process 0 listens if nobody says; torch's and DeepSpeed's own."""
+_FIRST_PRIVATE_PORT, _PRIVATE_PORTS = 20000, 10000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One process among those of a job."""
+
+    process_rank: int
+    size: int
+    """Processes of the job."""
+    local_rank: int
+    """Of this process among those of its host."""
+    local_size: int
+    """Processes on this host."""
+    address: str | None
+    """Where process 0 listens; None where the launcher does not say (mpirun by itself)."""
+    port: int
+    launcher: str
+    """torchrun, deepspeed, mpirun, slurm, variables (RANK and WORLD_SIZE set by hand) or none."""
+
+    def variables(self) -> dict[str, str]:
+        """The same in the names that torch and DeepSpeed read."""
+        address = {} if self.address is None else {"MASTER_ADDR": self.address}
+        return {
+            "RANK": str(self.process_rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "MASTER_PORT": str(self.port),
+            **address,
+        }
+
+
+def read_world(environment: Mapping[str, str]) -> Place:
+    """The place that a launcher gave this process; alone where none did.
+
+    torchrun's and DeepSpeed's own names come first: torchrun inside a Slurm step or under mpirun
+    starts the processes that count. Slurm's count only inside a step (`srun`): the batch script
+    itself sees those of a whole job.
+
+    Raises:
+        ValueError: variables that are missing, are no numbers or contradict each other.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        place = _from_torch(environment)
+    elif "OMPI_COMM_WORLD_RANK" in environment:
+        place = _from_open_mpi(environment)
+    elif environment.get("SLURM_STEP_ID", "").isdecimal() and "SLURM_PROCID" in environment:
+        place = _from_slurm(environment)
+    else:
+        return Place(
+            process_rank=0, size=1, local_rank=0, local_size=1,
+            address=None, port=DEFAULT_PORT, launcher="none",
+        )  # fmt: skip
+    _check(place)
+    return place
+
+
+def first_of(nodes: str) -> str:
+    """The first host of Slurm's short form.
+
+    >>> first_of("gpu[07-09,12],login1"), first_of("a1-b[3]"), first_of("node1,node2")
+    ('gpu07', 'a1-b3', 'node1')
+    """
+    match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    if match is None:
+        raise ValueError(
+            f"SLURM_JOB_NODELIST must begin with a host; it is {nodes!r}. Set MASTER_ADDR instead."
+        )
+    return match[1] + (match[2] or "")
+
+
+def interface_toward(address: str) -> str | None:
+    """The network interface by which this host reaches an address, or that has it.
+
+    None where there is no way. gloo asks the resolver for the host's own name otherwise, and
+    Debian's /etc/hosts answers 127.0.1.1: processes then wait for each other in vain.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # no packet is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    return next((name for name, has in interfaces().items() if has == own), None)
+
+
+def interfaces() -> dict[str, str]:
+    """Names of this host's network interfaces with their IPv4 addresses."""
+    import fcntl  # Linux; the rest of the module is read elsewhere too
+
+    get_address = 0x8915  # SIOCGIFADDR
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            request = name.encode()[:15].ljust(256, b"\0")
+            try:
+                answer = fcntl.ioctl(asked.fileno(), get_address, request)
+            except OSError:  # it has none
+                continue
+            found[name] = socket.inet_ntoa(answer[20:24])
+    return found
+
+
+def _from_torch(environment: Mapping[str, str]) -> Place:
+    if "TORCHELASTIC_RUN_ID" in environment:
+        launcher = "torchrun"
+    elif "CROSS_RANK" in environment:  # since DeepSpeed 0.8: the rank of its host
+        launcher = "deepspeed"
+    else:
+        launcher = "variables"
+    process_rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    local_size = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in environment), None)
+    local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0
+    return Place(
+        process_rank=process_rank,
+        size=size,
+        local_rank=local_rank,
+        local_size=_number(environment, local_size) if local_size else local_rank + 1,
+        address=environment.get("MASTER_ADDR"),
+        port=_port(environment, DEFAULT_PORT),
+        launcher=launcher,
+    )
+
+
+def _from_open_mpi(environment: Mapping[str, str]) -> Place:
+    prefix = "OMPI_COMM_WORLD_"
+    return Place(
+        process_rank=_number(environment, f"{prefix}RANK"),
+        size=_number(environment, f"{prefix}SIZE"),
+        local_rank=_number(environment, f"{prefix}LOCAL_RANK"),
+        local_size=_number(environment, f"{prefix}LOCAL_SIZE"),
+        address=environment.get("MASTER_ADDR"),
+        port=_port(environment, DEFAULT_PORT),
+        launcher="mpirun",
+    )
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Place:
+    process_rank, local_rank = (
+        _number(environment, "SLURM_PROCID"),
+        _number(environment, "SLURM_LOCALID"),
+    )
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    job = _number(environment, "SLURM_JOB_ID")
+    # Two jobs may share a host: each has a port of its own.
+    port = _FIRST_PRIVATE_PORT + job % _PRIVATE_PORTS
+    per_host = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return Place(
+        process_rank=process_rank,
+        size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+        local_rank=local_rank,
+        local_size=_tasks_here(per_host, _number(environment, "SLURM_NODEID"), local_rank),
+        address=environment.get("MASTER_ADDR") or first_of(nodes),
+        port=_port(environment, port),
+        launcher="slurm",
+    )
+
+
+def _tasks_here(per_host: str, host: int, local_rank: int) -> int:
+    """From Slurm's short form.
+
+    >>> [_tasks_here("2(x3),1", host, 0) for host in range(4)]
+    [2, 2, 2, 1]
+    """
+    counts: list[int] = []
+    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_host):
+        counts += [int(tasks)] * int(times or 1)
+    return counts[host] if host < len(counts) else local_rank + 1
+
+
+def _port(environment: Mapping[str, str], default: int) -> int:
+    return _number(environment, "MASTER_PORT") if "MASTER_PORT" in environment else default
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name)
+    if text is None:
+        raise ValueError(
+            f"a launcher sets all of its variables; {name} is missing beside "
+            f"{', '.join(sorted(set(environment) & _KNOWN))}. Start with torchrun, deepspeed, "
+            "mpirun or srun, or unset the others."
+        )
+    if not text.isdecimal():
+        raise ValueError(
+            f"{name} must be a whole number from 0; it is {text!r}. Start with torchrun, "
+            "deepspeed, mpirun or srun, or correct it."
+        )
+    return int(text)
+
+
+_KNOWN = frozenset(
+    (
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"),
+        *("SLURM_JOB_ID", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    )
+)
+
+
+def _check(place: Place) -> None:
+    if not place.process_rank < place.size:
+        raise ValueError(
+            f"a process's rank is below the number of processes; {place.launcher} says rank "
+            f"{place.process_rank} of {place.size}. Correct RANK and WORLD_SIZE, or their launcher."
+        )
