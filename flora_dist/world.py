@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, replace
 
 DEFAULT_PORT = 29500
 """Where process 0 listens if nobody says; torch's and DeepSpeed's own."""
+TIMEOUT = "FLORA_TIMEOUT_MINUTES"
 _FIRST_PRIVATE_PORT, _PRIVATE_PORTS = 20000, 10000
 
 
@@ -70,6 +71,50 @@ def read_world(environment: Mapping[str, str]) -> Place:
         )  # fmt: skip
     _check(place)
     return place
+
+
+def join(environment: MutableMapping[str, str]) -> Place:
+    """Give this process's environment torch's names for its place, and return the place.
+
+    mpirun by itself does not say where process 0 listens: process 0 tells the others by mpi4py.
+
+    Raises:
+        ValueError: variables that are wrong (`read_world`), or mpi4py is needed and missing.
+    """
+    place = read_world(environment)
+    if place.launcher in {"mpirun", "slurm"}:
+        if place.address is None:
+            address, port = _told_by_mpi(place)
+            place = replace(place, address=address, port=port)
+        environment.update(place.variables())
+    return place
+
+
+def timeout_minutes(environment: Mapping[str, str]) -> float | None:
+    """How long a process may wait for others, as `flora-dist launch --timeout` says it."""
+    text = environment.get(TIMEOUT)
+    return None if text is None else float(text)
+
+
+def _told_by_mpi(place: Place) -> tuple[str, int]:
+    """An address and a free port of process 0, as MPI brings them."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ValueError(
+            "mpirun does not say where process 0 listens, and mpi4py, which could, does not load "
+            f"({error}). pip install 'flora-dist[mpi]', or name it: mpirun -x MASTER_ADDR=ADDRESS."
+        ) from None
+    found = None
+    if place.process_rank == 0:
+        own = [address for name, address in sorted(interfaces().items()) if name != "lo"]
+        is_alone = place.local_size == place.size
+        address = "127.0.0.1" if is_alone or not own else own[0]
+        with socket.socket() as listener:
+            listener.bind((address, 0))
+            found = (address, int(listener.getsockname()[1]))
+    told: tuple[str, int] = MPI.COMM_WORLD.bcast(found, root=0)
+    return told
 
 
 def first_of(nodes: str) -> str:

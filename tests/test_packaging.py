@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-PLANNER_CONTRACT = "what the planner reads runs without torch"
+PLANNER_CONTRACT = "the planner, what it reads, and the launcher run without torch"
 
 
 def python(*arguments: str, cwd: Path) -> str:

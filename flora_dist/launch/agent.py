@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_dist.launch.files import kept
-from flora_dist.launch.locks import stale_locks
+from flora_dist.launch.locks import locks
 from flora_dist.launch.processes import end_all, of_job, signal_each, workers
 from flora_dist.version import __version__
 from flora_dist.world import interface_toward
@@ -138,7 +138,7 @@ def _facts(task: Task) -> dict[str, Any]:
         "version": __version__,
         "folder_exists": Path(task.folder).is_dir(),
         "interface": interface_toward(task.address),
-        "locks": [asdict(lock) for lock in stale_locks(extensions)],
+        "locks": [asdict(lock) for lock in locks(extensions)],
     }
 
 

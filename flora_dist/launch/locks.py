@@ -15,20 +15,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-FRESH_S = 60.0
-"""Seconds in which a lock that nobody here holds may be another host's, on a shared folder."""
+STALE_S = 600.0
+"""Seconds after which a lock that no host of the job holds is stale: nothing of DeepSpeed's for the
+CPU takes as long (25 to 210 s). A younger one may be held by a host beside the job, where the
+folder is shared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
-    """One that nobody on this host holds."""
+    """One lock, as this host sees it."""
 
     path: str
     age_s: float
+    is_held: bool
+    """By a process of this host."""
 
 
-def stale_locks(folder: str | None = None) -> list[Lock]:
-    """The locks in torch's folder of extensions that no process of this host holds open.
+def locks(folder: str | None = None) -> list[Lock]:
+    """The locks in torch's folder of extensions.
 
     ``folder``: the job's TORCH_EXTENSIONS_DIR, where it has one.
     """
@@ -36,13 +40,12 @@ def stale_locks(folder: str | None = None) -> list[Lock]:
     found = list(root.glob("**/lock")) if root.is_dir() else []
     held = _open_files() if found else set[str]()
     now = time.time()
-    locks = []
+    seen = []
     for path in found:
         with suppress(FileNotFoundError):  # its owner has just ended well
-            age = now - path.stat().st_mtime
-            if age >= FRESH_S and str(path.resolve()) not in held:
-                locks.append(Lock(path=str(path), age_s=age))
-    return locks
+            age, is_held = now - path.stat().st_mtime, str(path.resolve()) in held
+            seen.append(Lock(path=str(path), age_s=age, is_held=is_held))
+    return seen
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:

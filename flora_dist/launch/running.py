@@ -16,6 +16,7 @@ from flora_dist.launch.agent import Task
 from flora_dist.launch.commands import HERE, LAUNCHERS, Commands, Job
 from flora_dist.launch.files import kept
 from flora_dist.launch.link import Link
+from flora_dist.launch.locks import STALE_S
 from flora_dist.version import __version__
 
 READY_S = 40.0
@@ -199,6 +200,7 @@ def _wait_until_ready(links: list[Link], signals: _Signals) -> None:
                 raise KeyboardInterrupt
             time.sleep(0.01)
         _check(link)
+    _check_locks(links)
 
 
 def _check(link: Link) -> None:
@@ -221,12 +223,27 @@ def _check(link: Link) -> None:
             f"a job runs in the same folder on every host; {link.host} has no {Path.cwd()}. Share "
             "or copy it, or start from a folder that all have."
         )
-    for lock in facts["locks"]:
-        raise ValueError(
-            f"a killed job has left a lock for which every later one waits without a word; on "
-            f"{link.host} nobody holds {lock['path']}, {lock['age_s']:.0f} s old. Remove it: "
-            f"ssh {link.host} rm {lock['path']}"
-        )
+
+
+def _check_locks(links: list[Link]) -> None:
+    """Refuse locks that would hold every rank for ever; tell of those that may.
+
+    Raises:
+        ValueError: one that is old and that no host of the job holds.
+    """
+    seen = [(link, lock) for link in links if link.ready for lock in link.ready["locks"]]
+    held = {lock["path"] for _, lock in seen if lock["is_held"]}
+    for link, lock in seen:
+        if lock["path"] in held:
+            continue
+        words = f"{lock['path']}, {lock['age_s']:.0f} s old"
+        remedy = f"ssh {link.host} rm {lock['path']}"
+        if lock["age_s"] >= STALE_S:
+            raise ValueError(
+                "a killed job has left a lock for which every later one waits without a word; on "
+                f"{link.host} nobody holds {words}. Remove it: {remedy}"
+            )
+        say(f"{link.host}: no host of this job holds {words}; if none does: {remedy}")
 
 
 def _close(links: list[Link], job: Job) -> None:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from flora_dist.world import join
 
 __all__ = ["add_arguments", "main", "start"]
 
@@ -40,6 +43,7 @@ def start(config: Path, overrides: Sequence[str]) -> int:
     1 is any other failure. Whatever it is, one process says it, and no traceback comes twice.
     """
     try:
+        join(os.environ)
         from flora_dist.trainer.configfile import load_config
         from flora_dist.trainer.run import run
 

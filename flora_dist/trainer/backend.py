@@ -21,6 +21,9 @@ from flora_dist.trainer.failure import Failed, Mistake, Store, has_lost_peers, i
 from flora_dist.trainer.meeting import fresh_store, has_agent_store
 from flora_dist.trainer.sharded import fsdp1, fsdp2, hsdp
 from flora_dist.trainer.spread import Spread, World, autocast, over
+from flora_dist.world import read_world, timeout_minutes
+
+DEFAULT_TIMEOUT_MINUTES = 10.0
 
 # The buffers are the rotary tables: constants, equal everywhere, so no forward pass sends them.
 # torch 2.13 renamed the argument; older ones do not know the new name.
@@ -32,21 +35,21 @@ _NO_BUFFERS: dict[str, Any] = (
 
 
 def find_world(config: BackendConfig) -> World:
-    """The world torchrun describes in the environment, or this process alone."""
-    process_rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """The world that the launcher describes in the environment, or this process alone."""
+    place = read_world(os.environ)
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError(
             "backend.device cuda needs a CUDA device; this machine shows none. Use auto or cpu."
         )
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = place.local_rank
     if cuda and local >= torch.cuda.device_count():
         raise ValueError(
             f"each process needs a CUDA device of its own; process {local} of this machine has "
             f"none among {torch.cuda.device_count()}. Start fewer, or set backend.device: cpu."
         )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    return World(process_rank=process_rank, size=size, device=device)
+    return World(process_rank=place.process_rank, size=place.size, device=device)
 
 
 def check_world(config: Config, size: int) -> None:
@@ -139,8 +142,9 @@ def _close_group() -> None:
 
 
 def timeout_of(config: BackendConfig) -> timedelta:
-    """How long a process waits for another before it gives up."""
-    return timedelta(minutes=config.timeout_minutes)
+    """How long a process waits for another before it gives up: as the config or the launch says."""
+    minutes = config.timeout_minutes or timeout_minutes(os.environ) or DEFAULT_TIMEOUT_MINUTES
+    return timedelta(minutes=minutes)
 
 
 def bound_waits(config: BackendConfig) -> None:

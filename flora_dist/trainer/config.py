@@ -193,11 +193,12 @@ class BackendConfig:
     """deepspeed: its JSON config."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """deepspeed: laid over the JSON key by key; null takes a key out."""
-    timeout_minutes: float = 10.0
-    """How long a process waits for the others in any message; then the run fails."""
+    timeout_minutes: float | None = None
+    """How long a process waits for the others in any message; then the run fails. None: what
+    `flora-dist launch --timeout` says, else 10."""
 
     def __post_init__(self) -> None:
-        if not self.timeout_minutes > 0.0:
+        if self.timeout_minutes is not None and not self.timeout_minutes > 0.0:
             raise ValueError(
                 "backend.timeout_minutes must be above 0; it is "
                 f"{self.timeout_minutes!r}. Give the minutes that a slow process may need."

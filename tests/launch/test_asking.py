@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `flora-dist launch` is asked for: hosts, words and variables, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flora_dist.cli import main
+from flora_dist.launch.hosts import read_hostfile, read_nodes
+from flora_dist.launch.locks import locks
+from flora_dist.launch.variables import as_file, exported, own_file
+from flora_dist.launch.worker import decode, encode, settled
+
+ROOT = Path(__file__).resolve().parents[2]
+STRANGE = ["a b", "", "$HOME", "`id`", "{x: [1, 'y']}", '"', "%n", "50%", "é", "a\nb", "--set", "*"]
+
+
+def dry(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["launch", "--dry-run", *words, "train.py", "an argument"]) == 0
+    return capsys.readouterr().out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["launch", "--dry-run", *words, "train.py"]) == 2
+    return capsys.readouterr().err
+
+
+def test_words_pass_through_two_shells_and_a_percent_reader_unchanged() -> None:
+    text = " ".join(encode(STRANGE))
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", "-c", f"printf '%s ' {text}"], capture_output=True, text=True, check=True
+        )
+        text = done.stdout.strip()
+    assert decode(text.split()) == STRANGE
+    assert not {"%n", "%h", "%u"} & {text[i : i + 2] for i in range(len(text))}
+
+
+def test_a_hostfile_is_read_as_deepspeed_and_mpi_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("# two hosts\n\nnode1 slots=8\nnode2   slots=4 # fewer\n")
+    assert [(host.name, host.slots) for host in read_hostfile(path)] == [("node1", 8), ("node2", 4)]
+
+
+def test_the_example_of_a_hostfile_is_one() -> None:
+    assert len(read_hostfile(ROOT / "launch" / "hostfile.example")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("node1\n", r"hostfile:1 is 'node1'"),
+        ("node1 slots=0\n", "whole number from 1"),
+        ("node1 slots=two\n", "whole number from 1"),
+        ("node1 slots=1\nnode1 slots=2\n", "repeats node1"),
+        ("-oProxyCommand=x slots=1\n", "a host's name has letters"),
+        ("# none\n", "names none"),
+    ],
+)
+def test_a_hostfile_with_a_mistake_is_refused_by_its_line(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_hostfile(path)
+
+
+def test_a_missing_hostfile_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Name another one"):
+        read_hostfile(tmp_path / "none")
+
+
+def test_a_list_of_nodes_has_slots_of_its_own() -> None:
+    assert [(host.name, host.slots) for host in read_nodes("a, b:3", 2)] == [("a", 2), ("b", 3)]
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "no_ssh", "torchrun", "mpirun", "slurm"])
+def test_a_dry_run_prints_what_a_shell_can_run(
+    launcher: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    text = dry(capsys, "--launcher", launcher, "--slots", "2", "--master-port", "29599")
+    commands = [line for line in text.splitlines() if not line.startswith("#")]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "env"
+        assert "OMP_NUM_THREADS=3" in words
+        assert words[-3:] == ["flora_dist.launch.worker", "train.py", "an%20argument"]
+
+
+def test_a_dry_run_starts_nothing_on_hosts_that_do_not_exist(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nodes = ("--nodes", "a.invalid,b.invalid", "--master-addr", "10.1.2.3")
+    text = dry(capsys, "--launcher", "torchrun", *nodes, "--least-nodes", "1")
+    assert text.count("--nnodes 1:2") == 2
+    assert "--rdzv-endpoint 10.1.2.3:29500" in text
+    assert "--max-restarts 10" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--nodes", "a.invalid"), "does not"),
+        (("--slots", "0"), "--slots is the processes of a host"),
+        (("--launcher", "pdsh", "--restarts", "1"), "torchrun alone"),
+        (("--least-nodes", "2"), "it is 2 of 1"),
+        (("--restarts", "-1"), "--restarts is from 0"),
+        (("--timeout", "0"), "--timeout is in minutes"),
+        (("--grace", "-1"), "--grace is in seconds"),
+        (("--export", "NO_SUCH_VARIABLE"), "is not set"),
+        (("--export", "1=2"), "NAME or NAME=VALUE"),
+        (("--launcher", "slurm", "--nodes", "a:1,b:2"), "Make them equal"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    words: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refusal(capsys, *words)
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "openmpi-bin on Debian" in refusal(capsys, "--launcher", "mpirun")
+
+
+def test_secrets_travel_only_where_they_are_asked_for() -> None:
+    shell = {"PATH": "/bin", "HF_TOKEN": "s3cret", "HF_HOME": "/h", "EDITOR": "vi"}
+    found = exported(shell, [])
+    assert "HF_TOKEN" not in found
+    assert "EDITOR" not in found
+    assert found["HF_HOME"] == "/h"
+    assert exported(shell, ["HF_TOKEN", "A=b=c"])["HF_TOKEN"] == "s3cret"
+    assert exported(shell, ["A=b=c"])["A"] == "b=c"
+
+
+def test_the_environment_of_python_comes_first_in_path() -> None:
+    """ninja of another environment makes DeepSpeed compile its helper again at every start."""
+    path = exported({"PATH": "/usr/bin"}, [])["PATH"].split(os.pathsep)
+    assert path == [str(Path(sys.executable).parent), "/usr/bin"]
+
+
+def test_a_line_on_which_deepspeed_would_raise_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("A=1\n\nB=2\n")
+    with pytest.raises(ValueError, match="line 2 is ''"):
+        own_file([tmp_path], {})
+
+
+def test_the_users_own_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("A=1=x\nB=2\n")
+    assert own_file([tmp_path, tmp_path], {}) == {"A": "1=x", "B": "2"}
+
+
+def test_a_value_that_launchers_quote_differently_is_refused() -> None:
+    with pytest.raises(ValueError, match="torchrun, mpirun or slurm"):
+        as_file({"FOO": "bar baz"})
+
+
+def test_a_rank_is_told_the_interface_toward_process_zero() -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    assert settled(place)["GLOO_SOCKET_IFNAME"] == "lo"
+    assert settled({**place, "GLOO_SOCKET_IFNAME": "ib0"})["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_a_lock_is_held_by_who_has_it_open(tmp_path: Path) -> None:
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() - 900,) * 2)
+    [found] = locks(str(tmp_path))
+    assert (found.path, found.is_held, found.age_s > 800) == (str(lock), False, True)
+    with lock.open("rb"):
+        [found] = locks(str(tmp_path))
+    assert found.is_held
