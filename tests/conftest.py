@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,8 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 # theirs that was killed there has left a lock that every later one waits for.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 clear_locks(older_than=600.0)
+# Another ninja than that of this environment has a log of its own, and compiles everything again.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 # Idle workers of another world size cost memory, not time.
 _POOLS: dict[int, RankPool] = {}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -90,6 +91,8 @@ class _Run:
                 env={**os.environ, **variables},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                # Where no agent watches (Slurm), srun would go on without a front door.
+                preexec_fn=_end_with_parent,
             )
         for link in links:
             link.say("start")
@@ -172,6 +175,11 @@ class _Run:
                 "the first failure above says why."
             )
         return code
+
+
+def _end_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _as_shell(code: int) -> int:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
-from tests.bench.hosts import Host, pool_on, two_hosts
+from tests.bench.hosts import pool_on
 from tests.bench.wire_counter import Collectives
 from tests.bench.wire_counts import expected
 from tests.bench.wire_interface import measured
 from tests.bench.wire_setups import Setup, start
+from tests.cluster.hosts import Host, hosts
 
 MBIT = 200
 MODEL = ("llama_60m", (("tokens", 8), ("num_hidden_layers", 4), ("vocab_size", 2048)))
@@ -97,14 +98,14 @@ def print_link(only: str) -> None:
     )
     for kind, rows in ROWS.items():
         if kind.startswith(only):
-            with two_hosts(MBIT) as hosts:
-                _print_rows(base, rows, hosts)
+            with hosts(2, mbit=MBIT) as pair:
+                _print_rows(base, rows, pair)
 
 
 def _print_rows(
-    base: Setup, rows: Sequence[tuple[str, int | None, str]], hosts: tuple[Host, Host]
+    base: Setup, rows: Sequence[tuple[str, int | None, str]], pair: Sequence[Host]
 ) -> None:
-    pool = pool_on(hosts)
+    pool = pool_on(pair)
     first: Timed | None = None
     try:
         for layout, ratio, wire_dtype in rows:

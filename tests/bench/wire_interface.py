@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.bench.hosts import bytes_sent, pool_on, two_hosts
+from tests.bench.hosts import bytes_sent, pool_on
 from tests.bench.wire_counter import Collectives, Payload
 from tests.bench.wire_counts import LLAMA_9M, WARM_UP
 from tests.bench.wire_setups import Setup, start
+from tests.cluster.hosts import hosts
 from tests.harness.launched import LaunchedPool
 
 SETTLE_SECONDS = 0.3
@@ -93,8 +94,8 @@ def print_backend(only: str) -> None:
     )
     print(f"{'ranks':>5} {'collective':16} " + " ".join(f"{size:>10,}" for size in BYTES))
     for per_host in (1, 2):
-        with two_hosts() as hosts:
-            pool = pool_on(hosts, per_host=per_host)
+        with hosts(2) as pair:
+            pool = pool_on(pair, per_host=per_host)
             try:
                 everyone = pool(cost_of_collectives, per_host)
             finally:
@@ -139,8 +140,8 @@ def print_interface(only: str) -> None:
         chosen = [layout for layout in layouts if layout.startswith(only)]
         if not chosen:
             continue
-        with two_hosts() as hosts:
-            pool = pool_on(hosts, per_host=per_host)
+        with hosts(2) as pair:
+            pool = pool_on(pair, per_host=per_host)
             try:
                 for layout in chosen:
                     for ratio, wire in ((None, "float32"), (16, "float32"), (16, "bfloat16")):

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.jobs import compile_helper
+
 TOOLS = {
     "unshare": "util-linux",
     "ip": "iproute2",
+    "iptables": "iptables",
     "/usr/sbin/sshd": "openssh-server",
     "ssh": "openssh-client",
     "pkill": "procps",
@@ -38,3 +41,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text("".join(f"line {n} of a text that says {n * n}\n\n" for n in range(3000)))
     return path
+
+
+@pytest.fixture(scope="session")
+def helper() -> None:
+    """DeepSpeed's helper for the CPU is compiled."""
+    compile_helper()

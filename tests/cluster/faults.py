@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs on two hosts that something happens to, launcher by launcher; as a program, the whole table.
 
-    python -m tests.cluster.faults [--launcher NAME] [--fault NAME]
+python -m tests.cluster.faults [--launcher NAME] [--fault NAME]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tests.cluster.jobs import (
     LAUNCHERS,
     Running,
     backend_of,
+    compile_helper,
     door,
     is_door,
     is_rank,
@@ -54,9 +55,10 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """Its own last line."""
-        lines = [line for line in self.text.splitlines() if line.startswith("flora-dist launch:")]
-        return lines[-1] if lines else ""
+        """Its own last line about the job."""
+        said = [line for line in self.text.splitlines() if line.startswith("flora-dist launch:")]
+        lines = [line for line in said if "what runs there" not in line]
+        return lines[-1].removeprefix("flora-dist launch: ") if lines else ""
 
 
 def kill_worker(on: Sequence[Host]) -> Sequence[Host]:
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--launcher", choices=LAUNCHERS)
     parser.add_argument("--fault", choices=FAULTS)
     asked = parser.parse_args()
+    compile_helper()
     sys.stdout.write("| launcher | fault | exit code | over after | clean after | last line |\n")
     sys.stdout.write("|---|---|---|---|---|---|\n")
     for launcher in [asked.launcher] if asked.launcher else LAUNCHERS:

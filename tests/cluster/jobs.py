@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flora_dist.launch.locks import locks
 from tests.cluster.hosts import Host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +31,8 @@ VARIABLES = {
     ),
 }
 POLL_SECONDS = 0.05
-# Not what belongs to the hosts: daemons that outlive jobs.
-_DAEMONS = ("slurmd", "slurmctld", ": slurm", "slurmscriptd")
+# Slurm's own, which outlive jobs; slurmstepd waits to tell a controller that it cannot reach.
+_DAEMONS = ("slurmd", "slurmctld", ": slurm", "slurmscriptd", "slurmstepd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,25 @@ class Running:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not there after {timeout} s:\n{self.text()[-8000:]}")
             time.sleep(POLL_SECONDS)
+
+
+def compile_helper() -> None:
+    """Compile DeepSpeed's helper for the CPU, a minute, where no job waits for it.
+
+    A job that a test kills while it compiles leaves a lock for which the next one waits for ever.
+    """
+    folder = VARIABLES["TORCH_EXTENSIONS_DIR"]
+    for lock in locks(folder):
+        if not lock.is_held:
+            Path(lock.path).unlink()
+    code = (
+        "from deepspeed.accelerator import get_accelerator as a; "
+        "a().create_op_builder('ShareMemCommBuilder').load(verbose=False)"
+    )
+    own = str(Path(sys.executable).parent)  # where the ninja is that jobs find
+    environment = {**os.environ, **VARIABLES, "DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{own}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
 
 
 def door(
@@ -135,8 +155,3 @@ def wait_until_clean(hosts: Sequence[Host], timeout: float) -> dict[str, list[st
     while (left := left_on(hosts)) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     return left
-
-
-def python() -> str:
-    """The interpreter, on every host the same."""
-    return sys.executable

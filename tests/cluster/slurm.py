@@ -53,8 +53,12 @@ def slurm(hosts: Sequence[Host], folder: Path) -> Iterator[dict[str, str]]:
     config.write_text(CONFIG.format(first=hosts[0].name, folder=folder, nodes=nodes, names=names))
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     environment = {"SLURM_CONF": str(config)}
-    daemons = [hosts[0].start("slurmctld", "-D", "-f", config, environment=environment)]
-    daemons += [host.start("slurmd", "-D", "-f", config, environment=environment) for host in hosts]
+    daemons = []
+    with (folder / "slurm.log").open("wb") as log:
+        for host, name in ((hosts[0], "slurmctld"), *((host, "slurmd") for host in hosts)):
+            command = (name, "-D", "-f", config)
+            options = {"environment": environment, "stdout": log, "stderr": log}
+            daemons.append(host.start(*command, **options))
     try:
         _wait_until_idle(hosts, environment)
         yield environment

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tests.cluster.jobs import (
 )
 from tests.cluster.slurm import slurm
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.usefixtures("helper")]
 
 # The same processes, sums in the same order: other hosts change nothing but where they run. The
 # reduction of gloo may pair processes otherwise; one rounding of fp32 in 6 steps at lr 1e-2.
@@ -136,3 +137,64 @@ def test_the_comparison_notices_another_seed(
     assert running.code(LIMIT_S) == 0, running.text()[-8000:]
     with pytest.raises(AssertionError):
         assert_same(weights(tmp_path), one_host[backend_of("torchrun")])
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "pdsh",
+        "torchrun",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("openmpi", "no_ssh", "mpirun")),
+    ],
+)
+def test_three_hosts_with_unequal_slots_train_what_one_host_trains(
+    launcher: str, corpus: Path, tmp_path: Path
+) -> None:
+    """Four processes on slots 1, 2 and 1, as on one host."""
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    alone.mkdir()
+    spread.mkdir()
+    with hosts(3) as on:
+        found = trained(on, [1, 2, 1], launcher, spread, corpus)
+        expected = trained(
+            on[:1], [4], launcher, alone, corpus, ("--launcher", launcher, "--slots", "4")
+        )
+    assert_same(found, expected)
+
+
+@pytest.mark.slow
+def test_three_hosts_of_slurm_train_what_one_host_trains(corpus: Path, tmp_path: Path) -> None:
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    alone.mkdir()
+    spread.mkdir()
+    with hosts(3) as on:
+        with slurm(on, tmp_path) as environment:
+            found = trained(on, [1, 1, 1], "slurm", spread, corpus, environment=environment)
+        one = ("--launcher", "torchrun", "--slots", "3")
+        expected = trained(on[:1], [3], "torchrun", alone, corpus, one)
+    assert_same(found, expected)
+
+
+def test_mpirun_by_hand_needs_no_address(
+    pair: list[Host],
+    one_host: dict[str, dict[str, torch.Tensor]],
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    """mpirun says who a process is; where process 0 listens comes by mpi4py."""
+    words = trainer(tmp_path, corpus, backend_of("mpirun"), f"checkpoint.every={STEPS}")
+    mpirun = ["mpirun", "--allow-run-as-root", "-np", "2", "--host", "node1:1,node2:1"]
+    mpirun += ["--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"]
+    exports = {**VARIABLES, "GLOO_SOCKET_IFNAME": "eth0"}
+    mpirun += [word for name in exports for word in ("-x", name)]
+    done = pair[0].run(
+        *mpirun,
+        sys.executable,
+        *words,
+        environment=exports,
+        folder=ROOT,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert_same(weights(tmp_path), one_host[backend_of("mpirun")])

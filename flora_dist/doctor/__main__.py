@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m flora_dist.doctor`: the doctor without the rest of the command line."""
+
+import argparse
+import sys
+
+from flora_dist.doctor import add_arguments, start
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m flora_dist.doctor", description=__doc__)
+    add_arguments(parser)
+    sys.exit(start(parser.parse_args()))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs on a host: how it looks at itself, measures, and ends with whoever asked."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flora_dist.doctor import look
+from flora_dist.doctor.facts import as_tree, from_tree
+from flora_dist.doctor.links import Listener, measure
+from flora_dist.doctor.session import Lost, Session, agent_command
+from tests.doctor.samples import facts
+
+
+def test_a_host_looks_at_itself_and_its_facts_survive_json(tmp_path: Path) -> None:
+    seen = look.look(
+        name="here", master="127.0.0.1", names={"localhost": ""}, config=None, mpi=False,
+        folder=str(tmp_path),
+    )  # fmt: skip
+    assert seen.network.toward == "lo"
+    assert "torch" in seen.packages
+    assert from_tree(json.loads(json.dumps(as_tree(seen)))) == seen
+
+
+def test_facts_of_another_version_are_refused() -> None:
+    with pytest.raises(TypeError):
+        from_tree({**as_tree(facts("a")), "new": 1})
+
+
+def test_the_digest_of_sources_sees_contents_and_names(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    first = look.source_digest(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2\n")
+    second = look.source_digest(tmp_path)
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert len({first, second, look.source_digest(tmp_path)}) == 3
+
+
+def test_bad_lines_of_an_environment_file_are_numbered_and_show_no_value(tmp_path: Path) -> None:
+    lines = ["A=1", "", "# comment", "B=x y", "1A=2", 'C="q"', "D=/a:b"]
+    (tmp_path / ".deepspeed_env").write_text("\n".join(lines))
+    found = look.env_lines([tmp_path, tmp_path], {})
+    assert [(line.number, line.breaks) for line in found] == [
+        (2, True), (3, True), (4, False), (5, True), (6, False),
+    ]  # fmt: skip
+    assert [line.text for line in found] == ["", "# comment", "B=...", "1A=...", "C=..."]
+
+
+def test_a_config_shows_its_seeds_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text('{"seed": 3, "optimizer": {"params": {"seed": 4, "lr": 1}}}')
+    assert dict(look.read_config(path).seeds) == {"seed": "3", "optimizer.params.seed": "4"}
+    other = tmp_path / "run.yaml"
+    other.write_text("train: {seed: 5}\n")
+    assert dict(look.read_config(other).seeds) == {"train.seed": "5"}
+    other.write_text("train: [\n")
+    assert "YAML" in str(look.read_config(other).trouble)
+    assert look.read_config(tmp_path / "none").trouble == "No such file or directory"
+
+
+def test_a_connection_is_measured_both_ways() -> None:
+    listener = Listener("token")
+    port = listener.open(0)
+    assert isinstance(port, int)
+    seen = measure("127.0.0.1", port, "token", 5.0, True)
+    assert seen["trouble"] is None
+    assert min(seen["trip_ms"], seen["there_mbit"], seen["back_mbit"]) > 0
+    assert listener.open(port) == "Address already in use"
+    listener.close()
+    assert measure("127.0.0.1", port, "token", 5.0, True)["trouble"] == "Connection refused"
+
+
+def test_a_stranger_at_the_port_is_told_nothing() -> None:
+    listener = Listener("token")
+    port = listener.open(0)
+    assert isinstance(port, int)
+    trouble = measure("127.0.0.1", port, "nekot", 5.0, False)["trouble"]
+    assert trouble in {"the other end closed the connection", "Connection reset by peer"}
+    # An order beyond what the doctor's own end would ask for.
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        peer.sendall(b"token" + b"G" + (1 << 40).to_bytes(8, "big"))
+        assert peer.recv(1) == b""
+    listener.close()
+
+
+def _session(*changes: str) -> Session:
+    program = "; ".join(["from flora_dist.doctor import agent", *changes, "agent.main()"])
+    return Session("here", [sys.executable, "-u", "-c", program, "/"], ssh=False)
+
+
+def test_what_a_login_prints_is_no_answer() -> None:
+    session = _session("print('Welcome!', end='')")
+    assert session.hello(20.0)
+    session.close()
+
+
+def test_an_agent_ends_when_the_link_falls_silent() -> None:
+    session = _session("agent.SILENCE_S = 0.5")
+    session.hello(20.0)
+    # The next sign of life would come after 5 s.
+    with pytest.raises(Lost, match="ended with code 0"):
+        session.ask("ranks", 20.0, ranks=[0], environment={}, limit_s=60.0, program=["-c", _SLEEP])
+    session.close()
+
+
+_SLEEP = "import time; time.sleep(60)"
+
+
+def test_a_question_that_a_host_cannot_answer_says_why() -> None:
+    session = _session()
+    session.hello(20.0)
+    with pytest.raises(Lost, match="KeyError: 'nonsense'"):
+        session.ask("nonsense", 20.0)
+    session.close()
+
+
+def test_ranks_end_soon_after_one_has_failed_and_the_one_is_known() -> None:
+    session = _session()
+    session.hello(20.0)
+    program = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit('no memory')"
+    began = time.monotonic()
+    words = ["-c", f"{program}; {_SLEEP}"]
+    said = session.ask("ranks", 100.0, ranks=[0, 1], environment={}, limit_s=90.0, program=words)
+    session.close()
+    assert [(each["code"], each["error"]) for each in said] == [(None, ""), (1, "no memory")]
+    # Not after the limit of 90 s, nor the sleeper's 60.
+    assert time.monotonic() - began < 50.0
+
+
+def test_an_agent_starts_where_its_folder_is_missing_and_gets_its_environment(
+    tmp_path: Path,
+) -> None:
+    missing = str(tmp_path / "a b'c")
+    command = agent_command(sys.executable, missing, {"PYTHONPATH": str(Path.cwd())})
+    said = subprocess.run(
+        command, input="", capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert '"hello"' in said
