@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flora_dist import launch, trainer
+from flora_dist import doctor, launch, planner, trainer
 
 _USER_ERROR = 2
 
@@ -41,6 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     launch.add_arguments(start)
     start.set_defaults(run=launch.start)
+    examine = commands.add_parser(
+        "doctor",
+        help="look for what would break or slow a job on these hosts",
+        description="Reaches every host, compares versions, files and settings, tries the links "
+        "and a process group, and says a remedy for each finding. Exit code: 0 clean, 1 errors, "
+        "2 a mistake in what was asked.",
+    )
+    doctor.add_arguments(examine)
+    examine.set_defaults(run=doctor.start)
+    plan = commands.add_parser(
+        "plan",
+        help="bytes and time of a training run, Flora beside other optimizers; needs no torch",
+    )
+    planner.add_arguments(plan)
+    plan.set_defaults(run=planner.start)
     parsed = parser.parse_args(arguments)
     return int(parsed.run(parsed))
 

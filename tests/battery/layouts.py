@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -207,11 +208,19 @@ LAYOUTS: dict[str, tuple[int, Callable[[Case], Weights]]] = {
     "fsdp1 x2": (2, on_fsdp1),
     "fsdp1 x3": (3, on_fsdp1),
     "flat x1": (1, on_flat),
-    "flat x2": (2, on_flat),
+    # The first of a family has most of the default run: cuts inside rows and blocks at three ranks.
     "flat x3": (3, on_flat),
+    "flat x2": (2, on_flat),
     "flat x4": (4, on_flat),
 }
 """Name -> (ranks, how to train the zoo there)."""
+
+
+def place_of(layout: str) -> dict[str, Hashable]:
+    """Its kind and its number of ranks."""
+    family, _, size = layout.rpartition(" ")
+    ranks = prod(int(number) for number in size.split("x") if number.isdigit())
+    return {"family": family or layout, "ranks": ranks}
 
 
 def run(layout: str, case: Case, mutation: str = "") -> Weights:

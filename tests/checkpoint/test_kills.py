@@ -18,16 +18,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 
 @pytest.mark.timeout(900)
-def test_three_kills_of_one_run_leave_its_loss_curve_bit_for_bit(tmp_path: Path) -> None:
+def test_kills_of_one_run_leave_its_loss_curve_bit_for_bit(tmp_path: Path) -> None:
+    # Either process, the second time in a run that had already gone on from a checkpoint. One more
+    # kill is one more start of torch, 10 s, and shows nothing else.
     setup = "ddp, saved behind"
     whole = train(setup, tmp_path / "whole", [])
     assert [record["step"] for record in whole.curve] == list(range(1, STEPS + 1))
-    kills = sorted(random_kills(3, seed=1), key=lambda kill: kill.line)
+    kills = sorted(random_kills(2, seed=4), key=lambda kill: kill.line)
     run = train(setup, tmp_path / "killed", kills)
     assert run.curve == whole.curve
-    assert run.starts == 4
-    # Behind the third step there is a checkpoint, or one that was being written.
-    assert len(run.resumed) >= sum(kill.line > 6 for kill in kills)
+    assert [kill.victim for kill in kills] == [0, 1]
+    assert run.starts == 3
+    # Behind the sixth step there is a checkpoint beside one that may be just being written.
+    assert min(kill.line for kill in kills) > 6
+    assert len(run.resumed) == 2
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ The same layout goes on bit for bit; another one as ``reference.py`` does, to th
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.battery.layouts import place_of
 from tests.battery.oracle import Case, distances, reference_run
 from tests.battery.test_layouts import EXACT, FLOAT_MODEL, FLOAT_PARAMETER
 from tests.battery.variants import differing
 from tests.checkpoint.layouts import LAYOUTS, on_ranks, resume, save_half_way
+from tests.harness.covering import by_default
 
 # fp32, which ZeRO has too; dense moments decay, blocks are cut, windows change.
 SINGLE = Case(dtype=torch.float32, settings={"weight_decay": 0.1})
@@ -29,6 +33,15 @@ NAMES = list(LAYOUTS)
 RING = list(zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True))
 """Each layout to the next: what every run of the tests sees of the whole square."""
 SQUARE = [(a, b) for a in NAMES for b in NAMES if a != b and (a, b) not in RING]
+
+
+def _axes(layout: str, case_name: str) -> dict[str, Hashable]:
+    return {**place_of(layout), "case": case_name}
+
+
+# ZeRO in bf16: tests/zero/test_checkpoint.py.
+UNDER_TORCH = [name for name in NAMES if "zero" not in name]
+SAME = by_default([*product(NAMES, ["fp32"]), *product(UNDER_TORCH, ["bf16"])], _axes)
 
 Everything = list[dict[str, Tensor]]
 
@@ -48,20 +61,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 CASES = {"fp32": SINGLE, "fp64": DOUBLE, "bf16": LOW}
 
 
-def _check_same(layout: str, case_name: str, saved: Any) -> None:
+@pytest.mark.parametrize(("layout", "case_name"), SAME)
+def test_the_same_layout_goes_on_bit_for_bit(layout: str, case_name: str, saved: Any) -> None:
     folder, ends = saved(layout, case_name)
     for mine, theirs in zip(on_ranks(layout, resume, CASES[case_name], folder), ends, strict=True):
         assert differing(mine, theirs) == []
-
-
-@pytest.mark.parametrize("layout", NAMES)
-def test_the_same_layout_goes_on_bit_for_bit(layout: str, saved: Any) -> None:
-    _check_same(layout, "fp32", saved)
-
-
-@pytest.mark.parametrize("layout", [name for name in NAMES if "zero" not in name])
-def test_the_same_layout_goes_on_bit_for_bit_in_bf16(layout: str, saved: Any) -> None:
-    _check_same(layout, "bf16", saved)
 
 
 @cache

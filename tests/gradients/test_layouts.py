@@ -9,17 +9,21 @@ sketch is taken; float64 shows that accumulation is right.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
+from tests.battery.layouts import place_of
 from tests.battery.oracle import distances
 from tests.battery.test_layouts import EXACT, FLOAT_MODEL, FLOAT_PARAMETER
 from tests.conftest import pool_of
 from tests.gradients import layouts
 from tests.gradients.oracle import MANY, SketchedCase, Weights, reference_run
+from tests.harness.covering import by_default
 
 MAX_NORM = 0.118
 """Of ``MANY`` samples; some steps' gradients are above it and some below."""
@@ -40,6 +44,30 @@ LEVELLED = [
     SketchedCase(settings=settings, level="sharded", micro_batches=3, samples=MANY)
     for settings in (FLORA, {"momentum": "blend"})
 ]
+KEYS = sorted({key for case in CASES for key in case.settings})
+
+
+def _axes(layout: str, case: SketchedCase) -> dict[str, Hashable]:
+    return {
+        **place_of(layout),
+        **{key: case.settings.get(key, "as it is") for key in KEYS},
+        "level": case.level,
+        "dtype": case.dtype,
+        # How many there are changes nothing in the code, only whether there is more than one, or
+        # one of its own.
+        "several micro-batches": case.micro_batches > 1,
+        "gradient rank of its own": case.gradient_rank is not None,
+        "clipped": case.max_norm is not None,
+    }
+
+
+# One table for all three tests: a rule on a layout is met in one of them.
+RUNS = by_default(
+    [*product(layouts.LAYOUTS, [*CASES, *FLOAT_CASES]), *product(SHARDED, LEVELLED)], _axes
+)
+LEVELLED_RUNS = [run for run in RUNS if run.values[1].level == "sharded"]
+FLOAT_RUNS = [run for run in RUNS if run.values[1].dtype == torch.float32]
+EXACT_RUNS = [run for run in RUNS if run not in LEVELLED_RUNS and run not in FLOAT_RUNS]
 
 
 @cache
@@ -63,8 +91,7 @@ def _distances(layout: str, case: SketchedCase, fault: str = "") -> tuple[float,
     return (*distances(start, expected, weights), norm)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize(("layout", "case"), EXACT_RUNS, ids=str)
 def test_compressed_gradients_equal_the_reference_in_float64(
     layout: str, case: SketchedCase
 ) -> None:
@@ -73,8 +100,7 @@ def test_compressed_gradients_equal_the_reference_in_float64(
     assert norm < EXACT
 
 
-@pytest.mark.parametrize("case", LEVELLED, ids=str)
-@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize(("layout", "case"), LEVELLED_RUNS, ids=str)
 def test_gradients_sketched_after_the_reduction_equal_the_reference(
     layout: str, case: SketchedCase
 ) -> None:
@@ -83,8 +109,7 @@ def test_gradients_sketched_after_the_reduction_equal_the_reference(
     assert norm < EXACT
 
 
-@pytest.mark.parametrize("case", FLOAT_CASES, ids=str)
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize(("layout", "case"), FLOAT_RUNS, ids=str)
 def test_compressed_gradients_equal_the_reference_in_float32(
     layout: str, case: SketchedCase
 ) -> None:

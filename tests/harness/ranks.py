@@ -101,6 +101,7 @@ class RankPool:
 def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     # pytest's own filter does not reach spawned workers.
@@ -127,6 +128,9 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
                 faulthandler.cancel_dump_traceback_later()
                 if dist.is_initialized():
                     dist.destroy_process_group()
+                # DTensor remembers results by meshes that compare equal, and hands out the mesh of
+                # an earlier call with names of groups that are gone, or another's (torch 2.13).
+                _clear_sharding_prop_cache()
                 # Models, hooks and groups refer to each other in circles. Each group of gloo's that
                 # is left to the collector keeps three threads that wake all the time: hundreds of
                 # them, in every idle worker, had taken the machine from the tests that ran.

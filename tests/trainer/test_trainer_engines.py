@@ -107,6 +107,9 @@ def test_deepspeeds_launcher_trains_with_the_clipped_curves_of_one_process(
     assert said[1] == ""
 
 
+# By default under torchrun (test_trainer_processes.py): who speaks hangs on the rank alone, and the
+# refusal itself is that of test_trainer_refusals.py.
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_under_deepspeeds_launcher_a_mistake_is_said_once_and_leaves_nothing(
     corpus: Path, tmp_path: Path

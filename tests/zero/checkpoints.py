@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import warnings
+import traceback
 from typing import Any
 from unittest.mock import patch
 
@@ -77,7 +77,7 @@ def full_config(stage: int, **blocks: Any) -> Config:
     return config_of(stage, **{**settings, "zero_optimization": zero, **blocks})
 
 
-def goes_on(stage: int, blocks: Config, folder: str, leaving_out: str = "") -> None:
+def goes_on(stage: int, blocks: Config, folder: str) -> None:
     """Save, load into an engine of other weights, and train both on: every bit must be equal."""
     engines._allow_fp16()
     config = full_config(stage, **blocks)
@@ -89,12 +89,7 @@ def goes_on(stage: int, blocks: Config, folder: str, leaving_out: str = "") -> N
     assert path.name == "step-00000004"
 
     again, loaded = start(config, model=crowded(seed=7))
-    with (
-        patch.object(deepspeed_checkpoint, leaving_out, lambda *_: None)
-        if leaving_out
-        else (warnings.catch_warnings())
-    ):
-        found = flora_deepspeed.load_checkpoint(again, folder)
+    found = flora_deepspeed.load_checkpoint(again, folder)
     assert (found.path, found.step, found.extra) == (path, HALF, {"seen": HALF})
     assert differing(before, everything(again)) == []
     assert contents(loaded) == saved
@@ -111,6 +106,19 @@ def goes_on(stage: int, blocks: Config, folder: str, leaving_out: str = "") -> N
     assert scales[0] is None or scales[0]["cur_scale"] != 2.0**10, scales
     for each in (engine, again):
         each.destroy()
+
+
+def goes_wrong(stage: int, blocks: Config, folder: str, leaving_out: str) -> str:
+    """What ``goes_on`` says, on each rank alike, if a step of the load is left out.
+
+    Said, not raised: ranks that raise are thrown away, and others cost 10 s and more.
+    """
+    with patch.object(deepspeed_checkpoint, leaving_out, lambda *_: None):
+        try:
+            goes_on(stage, blocks, folder)
+        except AssertionError:
+            return traceback.format_exc()
+    return ""
 
 
 # ---- from one layout to another; the same batches whatever the number of ranks

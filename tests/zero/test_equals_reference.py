@@ -9,7 +9,9 @@ must keep every bit.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import pytest
 from tests.battery.mutations import MUTATIONS
 from tests.battery.test_layouts import FLOAT_MODEL, FLOAT_PARAMETER
 from tests.conftest import launched_pool_of
+from tests.harness.covering import by_default
 from tests.zero import engines, faults
 from tests.zero.engines import MAX_NORM, Run, Weights
 from tests.zero.expected import distances_that_move, follow
@@ -68,9 +71,13 @@ def _check(world_size: int, run: Run) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("momentum", RULES)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+def _axes(world_size: int, stage: int, momentum: str) -> dict[str, Hashable]:
+    return {"world size": world_size, "stage": stage, "momentum": momentum}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "momentum"), by_default(product((2, 3, 1), STAGES, RULES), _axes)
+)
 def test_an_engine_equals_the_reference(world_size: int, stage: int, momentum: str) -> None:
     result = _check(world_size, Run(stage=stage, settings={"momentum": momentum}))
     assert set.union(*result["counts"].values()) == {(10, 3)}
