@@ -64,6 +64,8 @@ class Commands:
     here: tuple[str, ...] = ()
     each: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By the host's name."""
+    stop: tuple[str, ...] = ()
+    """Asks the ranks to save and end, where no agents can."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """For the command, over those of the job."""
     files: Mapping[str, str] = field(default_factory=dict)
@@ -132,12 +134,18 @@ def slurm(job: Job) -> Commands:
         *("srun", "--nodes", str(len(job.hosts)), "--ntasks", str(job.size)),
         *("--ntasks-per-node", str(slots)),
         *(("--nodelist", ",".join(names)) if names else ()),
+        *("--job-name", _slurm_name(job)),
         # One that fails ends the others, which would wait for it.
         *("--kill-on-bad-exit=1", "--export", "ALL"),
         *_worker(job),
     )
-    address = _meeting(job) if job.address else {}
-    return Commands(here=command, variables=address)
+    # srun itself ends the tasks at once at a SIGTERM: they could not save.
+    own = os.environ.get("SLURM_JOB_ID")
+    return Commands(
+        here=command,
+        stop=("scancel", "--signal=TERM", *((own,) if own else ("--name", _slurm_name(job)))),
+        variables=_meeting(job) if job.address else {},
+    )
 
 
 LAUNCHERS: dict[str, Callable[[Job], Commands]] = {
@@ -177,6 +185,10 @@ def _runner(job: Job, files: Path, options: tuple[str, ...]) -> tuple[str, ...]:
         *("--no_local_rank", "--no_ssh_check", *options),
         *("--module", MODULE, *encode(job.program)),
     )
+
+
+def _slurm_name(job: Job) -> str:
+    return f"flora-{job.name}"
 
 
 def _worker(job: Job) -> tuple[str, ...]:

@@ -33,7 +33,6 @@ class Link:
         """How many processes it ended at the end."""
         self.trouble: list[str] = []
         """The last lines that ssh or Python said before the agent was ready."""
-        self._command = task.command is not None
         agent = [sys.executable, "-u", "-m", "flora_dist.launch.agent"]
         self._process = subprocess.Popen(
             agent if is_local(host) else over_ssh(host, agent),
@@ -56,11 +55,6 @@ class Link:
     def is_open(self) -> bool:
         """Whether the agent, or ssh for it, still runs."""
         return self._process.poll() is None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether its command has ended, or the line with it."""
-        return self.ended is not None or not self.is_open
 
     def close(self, timeout_s: float) -> bool:
         """Let the agent end its host's part; whether it has answered."""

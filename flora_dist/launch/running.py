@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -81,6 +82,7 @@ class _Run:
         self, job: Job, commands: Commands, links: list[Link], signals: _Signals, grace_s: float
     ) -> None:
         self._job, self._links, self._signals, self._grace_s = job, links, signals, grace_s
+        self._stop = commands.stop
         self._lost: set[str] = set()
         self._stop_at: float | None = None
         self._here: subprocess.Popen[bytes] | None = None
@@ -157,8 +159,9 @@ class _Run:
     def _ask_to_stop(self) -> None:
         for link in self._links:
             link.say("stop")
-        if not self._links and self._here is not None:  # Slurm's srun passes it on
-            self._here.send_signal(signal.SIGTERM)
+        if self._stop:
+            with suppress(OSError, subprocess.TimeoutExpired):  # they are killed after the grace
+                subprocess.run(self._stop, check=False, timeout=END_S, stdin=subprocess.DEVNULL)
 
     def _told(self, code: int) -> int:
         if self._here is not None and self._here.poll() is None:

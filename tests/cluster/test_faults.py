@@ -55,6 +55,8 @@ def test_a_job_ends_with_a_reason_and_leaves_nothing(
     assert found.code != 0
     assert not found.left
     assert any(reason in found.text for reason in REASONS[fault]), found.text[-8000:]
+    if fault == "SIGTERM":  # the ranks were asked first, and saved
+        assert any((tmp_path / "tiny" / "checkpoints").iterdir()), found.text[-8000:]
 
 
 def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path, corpus: Path) -> None:
