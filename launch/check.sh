@@ -12,12 +12,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/_common.sh
 source launch/_common.sh
+# shellcheck source=launch/_hosts.sh
+source launch/_hosts.sh
 
-readonly STEPS=8
+readonly STEPS=10
 step=0
 step_name='looking at the machine'
 step_started=$SECONDS
 durations=()
+left_out=''
 
 close_step() {
     ((step == 0)) || durations+=("$(printf '%5d s  %s' $((SECONDS - step_started)) "$step_name")")
@@ -39,7 +42,7 @@ finish() {
         close_step
         printf '\n'
         printf '%s\n' "${durations[@]}"
-        say "all $STEPS steps passed in $SECONDS s"
+        say "all $STEPS steps passed in $SECONDS s$left_out"
     else
         printf '\n'
         say "FAILED with exit code $code in step $step/$STEPS, $step_name, after $((SECONDS - step_started)) s; the output above says why" >&2
@@ -59,6 +62,9 @@ begin 'lint: ruff check'
 
 begin 'format: ruff format --check'
 "$VENV_PYTHON" -m ruff format --check .
+
+begin 'files: shell, Dockerfile, compose, Kubernetes'
+launch/_lint_files.sh "$VENV_PYTHON"
 
 begin 'types: mypy, strict'
 "$VENV_PYTHON" -m mypy
@@ -85,5 +91,13 @@ begin 'wheel: install in another environment, use without extras'
     "$elsewhere/venv/bin/flora-dist" --help
 )
 
+begin 'machine: ssh, pdsh, Open MPI and Slurm for the tests on several hosts'
+selected='not slow'
+prepare_hosts || {
+    [[ ${CI-} != true ]] || refuse 'with CI=true nothing may be left out.'
+    selected='not slow and not cluster'
+    left_out='; tests on several hosts were LEFT OUT, a line above says how to run them'
+}
+
 begin 'tests and doctests: pytest'
-"$VENV_PYTHON" -m pytest -m 'not slow' "$@"
+"$VENV_PYTHON" -m pytest -m "$selected" "$@"
