@@ -82,10 +82,13 @@ def address_of(name: str) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a host is this machine: its address is one of ours."""
+    """Whether a host is this machine: its address is one of ours.
+
+    No where its name does not resolve: that of a container goes with it, and ssh says so.
+    """
     with socket.socket() as probe:
         try:
-            probe.bind((address_of(name), 0))
+            probe.bind((name, 0))
         except OSError:
             return False
     return True

@@ -13,6 +13,7 @@ import torch
 from flora_dist.checkpoint.convert import convert
 from tests.cluster.hosts import Host, hosts
 from tests.cluster.jobs import (
+    DEEPSPEED,
     LAUNCHERS,
     ROOT,
     SBATCH,
@@ -142,9 +143,8 @@ def test_the_comparison_notices_another_seed(
 @pytest.mark.parametrize(
     "launcher",
     [
-        "pdsh",
         "torchrun",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("openmpi", "no_ssh", "mpirun")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*DEEPSPEED, "mpirun")),
     ],
 )
 def test_three_hosts_with_unequal_slots_train_what_one_host_trains(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flora_dist.cli import main
-from flora_dist.launch.hosts import read_hostfile, read_nodes
+from flora_dist.launch.hosts import is_local, read_hostfile, read_nodes
 from flora_dist.launch.locks import locks
 from flora_dist.launch.variables import as_file, exported, own_file
 from flora_dist.launch.worker import decode, encode, settled
@@ -71,6 +71,12 @@ def test_a_hostfile_with_a_mistake_is_refused_by_its_line(
     path.write_text(text)
     with pytest.raises(ValueError, match=words):
         read_hostfile(path)
+
+
+def test_a_host_whose_name_is_gone_is_not_this_one() -> None:
+    """A container's name goes with it: the end of its job then raised instead of its message."""
+    assert is_local("localhost")
+    assert not is_local("gone.invalid")
 
 
 def test_a_missing_hostfile_is_refused(tmp_path: Path) -> None:

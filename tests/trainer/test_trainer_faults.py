@@ -136,6 +136,8 @@ def worker_of(process: subprocess.Popen[str]) -> psutil.Process | None:
     return None
 
 
+# By default tests/cluster loses a whole host of such a job; this one has the curves beside it.
+@pytest.mark.slow
 def test_an_elastic_job_loses_a_machine_and_goes_on_alone(
     corpus: Path, tmp_path: Path, tiny: Callable[..., Config]
 ) -> None:
