@@ -102,15 +102,26 @@ FAULTS: dict[str, Callable[[Sequence[Host]], Sequence[Host]]] = {
 
 @contextmanager
 def training(
-    launcher: str, folder: Path, corpus: Path, *options: str
+    launcher: str,
+    folder: Path,
+    corpus: Path,
+    options: Sequence[str] = (),
+    arguments: Sequence[str] = (),
 ) -> Iterator[tuple[list[Host], Running]]:
-    """Two hosts on which the trainer has begun to step and would go on for hours."""
+    """Two hosts on which the trainer has begun to step and would go on for hours.
+
+    ``options`` are the front door's, ``arguments`` the trainer's.
+    """
+    endless = ("train.steps=1000000", "evaluation.every=1000000", "checkpoint.every=1000000")
+    words = [*trainer(folder, corpus, backend_of(launcher), *endless), *arguments]
     with hosts(2) as on:
+        where = ["--launcher", launcher, *nodes(launcher, on, [1, 1]), *options]
+        command = [*where, "--timeout", TIMEOUT_MINUTES, *words]
         if launcher != "slurm":
-            yield on, _begun(launcher, on, folder, corpus, options, {})
+            yield on, _begun(on, folder, command, {})
             return
         with slurm(on, folder) as environment:
-            yield on, _begun(launcher, on, folder, corpus, options, environment)
+            yield on, _begun(on, folder, command, environment)
 
 
 def after(fault: str, launcher: str, folder: Path, corpus: Path) -> Outcome:
@@ -131,18 +142,9 @@ def after(fault: str, launcher: str, folder: Path, corpus: Path) -> Outcome:
 
 
 def _begun(
-    launcher: str,
-    on: Sequence[Host],
-    folder: Path,
-    corpus: Path,
-    options: Sequence[str],
-    environment: dict[str, str],
+    on: Sequence[Host], folder: Path, command: Sequence[str], environment: dict[str, str]
 ) -> Running:
-    endless = ("train.steps=1000000", "evaluation.every=1000000", "checkpoint.every=1000000")
-    words = trainer(folder, corpus, backend_of(launcher), *endless)
-    where = ("--launcher", launcher, *nodes(launcher, on, [1, 1]), *options)
-    timeout = ("--timeout", TIMEOUT_MINUTES)
-    running = door(on[0], folder, *where, *timeout, *words, environment=environment)
+    running = door(on[0], folder, *command, environment=environment)
     metrics = folder / "tiny" / "metrics.jsonl"
     running.wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, START_S)
     return running

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,13 @@ def test_a_job_ends_with_a_reason_and_leaves_nothing(
 
 def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path, corpus: Path) -> None:
     """And SIGTERM then lets it save and end."""
-    options = ("--least-nodes", "1")
-    with training("torchrun", tmp_path, corpus, *options) as (on, running):
+    options, again = ("--least-nodes", "1"), ("--set", "checkpoint.resume=auto")
+    with training("torchrun", tmp_path, corpus, options, again) as (on, running):
         metrics = tmp_path / "tiny" / "metrics.jsonl"
         alive = power_off(on)
         before = metrics.read_text()
         running.wait_for(lambda: "goes on" in running.text(), LIMIT_S)
-        # It begins again, alone: a new run, or the old one's next lines.
+        # No step was saved yet: it begins again, alone.
         running.wait_for(lambda: metrics.exists() and metrics.read_text() != before, START_S)
         terminate(alive)
         assert running.code(LIMIT_S) == 143
@@ -78,6 +79,9 @@ def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path, corpus: Path
 def test_what_is_left_on_a_host_is_seen() -> None:
     with hosts(1) as on:
         left = on[0].start(sys.executable, "-c", "import time; time.sleep(1000)")
+        deadline = time.monotonic() + LIMIT_S
+        while not left_on(on):
+            assert time.monotonic() < deadline
         assert list(wait_until_clean(on, 1.0)) == ["node1"]
         assert "time.sleep" in left_on(on)["node1"][0]
         left.kill()

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: what it prints and draws, without torch; what it refuses, and how."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from flora_dist import planner
+from tests.planner.runs import MODELS
+
+LLAMA_7B = str(MODELS / "llama_7b.json")
+ASKED = ("--model", LLAMA_7B, "--backend", "zero2", "--nodes", "2", "--gpus", "8")
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser(prog="flora-dist plan")
+    planner.add_arguments(parser)
+    return planner.start(parser.parse_args([*arguments]))
+
+
+def test_it_runs_where_torch_and_all_other_packages_are_missing(tmp_path: Path) -> None:
+    block = (
+        "import sys; sys.modules.update(torch=None, numpy=None, triton=None, deepspeed=None, "
+        "transformers=None, matplotlib=None, rich=None, yaml=None)\n"
+        "import argparse\nfrom flora_dist import planner\n"
+        "parser = argparse.ArgumentParser()\nplanner.add_arguments(parser)\n"
+        f"sys.exit(planner.start(parser.parse_args({[*ASKED, '--search']!r})))"
+    )
+    command = [sys.executable, "-c", block]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "6,738,415,616 parameters" in done.stdout
+    assert "Fewest ranks" in done.stdout
+
+
+def test_the_table_has_every_method_and_a_line_for_embeddings_and_head(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(*ASKED, "--gradients", "compressed", "--gradient-rank", "4") == 0
+    text = capsys.readouterr().out
+    rows = {line.split("  ")[0] for line in text.splitlines()}
+    assert "embeddings, head" in rows
+    assert {"Flora 1/8, compressed 1/16", "AdamW", "AdamW, 8-bit"} <= rows
+    assert {"GaLore, rank 1024 (ddp)", "LoRA, rank 64"} <= rows
+    assert {
+        f"Flora 1/{ratio}, {level}" for ratio in (4, 8, 16) for level in ("dense", "fused")
+    } <= rows
+    assert "attention without stored scores" in text
+
+
+def test_json_has_exact_integers_that_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASKED, "--json", "--search", "--memory", "70", "--bandwidth", "200") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parameters"] == 6738415616
+    assert told["memory_bytes"] == 70 * 2**30
+    for plan in told["plans"]:
+        assert all(isinstance(size, int) for size in plan["bytes_per_rank"].values())
+        assert plan["total_bytes"] == sum(plan["bytes_per_rank"].values())
+        wire = plan["wire_bytes_per_step"]
+        assert wire.pop("total") == sum(wire.values())
+        seconds = plan["link_bytes_per_step"] * 8 / 200e9
+        assert plan["link_seconds_per_step"] == pytest.approx(seconds)
+    fits = {each["method"]: each["fits"] for each in told["search"]}
+    assert fits["AdamW"] is not None
+    galore = next(name for name in fits if name.startswith("GaLore"))
+    assert fits[galore] is None  # replicated: no number of ranks helps
+
+
+def test_a_search_says_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ("--model", str(MODELS / "llama_tiny.json"), "--backend", "zero2", "--gpus", "8")
+    assert run(*tiny, "--search", "--memory", "0.001") == 0
+    found = capsys.readouterr().out.partition("Fewest ranks")[2]
+    assert "1024 in all" in found
+    assert "none: the GiB are those of the largest cluster tried." in found
+
+
+def test_the_picture_is_a_whole_png_and_nothing_else_is_left(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    assert run(*ASKED, "--picture", str(picture)) == 0
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert content.endswith(b"IEND\xaeB`\x82")
+    assert [*tmp_path.iterdir()] == [picture]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (("--nodes", "0"), ("--nodes", "at least 1", "got 0", "Pass 1")),
+        (("--gpus", "-3"), ("--gpus", "at least 1", "got -3")),
+        (("--accumulate", "0"), ("--accumulate", "at least 1")),
+        (("--vocabulary", "0"), ("--vocabulary", "at least 1")),
+        (("--memory", "0"), ("--memory", "above 0", "got 0")),
+        (("--bandwidth", "nan"), ("--bandwidth", "above 0", "got nan")),
+        (("--rank", "64"), ("rank must be below block", "rank=64, block=64", "Lower rank")),
+        (("--gradient-rank", "99"), ("rank must be below block", "rank=99")),
+        (("--block", "48"), ("power of two", "48", "Pass 16")),
+        (("--sequence-length", "4096"), ("--sequence-length", "4096", "2048", "Lower it")),
+        (("--gradients", "sharded"), ("--gradients sharded", "zero2", "Use compressed")),
+        (("--model", "nowhere.json"), ("--model", "nowhere.json", "See configs/model")),
+        (("--picture", "plan.pdf"), ("--picture", ".png", "plan.pdf")),
+        (("--picture", "nowhere/plan.png"), ("--picture", "folder that exists")),
+        (("--lora-rank", "0"), ("--lora-rank", "at least 1")),
+    ],
+)
+def test_a_mistake_is_said_with_rule_value_and_remedy_and_ends_with_2(
+    changes: Sequence[str], words: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*ASKED, *changes) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert [word for word in words if word not in told.err] == []
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(*ASKED, "--picture", str(tmp_path / "plan.png")) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "flora-dist[train]" in told.err
