@@ -13,7 +13,7 @@ import flora_dist
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted((ROOT / "flora_dist").rglob("README.md"))]
-READMES += [ROOT / folder / "README.md" for folder in ("launch", "tests", "docker")]
+READMES += [ROOT / folder / "README.md" for folder in ("launch", "launch/k8s", "tests", "docker")]
 READMES += [ROOT / "configs" / "README.md", ROOT / "configs" / "deepspeed" / "README.md"]
 READMES += [ROOT / "CONTRIBUTING.md"]
 # Folders of the repository; `runs/` and the like are outputs and need not exist.

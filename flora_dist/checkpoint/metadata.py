@@ -37,10 +37,13 @@ _GLOBALS = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
+    # How Python 3.11.0 to 3.11.3 (Debian 12's) pickle an enum's member: getattr(class, name).
+    ("builtins", "getattr"),
     *_PATHS,
 }
 _DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 _MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
+_MEMORY_NAMES = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 _LARGEST = 1 << 28
 
 
@@ -160,14 +163,24 @@ def _properties(value: Any) -> TensorProperties:
     _need(is_strided, "layout", layout)
     flags = isinstance(requires_grad, bool) and isinstance(pin_memory, bool)
     _need(flags, "requires_grad and pin_memory", (requires_grad, pin_memory))
-    known = _is(encoding, "_MEM_FORMAT_ENCODING") and encoding.args in [(0,), (1,), (2,)]
-    _need(known, "memory_format", encoding)
     return TensorProperties(
         dtype=dtype,
         requires_grad=requires_grad,
-        memory_format=_MEMORY_FORMATS[encoding.args[0]],
+        memory_format=_MEMORY_FORMATS[_memory_format(encoding)],
         pin_memory=pin_memory,
     )
+
+
+def _memory_format(value: Any) -> int:
+    """Which of DCP's enum: by value, or by name as Python 3.11.0 to 3.11.3 write it."""
+    if _is(value, "getattr") and len(value.args) == 2:
+        kind, name = value.args
+        of_enum = getattr(kind, "kind", None) == (_DCP, "_MEM_FORMAT_ENCODING")
+        if of_enum and name in _MEMORY_NAMES:
+            return _MEMORY_NAMES.index(name)
+    known = _is(value, "_MEM_FORMAT_ENCODING") and value.args in [(0,), (1,), (2,)]
+    _need(known, "memory_format", value)
+    return int(value.args[0])
 
 
 def _index(value: Any) -> MetadataIndex:

@@ -73,6 +73,8 @@ class Build:
     """Python.h is there."""
     ready: bool
     """The helper has been compiled already."""
+    built_in: bool
+    """DeepSpeed was installed with it: nothing is ever compiled (docker/Dockerfile)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

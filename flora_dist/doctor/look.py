@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -203,4 +204,13 @@ def _build(has_gpus: bool) -> Build:
         ninja=shutil.which("ninja"),
         headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
         ready=bool(ready),
+        built_in=_helper_is_built_in(),
+    )
+
+
+def _helper_is_built_in() -> bool:
+    found = find_spec("deepspeed")  # which imports nothing
+    folders = found.submodule_search_locations if found is not None else None
+    return any(
+        next(Path(folder).glob(f"ops/comm/{_SHM_HELPER}_op*.so"), None) for folder in folders or []
     )

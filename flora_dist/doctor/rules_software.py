@@ -83,6 +83,8 @@ def cpu_helper_builds(survey: Survey) -> Iterator[Finding]:
         if "deepspeed" not in host.packages or host.gpus:
             continue
         build = host.build
+        if build.built_in:
+            continue
         missing = {
             "ninja": build.ninja is None,
             # What has been compiled already is only loaded; ninja is asked all the same.

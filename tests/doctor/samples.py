@@ -58,7 +58,13 @@ def facts(name: str, **changed: Any) -> HostFacts:
         limits=Limits(
             shm_bytes=8 << 30, open_files=1 << 16, locked_bytes=1 << 16, free_bytes=90 << 30
         ),
-        build=Build(compiler="/usr/bin/c++", ninja="/usr/bin/ninja", headers=True, ready=False),
+        build=Build(
+            compiler="/usr/bin/c++",
+            ninja="/usr/bin/ninja",
+            headers=True,
+            ready=False,
+            built_in=False,
+        ),
         locks=(),
         lines=(),
         mpi_trouble=None,

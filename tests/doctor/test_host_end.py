@@ -82,7 +82,9 @@ def test_a_stranger_at_the_port_is_told_nothing() -> None:
     port = listener.open(0)
     assert isinstance(port, int)
     trouble = measure("127.0.0.1", port, "nekot", 5.0, False)["trouble"]
-    assert trouble in {"the other end closed the connection", "Connection reset by peer"}
+    # Which of them depends on who is quicker.
+    closed = {"the other end closed the connection", "Connection reset by peer", "Broken pipe"}
+    assert trouble in closed
     # An order beyond what the doctor's own end would ask for.
     with socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(b"token" + b"G" + (1 << 40).to_bytes(8, "big"))

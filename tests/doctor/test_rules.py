@@ -270,7 +270,14 @@ HEALTHY = {
     ),
     "a lock that is young": survey(b={"locks": (replace(OLD_LOCK, age_s=200.0),)}),
     "what is compiled needs no compiler": survey(
-        b={"build": Build(compiler=None, ninja="/usr/bin/ninja", headers=False, ready=True)}
+        b={
+            "build": Build(
+                compiler=None, ninja="/usr/bin/ninja", headers=False, ready=True, built_in=False
+            )
+        }
+    ),
+    "what DeepSpeed was installed with needs nothing": survey(
+        b={"build": Build(compiler=None, ninja=None, headers=False, ready=False, built_in=True)}
     ),
     "GPUs need no helper for CPUs": survey(
         facts=tuple(replace(host, build=replace(host.build, compiler=None)) for host in GPUS)
