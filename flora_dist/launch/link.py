@@ -33,7 +33,9 @@ class Link:
         """How many processes it ended at the end."""
         self.trouble: list[str] = []
         """The last lines that ssh or Python said before the agent was ready."""
-        agent = [sys.executable, "-u", "-m", "flora_dist.launch.agent"]
+        path = task.environment.get("PYTHONPATH")
+        given = [] if path is None else ["env", f"PYTHONPATH={path}"]  # flora_dist may lie there
+        agent = [*given, sys.executable, "-u", "-m", "flora_dist.launch.agent"]
         self._process = subprocess.Popen(
             agent if is_local(host) else over_ssh(host, agent),
             stdin=subprocess.PIPE,
