@@ -64,9 +64,11 @@ def trained(
     corpus: Path,
     how: Sequence[str] = (),
     environment: dict[str, str] | None = None,
+    more: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The weights that a job on hosts ends with; it must leave nothing behind."""
-    words = trainer(folder, corpus, backend_of(launcher), f"checkpoint.every={STEPS}")
+    settings = (f"checkpoint.every={STEPS}", *more)
+    words = trainer(folder, corpus, backend_of(launcher), *settings)
     where = how or ("--launcher", launcher, *nodes(launcher, on, slots))
     running = door(on[0], folder, *where, *words, environment=environment)
     assert running.code(LIMIT_S) == 0, running.text()[-8000:]
@@ -176,11 +178,14 @@ def test_three_hosts_of_slurm_train_what_one_host_trains(corpus: Path, tmp_path:
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     alone.mkdir()
     spread.mkdir()
+    of_three = ("train.global_batch=6",)  # 3 processes x micro-batches of 2
     with hosts(3) as on:
         with slurm(on, tmp_path) as environment:
-            found = trained(on, [1, 1, 1], "slurm", spread, corpus, environment=environment)
+            found = trained(
+                on, [1, 1, 1], "slurm", spread, corpus, environment=environment, more=of_three
+            )
         one = ("--launcher", "torchrun", "--slots", "3")
-        expected = trained(on[:1], [3], "torchrun", alone, corpus, one)
+        expected = trained(on[:1], [3], "torchrun", alone, corpus, one, more=of_three)
     assert_same(found, expected)
 
 
