@@ -25,7 +25,6 @@ from flora_dist.launch.files import kept
 from flora_dist.launch.locks import locks
 from flora_dist.launch.processes import end_all, of_job, signal_each, workers
 from flora_dist.version import __version__
-from flora_dist.world import interface_toward
 
 SAYS = "::flora-agent:: "
 BEAT_S = 5.0
@@ -51,8 +50,6 @@ class Task:
     files_folder: str
     files: dict[str, str]
     """Texts the command reads there, by name."""
-    address: str
-    """Of the host where process 0 will be."""
 
 
 class _Link:
@@ -120,9 +117,7 @@ def _start(task: Task, command: list[str]) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         # A group of its own: a Ctrl-C of the terminal is the front door's.
         start_new_session=True,
-        # Workers get their signals' defaults back, not the agent's.
-        restore_signals=True,
-        preexec_fn=_default_signals,
+        preexec_fn=_default_signals,  # the agent ignores them, and what it starts would too
     )
 
 
@@ -137,7 +132,6 @@ def _facts(task: Task) -> dict[str, Any]:
     return {
         "version": __version__,
         "folder_exists": Path(task.folder).is_dir(),
-        "interface": interface_toward(task.address),
         "locks": [asdict(lock) for lock in locks(extensions)],
     }
 

@@ -13,10 +13,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flora_dist.launch.commands import HERE, LAUNCHERS, Job
-from flora_dist.launch.hosts import Host, address_of, read_hostfile, read_nodes
+from flora_dist.launch.hosts import (
+    THIS_MACHINE,
+    Host,
+    address_of,
+    are_this_machine,
+    read_hostfile,
+    read_nodes,
+)
 from flora_dist.launch.processes import MARK
 from flora_dist.launch.variables import exported, own_file
-from flora_dist.world import DEFAULT_PORT, interface_toward
+from flora_dist.world import DEFAULT_PORT, TIMEOUT, interface_toward
 
 MOST_GRACE_S = 600
 ELASTIC_RESTARTS = 10
@@ -66,7 +73,7 @@ def job_of(parsed: argparse.Namespace) -> Job:
     """
     hosts = _hosts(parsed)
     _check(parsed, hosts)
-    alone = [host.name for host in hosts] == ["localhost"]
+    alone = are_this_machine(hosts)
     address = parsed.master_addr or _address(parsed.launcher, hosts)
     variables = exported(os.environ, parsed.export)
     if parsed.launcher in _DEEPSPEED:
@@ -79,7 +86,7 @@ def job_of(parsed: argparse.Namespace) -> Job:
     if parsed.timeout is not None:
         # DeepSpeed takes whole minutes.
         variables["DEEPSPEED_TIMEOUT"] = str(max(1, round(parsed.timeout)))
-        variables["FLORA_TIMEOUT_MINUTES"] = str(parsed.timeout)
+        variables[TIMEOUT] = str(parsed.timeout)
     name = uuid.uuid4().hex[:12]
     return Job(
         name=name,
@@ -119,7 +126,7 @@ def _hosts(parsed: argparse.Namespace) -> tuple[Host, ...]:
     if parsed.hostfile is not None:
         return read_hostfile(parsed.hostfile)
     if parsed.nodes is None:
-        return (Host(name="localhost", slots=parsed.slots),)
+        return (Host(name=THIS_MACHINE, slots=parsed.slots),)
     if parsed.launcher == "slurm" and parsed.nodes.isdecimal() and int(parsed.nodes):
         return (Host(name="", slots=parsed.slots),) * int(parsed.nodes)
     return read_nodes(parsed.nodes, parsed.slots)
@@ -153,7 +160,7 @@ def _check(parsed: argparse.Namespace, hosts: tuple[Host, ...]) -> None:
 
 
 def _check_tools(launcher: str, hosts: tuple[Host, ...]) -> None:
-    alone = [host.name for host in hosts] == ["localhost"]
+    alone = are_this_machine(hosts)
     needed = {
         "pdsh": () if alone else ("pdsh", "ssh"),
         "openmpi": ("mpirun", "ompi_info"),
@@ -177,7 +184,7 @@ def _address(launcher: str, hosts: tuple[Host, ...]) -> str:
     """Of the first host, as the others reach it."""
     if launcher == "slurm" and not hosts[0].name:
         return ""  # Slurm chooses the hosts; each process reads their list
-    if [host.name for host in hosts] == ["localhost"]:
+    if are_this_machine(hosts):
         return "127.0.0.1"
     address = address_of(hosts[0].name)
     if len(hosts) > 1 and address.startswith("127."):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flora_dist.launch.hosts import Host
+from flora_dist.launch.hosts import Host, are_this_machine
 from flora_dist.launch.processes import MARK
 from flora_dist.launch.ssh import OPTIONS
 from flora_dist.launch.variables import as_file
@@ -74,7 +74,7 @@ class Commands:
 
 def pdsh(job: Job) -> Commands:
     """The deepspeed launcher over pdsh and ssh."""
-    options = () if _is_here(job) else ("--force_multi", "--launcher", "pdsh")
+    options = () if are_this_machine(job.hosts) else ("--force_multi", "--launcher", "pdsh")
     ssh = " ".join(OPTIONS)
     # Without keepalive the launcher waits for ever for the ssh to a host that is gone (measured).
     return _deepspeed(job, options, {"PDSH_SSH_ARGS_APPEND": ssh})
@@ -197,10 +197,6 @@ def _worker(job: Job) -> tuple[str, ...]:
 
 def _hostfile(job: Job) -> str:
     return "".join(f"{host.name} slots={host.slots}\n" for host in job.hosts)
-
-
-def _is_here(job: Job) -> bool:
-    return [host.name for host in job.hosts] == ["localhost"]
 
 
 def _meeting(job: Job) -> dict[str, str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 # What DNS allows, and addresses: a name is a word of ssh's, pdsh's and mpirun's command lines.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+THIS_MACHINE = "localhost"
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\S+)(?P<rest>.*)")
 
 
@@ -79,6 +81,11 @@ def address_of(name: str) -> str:
             f"every host must have a name that resolves here; {name!r} does not ({error}). "
             "Correct the hostfile, /etc/hosts or DNS."
         ) from None
+
+
+def are_this_machine(hosts: Sequence[Host]) -> bool:
+    """Whether a job named no host: then it runs here, without ssh or names."""
+    return [host.name for host in hosts] == [THIS_MACHINE]
 
 
 def is_local(name: str) -> bool:

@@ -46,7 +46,11 @@ def run(job: Job, launcher: str, *, grace_s: float) -> int:
         links = [Link(host.name, _task(job, commands, host.name)) for host in job.hosts if uses_ssh]
         try:
             _wait_until_ready(links, signals)
-            code = _Run(job, commands, links, signals, grace_s).to_the_end()
+            if signals.number:
+                say(f"stopped by {signal.Signals(signals.number).name}; nothing has started.")
+                code = 128 + signals.number
+            else:
+                code = _Run(job, commands, links, signals, grace_s).to_the_end()
         finally:
             _close(links, job)
         return code
@@ -199,16 +203,20 @@ def _task(job: Job, commands: Commands, host: str) -> Task:
         command=list(command) if command else None,
         files_folder=str(job.folder(host)),
         files=dict(commands.files) if command else {},
-        address=job.address,
     )
 
 
 def _wait_until_ready(links: list[Link], signals: _Signals) -> None:
+    """Return when every host has answered and can run the job, or at a signal.
+
+    Raises:
+        ValueError: one cannot, or has not answered in time.
+    """
     deadline = time.monotonic() + READY_S
     for link in links:
         while link.ready is None and link.is_open and time.monotonic() < deadline:
             if signals.number:
-                raise KeyboardInterrupt
+                return
             time.sleep(0.01)
         _check(link)
     _check_locks(links)
@@ -273,15 +281,7 @@ def _close(links: list[Link], job: Job) -> None:
 
 def _sweep(job: Job) -> Task:
     """For a host whose agent was killed: another one, which only ends what is left."""
-    return Task(
-        job=job.name,
-        folder="/",
-        environment={},
-        command=None,
-        files_folder="",
-        files={},
-        address=job.address,
-    )
+    return Task(job=job.name, folder="/", environment={}, command=None, files_folder="", files={})
 
 
 def say(text: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.cluster.faults import FAULTS, LIMIT_S, START_S, after, power_off, terminate, training
 from tests.cluster.hosts import hosts
-from tests.cluster.jobs import LAUNCHERS, left_on, wait_until_clean
+from tests.cluster.jobs import LAUNCHERS, door, is_door, left_on, wait_until_clean
 
 pytestmark = [
     pytest.mark.cluster,
@@ -74,6 +75,17 @@ def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path, corpus: Path
         assert running.code(LIMIT_S) == 143
         assert not wait_until_clean(alive, LIMIT_S)
         assert any((tmp_path / "tiny" / "checkpoints").iterdir())
+
+
+def test_a_signal_before_the_hosts_have_answered_starts_nothing(tmp_path: Path) -> None:
+    """It ended with a traceback of KeyboardInterrupt."""
+    with hosts(2) as on:
+        on[1].cable("down")
+        running = door(on[0], tmp_path, "--nodes", "node1,node2", "no_such_program.py")
+        running.wait_for(lambda: on[0].signal_all(is_door, signal.SIGTERM) == 1, START_S)
+        assert running.code(LIMIT_S) in {143, -signal.SIGTERM}, running.text()
+        assert "Traceback" not in running.text()
+        assert not wait_until_clean(on, LIMIT_S)
 
 
 def test_what_is_left_on_a_host_is_seen() -> None:

@@ -53,7 +53,7 @@ def _build(**changed: object) -> dict[str, object]:
 
 OLD_LOCK = Lock(path="/x/lock", age_s=3600.0, is_held=False)
 HELD_LOCK = replace(OLD_LOCK, is_held=True)
-BAD_LINE = Line(path="/root/.deepspeed_env", number=2, text="", breaks=True)
+BAD_LINE = Line(path="~/.deepspeed_env", number=2, text="", breaks=True)
 THREE = [link("a", "b"), link("a", "c", 400.0), link("b", "c", 500.0)]
 
 # What was seen, the finding's subject, its hosts, words of it, and its severity.
@@ -105,7 +105,7 @@ FAULTS: dict[str, tuple[Survey, str, tuple[str, ...], str, str]] = {
     ),
     "a stale lock": (survey(b={"locks": (OLD_LOCK,)}), "lock", ("b",), "/x/lock", "error"),
     "a broken line": (
-        survey(b={"lines": (BAD_LINE,)}), "deepspeed_env", ("b",), "line 2 of /root/", "error",
+        survey(b={"lines": (BAD_LINE,)}), "deepspeed_env", ("b",), "line 2 of ~/", "error",
     ),
     "a broken line where no rank runs": (
         survey(asked=asked(lines=(BAD_LINE,))),

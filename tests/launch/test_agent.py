@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -36,7 +35,7 @@ def task(tmp_path: Path, command: list[str] | None, **changes: Any) -> Task:
     job = uuid.uuid4().hex
     settings = {
         **{"job": job, "folder": str(tmp_path), "environment": {MARK: job}, "command": command},
-        **{"files_folder": str(tmp_path / "files"), "files": {}, "address": "127.0.0.1"},
+        **{"files_folder": str(tmp_path / "files"), "files": {}},
     }
     return Task(**{**settings, **changes})
 
@@ -181,10 +180,5 @@ def test_the_files_of_a_command_are_there_meanwhile_and_its_owners_alone(tmp_pat
 def test_it_says_what_the_front_door_must_know(tmp_path: Path) -> None:
     started = Agent(task(tmp_path, None, folder="/no/such/folder"))
     assert started.ready["folder_exists"] is False
-    assert started.ready["interface"] == "lo"
     started.say("end")
     started.process.wait(LIMIT_S)
-
-
-def test_a_process_that_cannot_be_read_is_not_ours() -> None:
-    assert os.getpid() not in {process.pid for process in of_job("")}
