@@ -12,13 +12,12 @@ from pathlib import Path
 
 from flora_dist.doctor.look import env_lines
 from flora_dist.doctor.survey import Asked
-from flora_dist.launch.hosts import Host, address_of, read_hostfile, read_nodes
+from flora_dist.launch.commands import LAUNCHERS
+from flora_dist.launch.hosts import THIS_MACHINE, Host, address_of, read_hostfile, read_nodes
 from flora_dist.launch.variables import exported, own_file
 from flora_dist.world import DEFAULT_PORT, interface_toward, interfaces
 
-_LAUNCHERS = ("pdsh", "openmpi", "no_ssh", "torchrun", "mpirun", "slurm")
 _WITH_MPI = frozenset(("openmpi", "mpirun"))
-_LOCAL = "localhost"
 _LAST_PORT = 65535
 
 
@@ -40,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="of the projections that ranks compare")
     parser.add_argument(
-        "--launcher", choices=_LAUNCHERS, help="how the job will start; Open MPI needs mpi4py"
+        "--launcher",
+        choices=sorted(LAUNCHERS),
+        help="how the job will start; Open MPI needs mpi4py",
     )
     parser.add_argument(
         "--minimum", type=float, metavar="MBIT",
@@ -104,7 +105,7 @@ def _hosts(parsed: argparse.Namespace) -> tuple[Host, ...]:
         return read_hostfile(parsed.hostfile)
     if parsed.nodes is not None:
         return read_nodes(parsed.nodes, parsed.slots)
-    return (Host(name=_LOCAL, slots=parsed.slots),)
+    return (Host(name=THIS_MACHINE, slots=parsed.slots),)
 
 
 def _check(parsed: argparse.Namespace) -> None:

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 from flora_dist.doctor.facts import HostFacts, from_tree
-from flora_dist.doctor.session import Lost, Session, agent_command
 from flora_dist.doctor.survey import Asked, Finding, error, warning
 from flora_dist.launch.hosts import address_of, is_local
+from flora_dist.launch.near_end import Lost, Session, far_command
+from flora_dist.launch.ssh import over_ssh
 
 HELLO_S = 30.0
 """Seconds to the agent's first word: a login on a busy host and Python's start."""
@@ -51,7 +52,7 @@ def sessions(
             for found, trouble in pool.map(lambda name: _reach(asked, name, opened), names):
                 findings += trouble
                 if found is not None:
-                    reached[found.name] = found
+                    reached[found.host] = found
         yield reached, findings
     finally:
         with ThreadPoolExecutor(max_workers=max(1, len(opened))) as pool:
@@ -79,8 +80,9 @@ def _reach(asked: Asked, name: str, opened: list[Session]) -> tuple[Session | No
 def _start(
     asked: Asked, name: str, opened: list[Session], *, ssh: bool
 ) -> tuple[Session | None, Finding | None]:
-    command = agent_command(asked.python, asked.folder, asked.environment)
-    session = Session(name, command, ssh=ssh)
+    agent = far_command("flora_dist.doctor.agent", asked.python, asked.folder, asked.environment)
+    command = over_ssh(name, agent) if ssh else agent
+    session = Session(name, command, asked.environment, lambda _stream, _data: None)
     opened.append(session)
     try:
         session.hello(HELLO_S)
@@ -91,7 +93,7 @@ def _start(
 
 def _why(asked: Asked, session: Session, said: str, *, ssh: bool) -> Finding:
     """Ssh's own failures have code 255; others are the remote command's."""
-    name = session.name
+    name = session.host
     if ssh and session.code() in {None, _SSH_FAILED}:
         remedy = next(
             (remedy for words, remedy in _SSH_REMEDIES if words in said.lower()),
@@ -133,7 +135,7 @@ def ask_facts(asked: Asked, reached: dict[str, Session]) -> tuple[list[HostFacts
 def _facts(asked: Asked, session: Session) -> HostFacts | Finding:
     began = time.time()
     what = {
-        "name": session.name,
+        "name": session.host,
         "master": asked.master,
         "names": [host.name for host in asked.hosts] if asked.is_cluster else [],
         "config": asked.config,
@@ -155,6 +157,6 @@ def _facts(asked: Asked, session: Session) -> HostFacts | Finding:
     except Lost as lost:
         said = str(lost)
     return error(
-        "installation", [session.name], f"{session.name} cannot tell its facts: {said}",
-        f"Install the same flora_dist on {session.name} as here.",
+        "installation", [session.host], f"{session.host} cannot tell its facts: {said}",
+        f"Install the same flora_dist on {session.host} as here.",
     )  # fmt: skip

@@ -10,9 +10,9 @@ from flora_dist.doctor.facts import HostFacts
 from flora_dist.doctor.findings import ON_FACTS, ON_LINKS, ON_RANKS, apply
 from flora_dist.doctor.group import try_ranks
 from flora_dist.doctor.reach import ALL_PAIRS, reach
-from flora_dist.doctor.session import Session
 from flora_dist.doctor.survey import Asked, Finding, Survey
 from flora_dist.launch.hosts import address_of
+from flora_dist.launch.near_end import Session
 
 # With one of these the ranks would only wait for each other until their timeout.
 _HOPELESS = frozenset(("interface", "reach", "port"))

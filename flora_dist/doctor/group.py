@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 from flora_dist.doctor.facts import HostFacts
-from flora_dist.doctor.session import Lost, Session
 from flora_dist.doctor.survey import LOST, Asked, RankSaid
+from flora_dist.launch.near_end import Lost, Session
 
 _IMPORT_S = 90.0
 """Seconds to load torch on a busy host from a cold disk, beside the group's own timeout."""
@@ -40,10 +40,10 @@ def try_ranks(
         settings = {
             "device": device,
             "timeout_s": asked.timeout_s,
-            "seed": _seed(asked, facts[session.name]),
+            "seed": _seed(asked, facts[session.host]),
         }
         limit_s = asked.timeout_s + _IMPORT_S
-        own = numbers[session.name]
+        own = numbers[session.host]
         try:
             said = session.ask(
                 "ranks", limit_s + _ANSWER_S,
@@ -51,8 +51,8 @@ def try_ranks(
                 program=["-m", _MODULE, json.dumps(settings)],
             )  # fmt: skip
         except Lost as lost:
-            return [_lost(session.name, rank, str(lost)) for rank in own]
-        return [RankSaid(host=session.name, **each) for each in said]
+            return [_lost(session.host, rank, str(lost)) for rank in own]
+        return [RankSaid(host=session.host, **each) for each in said]
 
     with ThreadPoolExecutor(max_workers=len(reached)) as pool:
         futures = {pool.submit(run, session): session for session in reached.values()}

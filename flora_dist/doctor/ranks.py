@@ -10,26 +10,29 @@ import json
 import os
 import sys
 import threading
-from typing import Any
+from typing import Any, TextIO
 
 
 def main() -> int:
     """Form the group, try it, say what came out; 0, or 1 with one line of why not."""
     threading.Thread(target=_end_with_input, daemon=True).start()
-    _say(stage="started")
+    # What libraries print goes with the errors: it could be taken for one of these words.
+    words = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _say(words, stage="started")
     settings = json.loads(sys.argv[1])
     try:
         from flora_dist.doctor.trial import run
 
-        _say(stage="torch loaded")
-        result = run(settings, lambda stage: _say(stage=stage))
+        _say(words, stage="torch loaded")
+        result = run(settings, lambda stage: _say(words, stage=stage))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         sys.stderr.write(f"\n{type(error).__name__}: {lines[0]}\n")
         sys.stderr.flush()
         # A group that has lost a process may wait for it in its destructor.
         os._exit(1)
-    _say(stage="done", result=result)
+    _say(words, stage="done", result=result)
     return 0
 
 
@@ -40,9 +43,9 @@ def _end_with_input() -> None:
     os._exit(1)
 
 
-def _say(**facts: Any) -> None:
-    sys.stdout.write(f"{json.dumps(facts)}\n")
-    sys.stdout.flush()
+def _say(words: TextIO, **facts: Any) -> None:
+    words.write(f"{json.dumps(facts)}\n")
+    words.flush()
 
 
 if __name__ == "__main__":

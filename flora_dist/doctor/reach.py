@@ -12,8 +12,8 @@ from itertools import combinations, pairwise
 
 from flora_dist.doctor.links import Measured
 from flora_dist.doctor.rules_network import slow_links
-from flora_dist.doctor.session import Lost, Session
 from flora_dist.doctor.survey import Asked, Link, Port, Survey
+from flora_dist.launch.near_end import Lost, Session
 
 ALL_PAIRS = 16
 """Hosts up to which every pair is tried; beyond, a ring and each host with the first."""

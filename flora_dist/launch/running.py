@@ -7,28 +7,25 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import FrameType
-from typing import Any
 
-from flora_dist.launch.agent import Task
 from flora_dist.launch.commands import HERE, LAUNCHERS, Commands, Job
 from flora_dist.launch.files import kept
-from flora_dist.launch.link import Link
-from flora_dist.launch.locks import STALE_S
-from flora_dist.version import __version__
+from flora_dist.launch.front import Front
+from flora_dist.launch.near_end import GOODBYE_S, Session
+from flora_dist.launch.outlet import pump
+from flora_dist.launch.reaching import leave, opened, prepared
 
-READY_S = 40.0
-"""Seconds in which every host must answer; ssh itself gives up after 10 to 20."""
 FOLLOW_S = 20.0
 """Seconds in which the other hosts end by themselves after the first has failed."""
-END_S = 10.0
-"""Seconds in which an agent must have ended its host's processes."""
 _POLL_S = 0.1
 _LOST = 1
+_LAST_LINES_S = 1.0
 
 
 def run(job: Job, launcher: str, *, grace_s: float) -> int:
@@ -41,18 +38,18 @@ def run(job: Job, launcher: str, *, grace_s: float) -> int:
     """
     commands = LAUNCHERS[launcher](job)
     files = commands.files if commands.here else {}
-    with kept(job.folder(HERE), files), _Signals() as signals:
-        uses_ssh = launcher != "slurm"
-        links = [Link(host.name, _task(job, commands, host.name)) for host in job.hosts if uses_ssh]
+    hosts = () if launcher == "slurm" else job.hosts
+    with Front() as front, kept(job.folder(HERE), files), _Signals() as signals:
+        sessions = [opened(host.name, job, commands, front) for host in hosts]
         try:
-            _wait_until_ready(links, signals)
+            prepared(sessions, job, commands, front, lambda: signals.count > 0)
             if signals.number:
-                say(f"stopped by {signal.Signals(signals.number).name}; nothing has started.")
+                front.say(f"stopped by {signal.Signals(signals.number).name}; nothing has started.")
                 code = 128 + signals.number
             else:
-                code = _Run(job, commands, links, signals, grace_s).to_the_end()
+                code = _Run(job, commands, sessions, signals, grace_s, front).to_the_end()
         finally:
-            _close(links, job)
+            leave(sessions, job, front)
         return code
 
 
@@ -83,9 +80,16 @@ class _Run:
     """The loop that watches what was started."""
 
     def __init__(
-        self, job: Job, commands: Commands, links: list[Link], signals: _Signals, grace_s: float
+        self,
+        job: Job,
+        commands: Commands,
+        sessions: list[Session],
+        signals: _Signals,
+        grace_s: float,
+        front: Front,
     ) -> None:
-        self._job, self._links, self._signals, self._grace_s = job, links, signals, grace_s
+        self._job, self._sessions, self._signals, self._grace_s = job, sessions, signals, grace_s
+        self._front, self._pumps = front, list[Thread]()
         self._stop = commands.stop
         self._lost: set[str] = set()
         self._stop_at: float | None = None
@@ -96,30 +100,46 @@ class _Run:
                 commands.here,
                 env={**os.environ, **variables},
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 start_new_session=True,
                 # Where no agent watches (Slurm), srun would go on without a front door.
                 preexec_fn=_end_with_parent,
             )
-        for link in links:
-            link.say("start")
+            for stream, pipe in ((1, self._here.stdout), (2, self._here.stderr)):
+                assert pipe is not None
+                self._pumps.append(pump(pipe, partial(front.pass_on, stream)))
+        folder = str(Path.cwd())
+        self._commands = {
+            session.host: session.begin(
+                "run", folder=folder, command=list(commands.each[session.host])
+            )
+            for session in sessions
+            if session.host in commands.each
+        }
 
     def to_the_end(self) -> int:
         """Watch until nothing is left to wait for; the exit code."""
         while True:
             code = self._code()
+            self._front.complain()
             if code is not None:
                 return self._told(code)
             time.sleep(_POLL_S)
 
     def _code(self) -> int | None:
         lost = self._newly_lost()
-        if lost and len(self._links) - len(self._lost) < self._job.least_hosts:
-            say(f"host {', '.join(lost)} no longer answers: the job cannot go on without it.")
+        if lost and len(self._sessions) - len(self._lost) < self._job.least_hosts:
+            self._front.say(
+                f"host {', '.join(lost)} no longer answers: the job cannot go on without it."
+            )
             self._ask_to_stop()
             self._stop_at = time.monotonic()
             return _LOST
         if lost:
-            say(f"host {', '.join(lost)} no longer answers; the job is elastic and goes on.")
+            self._front.say(
+                f"host {', '.join(lost)} no longer answers; the job is elastic and goes on."
+            )
         if self._signals.number:
             return self._stopping()
         return self._ended()
@@ -127,7 +147,9 @@ class _Run:
     def _newly_lost(self) -> list[str]:
         """Hosts whose agent has gone although nobody told it to."""
         fresh = [
-            link.host for link in self._links if not link.is_open and link.host not in self._lost
+            session.host
+            for session in self._sessions
+            if not session.is_open and session.host not in self._lost
         ]
         self._lost.update(fresh)
         return fresh
@@ -137,7 +159,7 @@ class _Run:
         if self._here is not None:
             code = self._here.poll()
             return None if code is None else _as_shell(code)
-        codes = [link.ended for link in self._links if link.host not in self._lost]
+        codes = [self._code_of(host) for host in self._commands if host not in self._lost]
         failed = next((_as_shell(code) for code in codes if code), 0)
         if None not in codes:
             return failed
@@ -147,36 +169,47 @@ class _Run:
             self._stop_at = time.monotonic() + FOLLOW_S
         return failed if time.monotonic() > self._stop_at else None
 
+    def _code_of(self, host: str) -> int | None:
+        """That of the command there, once it has ended."""
+        ended = self._commands[host]
+        # An exception: the host is lost, which is noticed soon.
+        return int(ended.result()) if ended.done() and not ended.exception() else None
+
     def _stopping(self) -> int | None:
         """After a signal: workers may save and end; those that do not are killed."""
         name = signal.Signals(self._signals.number).name
         if self._stop_at is None:
-            say(f"{name}: workers have {self._grace_s:.0f} s to end; once more to kill them.")
+            self._front.say(
+                f"{name}: workers have {self._grace_s:.0f} s to end; once more to kill them."
+            )
             self._ask_to_stop()
             self._stop_at = time.monotonic() + self._grace_s
         over = self._ended() is not None
         if over or self._signals.count > 1 or time.monotonic() > self._stop_at:
-            say(f"stopped by {name}.")
+            self._front.say(f"stopped by {name}.")
             return 128 + self._signals.number
         return None
 
     def _ask_to_stop(self) -> None:
-        for link in self._links:
-            link.say("stop")
+        for session in self._sessions:
+            session.begin("stop")
         if self._stop:
             with suppress(OSError, subprocess.TimeoutExpired):  # they are killed after the grace
-                subprocess.run(self._stop, check=False, timeout=END_S, stdin=subprocess.DEVNULL)
+                subprocess.run(self._stop, check=False, timeout=GOODBYE_S, stdin=subprocess.DEVNULL)
 
     def _told(self, code: int) -> int:
         if self._here is not None and self._here.poll() is None:
             self._here.terminate()
             try:
-                self._here.wait(END_S)
+                self._here.wait(GOODBYE_S)
             except subprocess.TimeoutExpired:
                 self._here.kill()
+        for thread in self._pumps:  # what the ranks left behind may hold it open
+            thread.join(_LAST_LINES_S)
         if code and not self._signals.number and not self._lost:
-            where = [f"{x.host} {_as_shell(x.ended)}" for x in self._links if x.ended]
-            say(
+            codes = {host: self._code_of(host) for host in self._commands}
+            where = [f"{host} {_as_shell(code)}" for host, code in codes.items() if code]
+            self._front.say(
                 f"the job failed with exit code {code}"
                 f"{' (' + ', '.join(where) + ')' if where else ''}; "
                 "the first failure above says why."
@@ -192,99 +225,3 @@ def _end_with_parent() -> None:
 def _as_shell(code: int) -> int:
     """128 + N for signal N, as shells say it: a negative code would be cut to a byte."""
     return code if code >= 0 else 128 - code
-
-
-def _task(job: Job, commands: Commands, host: str) -> Task:
-    command = commands.each.get(host)
-    return Task(
-        job=job.name,
-        folder=str(Path.cwd()),
-        environment={**job.variables, **commands.variables},
-        command=list(command) if command else None,
-        files_folder=str(job.folder(host)),
-        files=dict(commands.files) if command else {},
-    )
-
-
-def _wait_until_ready(links: list[Link], signals: _Signals) -> None:
-    """Return when every host has answered and can run the job, or at a signal.
-
-    Raises:
-        ValueError: one cannot, or has not answered in time.
-    """
-    deadline = time.monotonic() + READY_S
-    for link in links:
-        while link.ready is None and link.is_open and time.monotonic() < deadline:
-            if signals.number:
-                return
-            time.sleep(0.01)
-        _check(link)
-    _check_locks(links)
-
-
-def _check(link: Link) -> None:
-    facts: dict[str, Any] | None = link.ready
-    if facts is None:
-        time.sleep(0.2)  # ssh's words may be behind its end
-        said = "; ".join(filter(None, link.trouble)) or f"no answer within {READY_S:.0f} s"
-        raise ValueError(
-            f"every host must be reached by ssh without a question and run {sys.executable} with "
-            f"flora_dist; {link.host} says: {said}. Try: ssh {link.host} {sys.executable} -c "
-            "'import flora_dist'"
-        )
-    if facts["version"] != __version__:
-        raise ValueError(
-            f"every host must have the same flora_dist; {link.host} has {facts['version']}, this "
-            f"one {__version__}. Install the same there."
-        )
-    if not facts["folder_exists"]:
-        raise ValueError(
-            f"a job runs in the same folder on every host; {link.host} has no {Path.cwd()}. Share "
-            "or copy it, or start from a folder that all have."
-        )
-
-
-def _check_locks(links: list[Link]) -> None:
-    """Refuse locks that would hold every rank for ever; tell of those that may.
-
-    Raises:
-        ValueError: one that is old and that no host of the job holds.
-    """
-    seen = [(link, lock) for link in links if link.ready for lock in link.ready["locks"]]
-    held = {lock["path"] for _, lock in seen if lock["is_held"]}
-    for link, lock in seen:
-        if lock["path"] in held:
-            continue
-        words = f"{lock['path']}, {lock['age_s']:.0f} s old"
-        remedy = f"ssh {link.host} rm {lock['path']}"
-        if lock["age_s"] >= STALE_S:
-            raise ValueError(
-                "a killed job has left a lock for which every later one waits without a word; on "
-                f"{link.host} nobody holds {words}. Remove it: {remedy}"
-            )
-        say(f"{link.host}: no host of this job holds {words}; if none does: {remedy}")
-
-
-def _close(links: list[Link], job: Job) -> None:
-    """Leave nothing of the job on any host that can be reached, and say what was left."""
-    for link in links:
-        link.say("end")
-    unreached = [link.host for link in links if link.ready is not None and not link.close(END_S)]
-    again = {host: Link(host, _sweep(job)) for host in unreached}
-    for host, link in again.items():
-        deadline = time.monotonic() + END_S
-        while link.ready is None and link.is_open and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if not link.close(END_S):
-            say(f"host {host} does not answer; what runs there ends by itself within 30 s.")
-
-
-def _sweep(job: Job) -> Task:
-    """For a host whose agent was killed: another one, which only ends what is left."""
-    return Task(job=job.name, folder="/", environment={}, command=None, files_folder="", files={})
-
-
-def say(text: str) -> None:
-    """A line of the front door's own."""
-    sys.stderr.write(f"flora-dist launch: {text}\n")
-    sys.stderr.flush()

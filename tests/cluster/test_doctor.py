@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_dist.doctor.agent import SILENCE_S
+from flora_dist.launch.far_end import SILENCE_S
 from tests.cluster import doctor_faults as faults
 from tests.cluster.doctor_cases import CONFIG, FAULTS, Cluster
 from tests.cluster.doctor_faults import until

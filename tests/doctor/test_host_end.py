@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from flora_dist.doctor import look
 from flora_dist.doctor.facts import as_tree, from_tree
 from flora_dist.doctor.links import Listener, measure
-from flora_dist.doctor.session import Lost, Session, agent_command
+from flora_dist.launch.near_end import Lost, Session, far_command
 from tests.doctor.samples import facts
 
 
@@ -93,8 +92,9 @@ def test_a_stranger_at_the_port_is_told_nothing() -> None:
 
 
 def _session(*changes: str) -> Session:
-    program = "; ".join(["from flora_dist.doctor import agent", *changes, "agent.main()"])
-    return Session("here", [sys.executable, "-u", "-c", program, "/"], ssh=False)
+    words = ["from flora_dist.doctor import agent", "from flora_dist.launch import far_end"]
+    program = "; ".join([*words, *changes, "far_end.serve(agent.Host)"])
+    return Session("here", [sys.executable, "-u", "-c", program], {}, lambda _stream, _data: None)
 
 
 def test_what_a_login_prints_is_no_answer() -> None:
@@ -104,7 +104,7 @@ def test_what_a_login_prints_is_no_answer() -> None:
 
 
 def test_an_agent_ends_when_the_link_falls_silent() -> None:
-    session = _session("agent.SILENCE_S = 0.5")
+    session = _session("far_end.SILENCE_S = 0.5")
     session.hello(20.0)
     # The next sign of life would come after 5 s.
     with pytest.raises(Lost, match="ended with code 0"):
@@ -136,12 +136,39 @@ def test_ranks_end_soon_after_one_has_failed_and_the_one_is_known() -> None:
     assert time.monotonic() - began < 50.0
 
 
-def test_an_agent_starts_where_its_folder_is_missing_and_gets_its_environment(
+def test_an_agent_starts_where_its_folder_is_missing_and_no_variable_shows_on_its_command_line(
     tmp_path: Path,
 ) -> None:
+    """Every line of .deepspeed_env was there: whoever is on the host reads it with ps."""
+    environment = {"PYTHONPATH": str(Path.cwd()), "MY_SETTING": "for us alone"}
     missing = str(tmp_path / "a b'c")
-    command = agent_command(sys.executable, missing, {"PYTHONPATH": str(Path.cwd())})
-    said = subprocess.run(
-        command, input="", capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    assert '"hello"' in said
+    command = far_command("flora_dist.doctor.agent", sys.executable, missing, environment)
+    assert "for us alone" not in " ".join(command)
+    session = Session("here", command, environment, lambda _stream, _data: None)
+    assert session.hello(20.0)
+    said = session.ask(
+        "ranks", 20.0, ranks=[0], environment={}, limit_s=15.0,
+        program=["-c", "import os, sys; sys.exit(os.environ['MY_SETTING'])"],
+    )  # fmt: skip
+    session.close()
+    assert [each["error"] for each in said] == ["for us alone"]
+
+
+def test_what_a_library_prints_in_a_rank_is_no_word_of_it() -> None:
+    """A line with a brace first was read as the rank's own: the host's answer was lost."""
+    session = _session()
+    program = """
+import sys
+from flora_dist.doctor import ranks, trial
+def run(settings, say):
+    print('{0: 1}', '{"stage": "lost", "result": 1}', sep=chr(10), flush=True)
+    return {"sum": 2}
+trial.run = run
+sys.argv[1:] = ["{}"]
+ranks.main()
+"""
+    [said] = session.ask(
+        "ranks", 60.0, ranks=[0], environment={}, limit_s=50.0, program=["-c", program]
+    )
+    session.close()
+    assert (said["code"], said["stage"], said["result"]) == (0, "done", {"sum": 2})

@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from flora_dist.launch import agent
-from flora_dist.launch.agent import SAYS, Task
+from flora_dist.launch.near_end import Session
 from flora_dist.launch.processes import MARK, of_job, workers
 
-SLEEPS = [sys.executable, "-c", "import time; time.sleep(1000)"]
+SLEEPS = "import time; time.sleep(1000)"
 # It ends neither by SIGTERM nor with its parent, and has a child of its own.
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -31,43 +30,34 @@ time.sleep(1000)
 LIMIT_S = 30.0
 
 
-def task(tmp_path: Path, command: list[str] | None, **changes: Any) -> Task:
-    job = uuid.uuid4().hex
-    settings = {
-        **{"job": job, "folder": str(tmp_path), "environment": {MARK: job}, "command": command},
-        **{"files_folder": str(tmp_path / "files"), "files": {}},
-    }
-    return Task(**{**settings, **changes})
-
-
 class Agent:
-    """One that runs here, spoken to as the front door does."""
+    """One that runs here, asked as the front door asks it."""
 
-    def __init__(self, given: Task, silence_s: float = agent.SILENCE_S) -> None:
-        code = f"from flora_dist.launch import agent; agent.SILENCE_S = {silence_s}; agent.main()"
-        self.job = given.job
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.say(json.dumps(asdict(given)))
-        self.ready = self.heard()["ready"]
+    def __init__(self, *changes: str) -> None:
+        self.job = uuid.uuid4().hex
+        self.heard: dict[int, bytes] = {1: b"", 2: b""}
+        serves = "serve(agent.Host)"
+        words = ["from flora_dist.launch import agent, far_end", *changes, f"far_end.{serves}"]
+        command = [sys.executable, "-u", "-c", "; ".join(words)]
+        self.session = Session("here", command, {MARK: self.job}, self.hear)
+        self.session.hello(LIMIT_S)
 
-    def say(self, word: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{word}\n")
-        self.process.stdin.flush()
+    def hear(self, stream: int, data: bytes) -> None:
+        self.heard[stream] += data
 
-    def heard(self) -> dict[str, Any]:
-        """The next thing it says, the command's own lines left out."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(SAYS):
-                found: dict[str, Any] = json.loads(line.removeprefix(SAYS))
-                return found
-        raise AssertionError("it ended without a word")
+    def run(self, *words: str) -> Future[int]:
+        """The code with which Python ends on these words, some day."""
+        return self.session.begin("run", folder="/", command=[sys.executable, *words])
+
+    def end(self) -> int:
+        """How many processes it has ended."""
+        ended: int = self.session.ask("end", LIMIT_S)
+        self.session.close()
+        return ended
+
+    @property
+    def pid(self) -> int:
+        return self.session._process.pid
 
     def wait_for(self, count: int) -> None:
         """Until the job has so many processes."""
@@ -78,68 +68,121 @@ class Agent:
 
 
 @pytest.fixture
-def stubborn(tmp_path: Path) -> Iterator[Agent]:
+def stubborn() -> Iterator[Agent]:
     """An agent whose command has two processes that do not end by themselves."""
-    started = Agent(task(tmp_path, [sys.executable, "-c", STUBBORN]))
-    started.say("start")
+    started = Agent()
+    started.run("-c", STUBBORN)
     started.wait_for(2)
     yield started
-    started.process.kill()
-    started.process.wait()
+    started.session.close()
 
 
-def test_a_command_that_ends_is_told_with_its_code(tmp_path: Path) -> None:
-    started = Agent(task(tmp_path, [sys.executable, "-c", "raise SystemExit(7)"]))
-    started.say("start")
-    assert started.heard() == {"ended": 7}
-    started.say("end")
-    assert started.heard() == {"left": 0}
-    assert started.process.wait(LIMIT_S) == 0
+def test_a_command_that_ends_is_told_with_its_code_and_all_it_has_printed() -> None:
+    started = Agent()
+    text = "a\u00e9\n" * 5000 + "no end of line"
+    code = (
+        f"import sys; print({text!r}, end=''); sys.stderr.buffer.write(bytes(range(256))); exit(7)"
+    )
+    assert started.run("-c", code).result(LIMIT_S) == 7
+    assert started.end() == 0
+    assert started.heard == {1: text.encode(), 2: bytes(range(256))}
 
 
-def test_told_to_end_it_leaves_nothing(stubborn: Agent) -> None:
-    stubborn.say("end")
-    assert stubborn.heard() == {"left": 2}
+def test_nothing_that_a_rank_prints_passes_for_a_word_of_the_agent() -> None:
+    """A rank that printed `::flora-agent:: {"ended": 0}` ended its job as a success, and one that
+    printed `::flora-agent:: hello` let it hang for ever."""
+    started = Agent()
+    # Also all that a rank can read of itself and of the agent.
+    code = """
+import os, sys
+from pathlib import Path
+seen = ["", os.environ["FLORA_JOB"], "::flora-agent::", "::flora-doctor::"]
+for who in ("self", os.getppid()):
+    for name in ("environ", "cmdline"):
+        seen += Path(f"/proc/{who}/{name}").read_text().replace("\\0", "=").split("=")
+for stream in (sys.stdout, sys.stderr):
+    for word in seen:
+        for facts in ('{"number": 1, "answer": 0}', '{"ended": 0}', 'hello', '{"hello": 1}'):
+            print(f"{word} {facts}", file=stream, flush=True)
+print(Path(f"/proc/{os.getppid()}/fd/1").readlink(), file=sys.stderr)
+raise SystemExit(3)
+"""
+    assert started.run("-c", code).result(LIMIT_S) == 3
+    assert started.end() == 0
+    assert started.heard[1].count(b'{"number": 1, "answer": 0}\n') > 20
+
+
+def test_a_command_that_cannot_start_has_the_code_of_a_shell_and_says_why() -> None:
+    started = Agent()
+    never = started.session.begin("run", folder="/", command=["/no/such/program"])
+    assert never.result(LIMIT_S) == 127
+    started.end()
+    assert b"/no/such/program cannot start in /: " in started.heard[2]
+
+
+def test_told_to_end_it_leaves_nothing_and_starts_nothing(stubborn: Agent) -> None:
+    assert stubborn.session.ask("end", LIMIT_S) == 2
     assert not of_job(stubborn.job)
+    assert stubborn.run("-c", "").result(LIMIT_S) == -signal.SIGTERM
 
 
 def test_a_link_that_breaks_leaves_nothing(stubborn: Agent) -> None:
-    assert stubborn.process.stdin is not None
-    stubborn.process.stdin.close()
-    stubborn.process.wait(LIMIT_S)
+    stubborn.session.close()
     assert not of_job(stubborn.job)
 
 
-def test_a_link_that_falls_silent_leaves_nothing(tmp_path: Path) -> None:
+def test_a_link_that_falls_silent_leaves_nothing() -> None:
     """A host behind a pulled cable: nothing closes the pipe."""
-    started = Agent(task(tmp_path, SLEEPS), silence_s=1.0)
-    started.say("start")
+    started = Agent("far_end.SILENCE_S = 1.0")
+    ended = started.run("-c", SLEEPS)
     started.wait_for(1)
-    assert started.heard() == {"left": 1}
+    assert wait([ended], LIMIT_S).done  # killed: the next sign of life would come after 5 s
     assert not of_job(started.job)
+    started.session.close()
 
 
-def test_words_now_and_then_keep_the_link(tmp_path: Path) -> None:
-    started = Agent(task(tmp_path, SLEEPS), silence_s=1.0)
-    started.say("start")
+def test_a_link_that_takes_nothing_any_more_falls_silent_all_the_same() -> None:
+    """What a rank prints fills the pipe; the agent must not wait for room in it."""
+    job = uuid.uuid4().hex
+    code = "import sys\nwhile True: print('x' * 1000)"
+    program = "from flora_dist.launch import agent, far_end; far_end.SILENCE_S = 1.0; "
+    agent = subprocess.Popen(
+        [sys.executable, "-u", "-c", f"{program}far_end.serve(agent.Host)"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert agent.stdin is not None
+    what = {"folder": "/", "command": [sys.executable, "-c", code]}
+    for word in (
+        {"token": "t", "environment": {MARK: job}},
+        {"number": 1, "ask": "run", "what": what},
+    ):
+        agent.stdin.write(f"{json.dumps(word)}\n".encode())
+    agent.stdin.flush()
+    assert agent.wait(LIMIT_S) == 0  # nobody has read a byte
+    assert not of_job(job)
+
+
+def test_words_now_and_then_keep_the_link() -> None:
+    started = Agent("far_end.SILENCE_S = 1.0")
+    started.run("-c", SLEEPS)
     for _ in range(8):
         time.sleep(0.25)
-        started.say("beat")
-    assert started.process.poll() is None
+        started.session.begin("stop")
+    assert started.session.is_open
     started.wait_for(1)
-    started.say("end")
-    started.process.wait(LIMIT_S)
+    started.end()
 
 
 def test_a_signal_of_the_terminal_does_not_end_it(stubborn: Agent) -> None:
-    stubborn.process.send_signal(signal.SIGINT)
-    stubborn.process.send_signal(signal.SIGTERM)
+    os.kill(stubborn.pid, signal.SIGINT)
+    os.kill(stubborn.pid, signal.SIGTERM)
     time.sleep(0.3)
-    assert stubborn.process.poll() is None
+    assert stubborn.session.is_open
     assert len(of_job(stubborn.job)) == 2
 
 
-def test_only_what_launchers_started_as_ranks_is_asked_to_stop(tmp_path: Path) -> None:
+def test_only_what_launchers_started_as_ranks_is_asked_to_stop() -> None:
     """A signal to a data loader's process would fail the rank that wants to save."""
     tree = """
 import os, subprocess, sys, time
@@ -147,38 +190,31 @@ nap = [sys.executable, "-c", "import time; time.sleep(1000)"]
 rank = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *nap]
 subprocess.run(rank, env={**os.environ, "RANK": "0"})
 """
-    started = Agent(task(tmp_path, [sys.executable, "-c", tree]))
-    started.say("start")
+    started = Agent()
+    started.run("-c", tree)
     started.wait_for(3)
     found = of_job(started.job)
     [rank] = workers(found)
     assert [each.parent for each in found if each.has_rank and each != rank] == [rank.pid]
-    started.say("end")
-    started.process.wait(LIMIT_S)
+    assert started.end() == 3
 
 
-def test_another_job_on_the_host_is_left_alone(tmp_path: Path, stubborn: Agent) -> None:
-    other = Agent(task(tmp_path, SLEEPS))
-    other.say("start")
+def test_another_job_on_the_host_is_left_alone(stubborn: Agent) -> None:
+    other = Agent()
+    other.run("-c", SLEEPS)
     other.wait_for(1)
-    other.say("end")
-    other.process.wait(LIMIT_S)
+    other.end()
     assert len(of_job(stubborn.job)) == 2
 
 
 def test_the_files_of_a_command_are_there_meanwhile_and_its_owners_alone(tmp_path: Path) -> None:
-    given = task(tmp_path, None, files={"hostfile": "node1 slots=1\n"})
-    started = Agent(given)
-    folder = Path(given.files_folder)
+    started, folder = Agent(), tmp_path / "files"
+    texts = {"hostfile": "node1 slots=1\n"}
+    told = started.session.ask(
+        "prepare", LIMIT_S, folder="/no/such/folder", files_folder=str(folder), files=texts
+    )
     assert (folder / "hostfile").read_text() == "node1 slots=1\n"
     assert folder.stat().st_mode & 0o777 == 0o700
-    started.say("end")
-    started.process.wait(LIMIT_S)
+    assert told["folder_exists"] is False
+    started.end()
     assert not folder.exists()
-
-
-def test_it_says_what_the_front_door_must_know(tmp_path: Path) -> None:
-    started = Agent(task(tmp_path, None, folder="/no/such/folder"))
-    assert started.ready["folder_exists"] is False
-    started.say("end")
-    started.process.wait(LIMIT_S)
