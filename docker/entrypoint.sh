@@ -14,9 +14,12 @@ set -euo pipefail
 export LC_ALL=C
 
 # What training reads, and what a session that ssh opens does not have: the container's environment ends at its
-# first program. No names that hold passwords: launchers put these values on command lines.
+# first program. No names that hold passwords: launchers put these values on command lines. PKEY, RKEY ... are
+# InfiniBand's and no secrets.
 readonly EXPORTED='PATH|PYTHONPATH|LD_LIBRARY_PATH|DS_ACCELERATOR|CUDA_HOME|CUDA_VISIBLE_DEVICES|PDSH_RCMD_TYPE'\
 '|TORCH_EXTENSIONS_DIR|TORCH_DISTRIBUTED_DEBUG|TORCH_NCCL_[A-Z0-9_]+|(GLOO|NCCL|OMP|MKL)_[A-Z0-9_]+|OMPI_MCA_[A-Za-z0-9_]+'
+readonly SECRET='TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|(^|_)(PASS|PWD|PW|CREDS?|JWT|PAT)(_|$)'\
+'|(^|[^_LMPQR]|[^_][LMPQR])KEY|_KEY'
 readonly PORT=2222
 
 refuse() {
@@ -31,7 +34,7 @@ exported_names() {
         [[ -n ${!name-} ]] || refuse "FLORA_EXPORT must name variables that are set; '$name' is not. Set it or take it out."
         printf '%s\n' "$name"
     done
-    compgen -e | grep -E -x "$EXPORTED" | while read -r name; do
+    compgen -e | grep -E -x "$EXPORTED" | { grep -E -i -v "$SECRET" || true; } | while read -r name; do
         [[ -z ${!name} ]] || printf '%s\n' "$name"
     done
 }
@@ -44,7 +47,7 @@ deepspeed_env() {
     sort -u <<<"$names" | while read -r name; do
         [[ ${!name} =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] ||
             refuse "$name must consist of letters, digits and _@%+=:,./- to go through every launcher;" \
-                "it is '${!name}'. Change it, or unset it."
+                'it has others. Change it, or unset it.'
         printf '%s=%s\n' "$name" "${!name}"
     done
 }

@@ -22,7 +22,7 @@ from flora_dist.launch.hosts import (
     read_nodes,
 )
 from flora_dist.launch.processes import MARK
-from flora_dist.launch.variables import exported, own_file
+from flora_dist.launch.variables import exported, held_back, is_secret, own_file
 from flora_dist.world import DEFAULT_PORT, TIMEOUT, interface_toward
 
 MOST_GRACE_S = 600
@@ -98,6 +98,7 @@ def job_of(parsed: argparse.Namespace) -> Job:
         port=parsed.master_port or (_free_port() if alone else DEFAULT_PORT),
         interface=parsed.interface or (None if alone else interface_toward(address)),
         variables={**variables, MARK: name},
+        held_back=() if alone else tuple(held_back(os.environ, variables)),
     )
 
 
@@ -109,13 +110,20 @@ def printed(job: Job, launcher: str) -> str:
         for place in (HERE,) if commands.here else commands.each:
             lines.append(f"# {job.folder(place) / name}:")
             lines += [f"#   {line}" for line in text.splitlines()]
+    if commands.secrets:
+        lines.append(f"# in a file on every host: {', '.join(commands.secrets)}")
     variables = {**job.variables, **commands.variables}
-    settings = ["env", *(f"{name}={value}" for name, value in sorted(variables.items()))]
+    settings = " ".join(["env", *(_setting(*each) for each in sorted(variables.items()))])
     if commands.here:
-        lines.append(shlex.join([*settings, *commands.here]))
+        lines.append(f"{settings} {shlex.join(commands.here)}")
     for host, command in commands.each.items():
-        lines += [f"# on {host}:", shlex.join([*settings, *command])]
+        lines += [f"# on {host}:", f"{settings} {shlex.join(command)}"]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _setting(name: str, value: str) -> str:
+    # The printed text may lie in a log for ever.
+    return f'{name}="${name}"' if is_secret(name) else shlex.quote(f"{name}={value}")
 
 
 def _hosts(parsed: argparse.Namespace) -> tuple[Host, ...]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from flora_dist.launch.hosts import Host, are_this_machine
 from flora_dist.launch.processes import MARK
 from flora_dist.launch.ssh import OPTIONS
-from flora_dist.launch.variables import as_file
-from flora_dist.launch.worker import MODULE, encode
+from flora_dist.launch.variables import as_file, is_secret
+from flora_dist.launch.worker import FOLDERS, MODULE, encode
 
 HERE = "front"
 """Where the front door runs."""
@@ -45,11 +45,18 @@ class Job:
     """Of the first host toward the others; for Open MPI's own messages."""
     variables: Mapping[str, str]
     """For every process."""
+    held_back: tuple[str, ...] = ()
+    """Names of those that other hosts are not sent, as they look like secrets."""
 
     def folder(self, where: str) -> Path:
         """Where its files are meanwhile: on a host of that name, or HERE."""
         # By host: containers may share the folder for temporary files.
-        return Path(tempfile.gettempdir()) / f"flora-{self.name}-{where}"
+        return Path(f"{self.folders}{where}")
+
+    @property
+    def folders(self) -> str:
+        """What their paths begin with."""
+        return str(Path(tempfile.gettempdir()) / f"flora-{self.name}-")
 
     @property
     def size(self) -> int:
@@ -70,6 +77,9 @@ class Commands:
     """For the command, over those of the job."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Texts that must exist meanwhile in the job's folder, here or on each host, by name."""
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the launcher would put on command lines, where every user of a host reads
+    them: they go to each host's folder."""
 
 
 def pdsh(job: Job) -> Commands:
@@ -166,12 +176,17 @@ def _deepspeed(
     exports: Mapping[str, str] | None = None,
 ) -> Commands:
     files = job.folder(HERE)
-    text = as_file({**job.variables, **(exports or {})})
+    secrets = {name: value for name, value in job.variables.items() if is_secret(name)}
+    shown = {name: value for name, value in job.variables.items() if name not in secrets}
+    if secrets:
+        shown[FOLDERS] = job.folders
+    text = as_file({**shown, **(exports or {})})
     return Commands(
         here=_runner(job, files, options),
         # DeepSpeed joins this to the folders it looks in, and an absolute path stays what it is.
         variables={**variables, "DS_ENV_FILE": str(files / _VARIABLES)},
         files={_HOSTFILE: _hostfile(job), _VARIABLES: text},
+        secrets=secrets,
     )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from flora_dist.launch.hosts import is_local
 from flora_dist.launch.locks import STALE_S
 from flora_dist.launch.near_end import GOODBYE_S, Lost, Session, answer, far_command
 from flora_dist.launch.ssh import over_ssh
+from flora_dist.launch.worker import SECRETS
 from flora_dist.version import __version__
 
 READY_S = 40.0
@@ -55,7 +57,7 @@ def prepared(
             "prepare",
             folder=str(Path.cwd()),
             files_folder=str(job.folder(session.host)),
-            files=dict(commands.files) if session.host in commands.each else {},
+            files=_files(commands, session.host),
         )
         for session in sessions
     }
@@ -63,6 +65,11 @@ def prepared(
         return
     ordered = sorted(facts.items(), key=lambda each: not each[1].done())
     _check_locks({host: _ready(host, told)["locks"] for host, told in ordered}, front)
+
+
+def _files(commands: Commands, host: str) -> dict[str, str]:
+    found = dict(commands.files) if host in commands.each else {}
+    return found | ({SECRETS: json.dumps(dict(commands.secrets))} if commands.secrets else {})
 
 
 def _all_done(

@@ -40,6 +40,11 @@ def run(job: Job, launcher: str, *, grace_s: float) -> int:
     files = commands.files if commands.here else {}
     hosts = () if launcher == "slurm" else job.hosts
     with Front() as front, kept(job.folder(HERE), files), _Signals() as signals:
+        if hosts and job.held_back:
+            names = ", ".join(job.held_back)
+            front.say(
+                f"not sent to other hosts, as names of secrets: {names} (--export sends one)."
+            )
         sessions = [opened(host.name, job, commands, front) for host in hosts]
         try:
             prepared(sessions, job, commands, front, lambda: signals.count > 0)

@@ -15,7 +15,18 @@ DEEPSPEED_FILE = ".deepspeed_env"
 # ssh sessions have none of these: not PATH, by which ninja is found, nor what a container sets.
 _NAMES = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONPATH", "TOKENIZERS_PARALLELISM")
 _PREFIXES = ("DEEPSPEED_", "DS_", "FLORA_", "GLOO_", "HF_", "NCCL_", "TORCH_", "UCX_")
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
+# In any case of letters, as a word of the name or within one: HF_token, NCCL_PASSWD, HF_APIKEY.
+_SECRET = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE"
+    r"|(?:^|_)(?:PASS|PWD|PW|CREDS?|JWT|PAT)(?:_|$)"
+    r"|(?<!_[LMPQR])KEY",  # PKEY, RKEY ...: keys of InfiniBand, without which a job hangs
+    re.IGNORECASE,
+)
+# Where a secret lies is none, nor are these of torch and Hugging Face.
+_PUBLIC = re.compile(
+    r"\w+_(?:PATH|FILE|DIR)|TORCH_COMPILE_(?:CACHE_KEY_TAG|STICKY_PGO_KEY)"
+    r"|HF_HUB_DISABLE_IMPLICIT_TOKEN|HF_DEVICE_CODE_OAUTH_CLIENT_ID"
+)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 # What DeepSpeed's launcher puts in quotes, which Open MPI then takes for a part of the value.
 _UNSAFE = re.compile(r"[^\w@%+=:,./-]")
@@ -29,11 +40,7 @@ def exported(environment: Mapping[str, str], asked: Iterable[str]) -> dict[str, 
     Raises:
         ValueError: a name that is none, or one that is not set here.
     """
-    found = {
-        name: value
-        for name, value in environment.items()
-        if (name in _NAMES or name.startswith(_PREFIXES)) and not _SECRET.search(name)
-    }
+    found = {name: environment[name] for name in _wanted(environment) if not is_secret(name)}
     own = str(Path(sys.executable).parent)
     path = environment.get("PATH", os.defpath).split(os.pathsep)
     found["PATH"] = os.pathsep.join([own, *(each for each in path if each != own)])
@@ -52,6 +59,24 @@ def exported(environment: Mapping[str, str], asked: Iterable[str]) -> dict[str, 
     return found
 
 
+def held_back(environment: Mapping[str, str], variables: Mapping[str, str]) -> list[str]:
+    """What a job would have been sent but for names like those of secrets."""
+    return [name for name in _wanted(environment) if is_secret(name) and name not in variables]
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's value looks like one that nobody else may read.
+
+    >>> [is_secret(name) for name in ("HF_TOKEN", "HF_token", "TOKENIZERS_PARALLELISM")]
+    [True, True, False]
+    """
+    return bool(_SECRET.search(name)) and not _PUBLIC.fullmatch(name)
+
+
+def _wanted(environment: Mapping[str, str]) -> list[str]:
+    return [name for name in environment if name in _NAMES or name.startswith(_PREFIXES)]
+
+
 def own_file(folders: Iterable[Path], environment: Mapping[str, str]) -> dict[str, str]:
     """What the user's own .deepspeed_env says, in the order in which DeepSpeed reads them.
 
@@ -66,9 +91,10 @@ def own_file(folders: Iterable[Path], environment: Mapping[str, str]) -> dict[st
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             variable, given, value = line.partition("=")
             if not given or not _NAME.fullmatch(variable.strip()):
+                shown = f"{variable}=..." if given else line  # the value may be a secret
                 raise ValueError(
-                    f"every line of {path} must be NAME=VALUE; line {number} is {line!r}, on which "
-                    "DeepSpeed's launcher ends with a traceback. Remove or correct it."
+                    f"every line of {path} must be NAME=VALUE; line {number} is {shown!r}, on "
+                    "which DeepSpeed's launcher ends with a traceback. Remove or correct it."
                 )
             found[variable.strip()] = value.strip()
     return found
@@ -81,10 +107,10 @@ def as_file(variables: Mapping[str, str]) -> str:
         ValueError: a value that pdsh and Open MPI would read differently.
     """
     for name, value in variables.items():
-        if _UNSAFE.search(value):
+        if odd := sorted(set(_UNSAFE.findall(value))):
             raise ValueError(
                 "a variable of a DeepSpeed job has letters, digits and @%+=:,./-_ alone, as its "
-                f"launchers quote the rest in two ways; {name} is {value!r}. Change it, or use "
+                f"launchers quote the rest in two ways; {name} has {odd}. Change it, or use "
                 "--launcher torchrun, mpirun or slurm."
             )
     return "".join(f"{name}={value}\n" for name, value in sorted(variables.items()))

@@ -7,14 +7,20 @@ remote shell. So words travel percent-encoded, and ranks are renamed here.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from urllib.parse import quote, unquote
 
 from flora_dist.world import interface_toward, read_world
 
 MODULE = "flora_dist.launch.worker"
+FOLDERS = "FLORA_FOLDERS"
+"""Names what the paths of the job's folders begin with, where one of them holds secrets."""
+SECRETS = "secrets"
+"""Variables in JSON there, which no launcher has put on a command line."""
 # Nothing here means anything to a shell; pdsh reads %n, %h and %u, which no encoded byte spells.
 _PLAIN = "/:=+,.@-_"
 
@@ -40,11 +46,21 @@ def settled(environment: Mapping[str, str]) -> dict[str, str]:
         ValueError: the launcher's variables contradict each other.
     """
     place = read_world(environment)
-    found = {**environment, **place.variables()}
+    found = {**environment, **_secrets(environment), **place.variables()}
     interface = interface_toward(place.address) if place.address else None
     if interface is not None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             found.setdefault(name, interface)
+    return found
+
+
+def _secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    begin = environment.get(FOLDERS)
+    found: dict[str, str] = {}
+    for folder in Path(begin).parent.glob(f"{Path(begin).name}*") if begin else ():
+        # The job's name is on command lines: another user may have planted a folder for us.
+        if folder.lstat().st_uid == os.geteuid() and (folder / SECRETS).is_file():
+            found |= json.loads((folder / SECRETS).read_text(encoding="utf-8"))
     return found
 
 

@@ -26,11 +26,11 @@ def read_model_config(config: ModelConfig, tokenizer: Tokenizer, sequence_length
         from transformers import AutoConfig
     path = Path(config.config or config.pretrained or "")
     try:
-        network = AutoConfig.from_pretrained(path, local_files_only=True)
+        network = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ValueError(
             f"model must name a transformers config with a model_type; {str(path)!r} gave: "
-            f"{error}. See configs/model for examples."
+            f"{error} Code that comes with a model is never run. See configs/model for examples."
         ) from error
     if config.config is not None:
         network.vocab_size = tokenizer.vocabulary
@@ -63,10 +63,16 @@ def build_model(config: ModelConfig, network: Any, *, seed: int) -> nn.Module:
     model: nn.Module
     if config.pretrained is not None:
         model = AutoModelForCausalLM.from_pretrained(
-            config.pretrained, config=network, local_files_only=True, dtype=torch.float32
+            config.pretrained,
+            config=network,
+            local_files_only=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     else:
-        model = AutoModelForCausalLM.from_config(network, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            network, dtype=torch.float32, trust_remote_code=False
+        )
     return model.train()
 
 
@@ -75,7 +81,9 @@ def shapes_only(network: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(network)  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            network, trust_remote_code=False
+        )
     return model
 
 

@@ -55,11 +55,14 @@ class FolderTokenizer:
         with needs_train_extra():
             from transformers import AutoTokenizer
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"data.tokenizer must be 'byte' or a folder that holds a tokenizer; "
-                f"{str(folder)!r} gave: {error}. Save one there with tokenizer.save_pretrained."
+                f"{str(folder)!r} gave: {error} Code that comes with it is never run. Save one "
+                "there with tokenizer.save_pretrained."
             ) from error
         if self._tokenizer.eos_token_id is None:
             raise ValueError(

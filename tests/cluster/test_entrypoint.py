@@ -39,6 +39,7 @@ def test_the_entry_point_writes_what_training_needs_and_nothing_else() -> None:
         "GLOO_SOCKET_IFNAME": "eth0",
         "NCCL_SOCKET_IFNAME": "eth0",
         "NCCL_IB_HCA": "mlx5_0:1,mlx5_1:1",
+        "NCCL_IB_PKEY": "0x8001",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": "/workspace",
@@ -47,6 +48,8 @@ def test_the_entry_point_writes_what_training_needs_and_nothing_else() -> None:
     }
     others = {
         "HF_TOKEN": "secret",
+        "NCCL_PASSWD": "secret",
+        "OMPI_MCA_my_key": "secret",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "TORCH_CUDA_ARCH_LIST": "8.0 9.0",
     }

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from flora_dist.cli import main
+from flora_dist.launch.commands import LAUNCHERS
 from flora_dist.launch.hosts import is_local, read_hostfile, read_nodes
 from flora_dist.launch.locks import locks
-from flora_dist.launch.variables import as_file, exported, own_file
-from flora_dist.launch.worker import decode, encode, settled
+from flora_dist.launch.variables import as_file, exported, held_back, own_file
+from flora_dist.launch.worker import FOLDERS, decode, encode, settled
 
 ROOT = Path(__file__).resolve().parents[2]
 STRANGE = ["a b", "", "$HOME", "`id`", "{x: [1, 'y']}", '"', "%n", "50%", "é", "a\nb", "--set", "*"]
@@ -149,6 +150,65 @@ def test_secrets_travel_only_where_they_are_asked_for() -> None:
     assert found["HF_HOME"] == "/h"
     assert exported(shell, ["HF_TOKEN", "A=b=c"])["HF_TOKEN"] == "s3cret"
     assert exported(shell, ["A=b=c"])["A"] == "b=c"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_token", "HF_AUTH", "NCCL_PASSWD", "HF_APIKEY", "DS_MY_KEY", "UCX_PWD", "HF_OIDC_ID_TOKEN"],
+)
+def test_names_of_secrets_are_known_in_every_spelling(name: str) -> None:
+    """NCCL_PASSWD, HF_AUTH and HF_token were sent to every host."""
+    assert name not in exported({name: "s3cret"}, [])
+    assert held_back({name: "s3cret"}, {}) == [name]
+    assert exported({name: "s3cret"}, [name])[name] == "s3cret"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("TOKENIZERS_PARALLELISM", "NCCL_IB_PKEY", "UCX_IB_PKEY", "UCX_RKEY_MPOOL_MAX_MD"),
+        *("UCX_RKEY_PTR_SEG_SIZE", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_TOKEN_PATH"),
+        *("HF_STORED_TOKENS_PATH", "TORCH_COMPILE_STICKY_PGO_KEY", "TORCH_COMPILE_CACHE_KEY_TAG"),
+    ],
+)
+def test_settings_whose_names_resemble_secrets_reach_the_hosts(name: str) -> None:
+    """Without NCCL_IB_PKEY the other hosts took another fabric, and the job hung."""
+    assert exported({name: "1"}, [])[name] == "1"
+
+
+def test_no_launcher_puts_a_secret_on_a_command_line_or_in_a_dry_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed writes every variable of a job on the command lines of pdsh and mpirun."""
+    monkeypatch.setenv("HF_TOKEN", "s3 cret")
+    for launcher in LAUNCHERS:
+        text = dry(
+            capsys, "--launcher", launcher, "--export", "HF_TOKEN", "--export", "MY_KEY=s3 cret"
+        )
+        assert "s3 cret" not in text
+        assert 'HF_TOKEN="$HF_TOKEN" ' in text
+
+
+def test_a_rank_finds_the_secrets_of_its_job_in_a_folder_of_its_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "flora-job-node1"
+    folder.mkdir()
+    (folder / "secrets").write_text('{"HF_TOKEN": "s3 cret"}')
+    place = {"RANK": "0", "WORLD_SIZE": "1", FOLDERS: str(tmp_path / "flora-job-")}
+    assert settled(place)["HF_TOKEN"] == "s3 cret"
+    # Another user, who reads the job's name from a command line, may have made one.
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    assert "HF_TOKEN" not in settled(place)
+
+
+def test_a_refused_line_or_value_is_not_printed(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("export HF_TOKEN=s3cret\n")
+    with pytest.raises(ValueError, match=r"line 1 is 'export HF_TOKEN=\.\.\.'"):
+        own_file([tmp_path], {})
+    with pytest.raises(ValueError, match="FOO has") as refused:
+        as_file({"FOO": "s3 cret"})
+    assert "cret" not in str(refused.value)
 
 
 def test_the_environment_of_python_comes_first_in_path() -> None:
