@@ -11,10 +11,12 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 
 DEFAULT_PORT = 29500
 """Where process 0 listens if nobody says; torch's and DeepSpeed's own."""
 TIMEOUT = "FLORA_TIMEOUT_MINUTES"
+_LOOPBACK = "127.0.0.1"
 _FIRST_PRIVATE_PORT, _PRIVATE_PORTS = 20000, 10000
 
 
@@ -109,7 +111,7 @@ def _told_by_mpi(place: Place) -> tuple[str, int]:
     if place.process_rank == 0:
         own = [address for name, address in sorted(interfaces().items()) if name != "lo"]
         is_alone = place.local_size == place.size
-        address = "127.0.0.1" if is_alone or not own else own[0]
+        address = _LOOPBACK if is_alone or not own else own[0]
         with socket.socket() as listener:
             listener.bind((address, 0))
             found = (address, int(listener.getsockname()[1]))
@@ -129,6 +131,37 @@ def first_of(nodes: str) -> str:
             f"SLURM_JOB_NODELIST must begin with a host; it is {nodes!r}. Set MASTER_ADDR instead."
         )
     return match[1] + (match[2] or "")
+
+
+def is_of_this_machine(address: str | None) -> bool:
+    """Whether an address leads each machine to itself: a job that meets there has one machine."""
+    try:
+        return address is not None and ip_address(socket.gethostbyname(address)).is_loopback
+    except OSError:
+        return False
+
+
+def listen_at(address: str, port: int) -> socket.socket:
+    """A socket that listens at one address alone.
+
+    torch's store listens at all addresses of a machine, to everybody who reaches it, unless it is
+    given a socket.
+
+    Raises:
+        ValueError: another program has the port.
+    """
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((address, port))
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        raise ValueError(
+            f"process 0 needs a port of its own; {address}:{port} cannot be had "
+            f"({error.strerror}). Name another: --master-port, or MASTER_PORT."
+        ) from None
+    return listening
 
 
 def interface_toward(address: str) -> str | None:
@@ -207,12 +240,15 @@ def _from_slurm(environment: Mapping[str, str]) -> Place:
     # Two jobs may share a host: each has a port of its own.
     port = _FIRST_PRIVATE_PORT + job % _PRIVATE_PORTS
     per_host = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    size = _number(environment, "SLURM_STEP_NUM_TASKS")
+    local_size = _tasks_here(per_host, _number(environment, "SLURM_NODEID"), local_rank)
+    first = _LOOPBACK if local_size == size else first_of(nodes)
     return Place(
         process_rank=process_rank,
-        size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+        size=size,
         local_rank=local_rank,
-        local_size=_tasks_here(per_host, _number(environment, "SLURM_NODEID"), local_rank),
-        address=environment.get("MASTER_ADDR") or first_of(nodes),
+        local_size=local_size,
+        address=environment.get("MASTER_ADDR") or first,
         port=_port(environment, port),
         launcher="slurm",
     )

@@ -68,7 +68,8 @@ deepspeed)
     spread=(--set "backend=$ZERO")
     ;;
 fsdp2)
-    launcher=("$VENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m)
+    # torchrun by itself would listen to the whole network.
+    launcher=("$VENV_PYTHON" -m flora_dist.cli launch --launcher torchrun --slots 2 -m)
     spread=(--set 'backend={name: fsdp2}')
     ;;
 esac

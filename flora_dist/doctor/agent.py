@@ -20,9 +20,12 @@ class Host:
         self.listener: Listener | None = None
         self.children = Children()
 
-    def listen(self, ports: list[int], token: str) -> list[int | str]:
-        """Open ports, 0 for any; each one's number, or why it cannot be had."""
-        self.listener = Listener(token)
+    def listen(self, address: str, ports: list[int], token: str) -> list[int | str]:
+        """Open ports, 0 for any; each one's number, or why it cannot be had.
+
+        ``address``: the one at which to listen; empty: all.
+        """
+        self.listener = Listener(token, address)
         return [self.listener.open(port) for port in ports]
 
     def close(self) -> None:

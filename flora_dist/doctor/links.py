@@ -46,7 +46,8 @@ class Measured:
 class Listener:
     """Ports of a host on which the doctor of another may measure."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, address: str) -> None:
+        self._address = address
         self._token = token.encode()
         self._sockets: list[socket.socket] = []
 
@@ -56,7 +57,7 @@ class Listener:
         # As torch's store: a port whose last connections are just closing is free.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind(("", port))
+            listening.bind((self._address, port))
             listening.listen(64)
         except OSError as error:
             listening.close()

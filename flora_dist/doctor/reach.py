@@ -98,13 +98,14 @@ def _listen(
 ) -> tuple[dict[str, _End], _End | None, tuple[Port, ...]]:
     """A port on each host, and process 0's on the first."""
     first = asked.hosts[0].name
+    at = "" if asked.is_cluster else asked.master
     ends: dict[str, _End] = {}
     master: _End | None = None
     troubles: list[Port] = []
     for name, session in reached.items():
         wanted = [0, asked.port] if name == first else [0]
         try:
-            got = session.ask("listen", _MEASURE_S, ports=wanted, token=token)
+            got = session.ask("listen", _MEASURE_S, address=at, ports=wanted, token=token)
         except Lost as lost:
             got = [str(lost)]
         for number, port in zip(wanted, got, strict=False):

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flora_dist.comm.local_store import local_store
 from flora_dist.doctor.trial_sizes import LARGE_BYTES, SMALL_BYTES
 from flora_dist.sketch.keys import Purpose, derive_key, name_key
 from flora_dist.sketch.matrices import sketch_matrix
 from flora_dist.sketch.ops import compress
-from flora_dist.world import interface_toward, read_world
+from flora_dist.world import interface_toward, is_of_this_machine, read_world
 
 _SMALL_TIMES, _LARGE_TIMES = 21, 5
 _BLOCK = 64
@@ -41,7 +42,16 @@ def run(settings: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, An
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     _choose_interface(str(place.address))
-    dist.init_process_group(backend, timeout=timedelta(seconds=settings["timeout_s"]))
+    timeout = timedelta(seconds=settings["timeout_s"])
+    # The ranks of one machine meet where no other comes.
+    local = is_of_this_machine(place.address)
+    dist.init_process_group(
+        backend,
+        store=local_store(place, timeout) if local else None,
+        rank=place.process_rank,
+        world_size=place.size,
+        timeout=timeout,
+    )
     try:
         dist.barrier()
         say("group formed")

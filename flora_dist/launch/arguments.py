@@ -27,6 +27,7 @@ from flora_dist.world import DEFAULT_PORT, TIMEOUT, interface_toward
 
 MOST_GRACE_S = 600
 ELASTIC_RESTARTS = 10
+_LOOPBACK = "127.0.0.1"
 _DEEPSPEED = ("pdsh", "openmpi", "no_ssh")
 _PACKAGES = {
     "pdsh": "pdsh",
@@ -75,6 +76,8 @@ def job_of(parsed: argparse.Namespace) -> Job:
     _check(parsed, hosts)
     alone = are_this_machine(hosts)
     address = parsed.master_addr or _address(parsed.launcher, hosts)
+    # The ranks of one machine meet where no other comes.
+    meeting = _LOOPBACK if len(hosts) == 1 and not parsed.master_addr else address
     variables = exported(os.environ, parsed.export)
     if parsed.launcher in _DEEPSPEED:
         variables |= own_file((Path("~").expanduser(), Path()), os.environ)
@@ -94,7 +97,7 @@ def job_of(parsed: argparse.Namespace) -> Job:
         least_hosts=parsed.least_nodes or len(hosts),
         restarts=_restarts(parsed, hosts),
         program=(*(["-m"] if parsed.module else []), parsed.program, *parsed.arguments),
-        address=address,
+        address=meeting,
         port=parsed.master_port or (_free_port() if alone else DEFAULT_PORT),
         interface=parsed.interface or (None if alone else interface_toward(address)),
         variables={**variables, MARK: name},
@@ -193,7 +196,7 @@ def _address(launcher: str, hosts: tuple[Host, ...]) -> str:
     if launcher == "slurm" and not hosts[0].name:
         return ""  # Slurm chooses the hosts; each process reads their list
     if are_this_machine(hosts):
-        return "127.0.0.1"
+        return _LOOPBACK
     address = address_of(hosts[0].name)
     if len(hosts) > 1 and address.startswith("127."):
         raise ValueError(

@@ -16,6 +16,7 @@ from flora_dist.launch.processes import MARK
 from flora_dist.launch.ssh import OPTIONS
 from flora_dist.launch.variables import as_file, is_secret
 from flora_dist.launch.worker import FOLDERS, MODULE, encode
+from flora_dist.world import is_of_this_machine
 
 HERE = "front"
 """Where the front door runs."""
@@ -112,19 +113,26 @@ def torchrun(job: Job) -> Commands:
     most = len(job.hosts)
     nodes = str(most) if job.least_hosts == most else f"{job.least_hosts}:{most}"
     conf = f"join_timeout={JOIN_S},last_call_timeout={LAST_CALL_S}"
+    meeting, files, variables = f"{job.address}:{job.port}", {}, {}
+    if is_of_this_machine(job.address):
+        # A file: torchrun unpickles what it finds at the meeting point, and its port would listen
+        # to everybody. Nor does it keep a store for the ranks, whose own is `meet_here`'s.
+        conf += ",store_type=file"
+        meeting, files = str(job.folder(job.hosts[0].name) / _MEETING), {_MEETING: ""}
+        variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     each = {}
     for host in job.hosts:
         each[host.name] = (
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", nodes, "--nproc-per-node", str(host.slots)),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{job.address}:{job.port}"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting),
             *("--rdzv-id", job.name, "--rdzv-conf", conf),
             # Else it tells the others this host's own name, which need not resolve there.
             *("--local-addr", job.address if host is job.hosts[0] else host.name),
             *("--max-restarts", str(job.restarts)),
             *("-m", MODULE, *encode(job.program)),
         )
-    return Commands(each=each)
+    return Commands(each=each, files=files, variables=variables)
 
 
 def mpirun(job: Job) -> Commands:
@@ -166,7 +174,7 @@ LAUNCHERS: dict[str, Callable[[Job], Commands]] = {
     "mpirun": mpirun,
     "slurm": slurm,
 }
-_HOSTFILE, _VARIABLES = "hostfile", "deepspeed_env"
+_HOSTFILE, _VARIABLES, _MEETING = "hostfile", "deepspeed_env", "meeting"
 
 
 def _deepspeed(
@@ -233,8 +241,9 @@ def _open_mpi(job: Job) -> dict[str, str]:
         "hwloc_base_binding_policy": "none",
         "btl": "^openib",
     }
-    if job.interface is not None:
-        settings["oob_tcp_if_include"] = settings["btl_tcp_if_include"] = job.interface
+    interface = "lo" if are_this_machine(job.hosts) else job.interface
+    if interface is not None:
+        settings["oob_tcp_if_include"] = settings["btl_tcp_if_include"] = interface
     found = {f"OMPI_MCA_{name}": value for name, value in settings.items()}
     if os.geteuid() == 0:  # in containers; it refuses otherwise
         found |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

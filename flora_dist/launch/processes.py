@@ -7,6 +7,7 @@ that every process inherits finds them all, whoever started them. Linux (/proc).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -93,3 +94,9 @@ def end_all(job: str, *, patience_s: float) -> int:
             asked |= {(process.pid, process.started) for process in fresh}
         time.sleep(_POLL_S)
     return len(ended)
+
+
+def end_with_parent() -> None:
+    """Between fork and exec: this process gets a SIGTERM when its parent is gone."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from flora_dist.launch.files import kept
 from flora_dist.launch.front import Front
 from flora_dist.launch.near_end import GOODBYE_S, Session
 from flora_dist.launch.outlet import pump
+from flora_dist.launch.processes import end_with_parent
 from flora_dist.launch.reaching import leave, opened, prepared
 
 FOLLOW_S = 20.0
@@ -109,7 +109,7 @@ class _Run:
                 stderr=subprocess.PIPE,
                 start_new_session=True,
                 # Where no agent watches (Slurm), srun would go on without a front door.
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
             for stream, pipe in ((1, self._here.stdout), (2, self._here.stderr)):
                 assert pipe is not None
@@ -220,11 +220,6 @@ class _Run:
                 "the first failure above says why."
             )
         return code
-
-
-def _end_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _as_shell(code: int) -> int:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from flora_dist.world import interface_toward, read_world
+from flora_dist.launch.processes import end_with_parent
+from flora_dist.world import interface_toward, is_of_this_machine, listen_at, read_world
 
 MODULE = "flora_dist.launch.worker"
 FOLDERS = "FLORA_FOLDERS"
 """Names what the paths of the job's folders begin with, where one of them holds secrets."""
 SECRETS = "secrets"
 """Variables in JSON there, which no launcher has put on a command line."""
+_KEPT, _KEEPER = "TORCHELASTIC_USE_AGENT_STORE", "flora_dist.comm.local_store"
 # Nothing here means anything to a shell; pdsh reads %n, %h and %u, which no encoded byte spells.
 _PLAIN = "/:=+,.@-_"
 
@@ -54,6 +57,30 @@ def settled(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def meet_here(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a rank of a one-machine job must know to meet the others where nobody else comes.
+
+    Process 0 starts a keeper of the store, which ends with it: the program that this process
+    becomes would keep one that listens at all addresses. torch's name for it is that of torchrun's.
+
+    Raises:
+        ValueError: another program has the port.
+    """
+    place = read_world(environment)
+    if environment.get(_KEPT) == "True" or not is_of_this_machine(place.address):
+        return {}
+    if place.process_rank == 0:
+        with listen_at(str(place.address), place.port) as listening:
+            subprocess.Popen(
+                [sys.executable, "-m", _KEEPER, str(listening.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[listening.fileno()],
+                preexec_fn=end_with_parent,
+            )
+    return {_KEPT: "True"}
+
+
 def _secrets(environment: Mapping[str, str]) -> dict[str, str]:
     begin = environment.get(FOLDERS)
     found: dict[str, str] = {}
@@ -69,6 +96,7 @@ def main() -> None:
     words = decode(sys.argv[1:])
     try:
         environment = settled(os.environ)
+        environment |= meet_here(environment)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

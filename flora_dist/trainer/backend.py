@@ -16,12 +16,13 @@ import torch.distributed.distributed_c10d as c10d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flora_dist.comm.local_store import local_store
 from flora_dist.trainer.config import BackendConfig, Config
 from flora_dist.trainer.failure import Failed, Mistake, Store, has_lost_peers, is_first
 from flora_dist.trainer.meeting import fresh_store, has_agent_store
 from flora_dist.trainer.sharded import fsdp1, fsdp2, hsdp
 from flora_dist.trainer.spread import Spread, World, autocast, over
-from flora_dist.world import read_world, timeout_minutes
+from flora_dist.world import is_of_this_machine, read_world, timeout_minutes
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
 
@@ -121,9 +122,12 @@ def process_group(config: BackendConfig, world: World) -> Iterator[None]:
 
 def _open_group(kind: str, world: World, timeout: timedelta) -> Store:
     """Enter the default group; the store in which its processes met."""
+    rank, size, place = world.process_rank, world.size, read_world(os.environ)
     if has_agent_store():
-        rank, size = world.process_rank, world.size
         met = fresh_store(rank, size, timeout)
+        dist.init_process_group(kind, store=met, rank=rank, world_size=size, timeout=timeout)
+    elif is_of_this_machine(place.address):
+        met = local_store(place, timeout)
         dist.init_process_group(kind, store=met, rank=rank, world_size=size, timeout=timeout)
     elif "WORLD_SIZE" in os.environ:
         dist.init_process_group(kind, timeout=timeout)

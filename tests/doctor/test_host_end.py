@@ -65,7 +65,7 @@ def test_a_config_shows_its_seeds_by_path(tmp_path: Path) -> None:
 
 
 def test_a_connection_is_measured_both_ways() -> None:
-    listener = Listener("token")
+    listener = Listener("token", "127.0.0.1")
     port = listener.open(0)
     assert isinstance(port, int)
     seen = measure("127.0.0.1", port, "token", 5.0, True)
@@ -77,7 +77,7 @@ def test_a_connection_is_measured_both_ways() -> None:
 
 
 def test_a_stranger_at_the_port_is_told_nothing() -> None:
-    listener = Listener("token")
+    listener = Listener("token", "127.0.0.1")
     port = listener.open(0)
     assert isinstance(port, int)
     trouble = measure("127.0.0.1", port, "nekot", 5.0, False)["trouble"]

@@ -3,30 +3,65 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from flora_dist.launch.outlet import FOR_EVER_S, Outlet
+from flora_dist.launch.worker import meet_here
+from flora_dist.world import listen_at
 
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 ROOT = Path(__file__).resolve().parents[2]
-# More than pipes hold.
+# It meets the others, says where processes of its job listen, and prints more than pipes hold.
 LOUD = """
-import sys
+import json, os, sys
 from pathlib import Path
-for n in range(3000):
-    print("line", n, "." * 300)
-Path(sys.argv[1]).write_text("done")
+import torch.distributed as dist
+from flora_dist.launch.processes import of_job
+
+dist.init_process_group("gloo")
+dist.barrier()
+if dist.get_rank() == 0:
+    pids = [os.getpid(), *(process.pid for process in of_job(os.environ["FLORA_JOB"]))]
+    own = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                own.add(os.readlink(link))
+            except FileNotFoundError:
+                pass
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                found.append(fields[1].partition(":")[0])
+    for n in range(3000):
+        print("line", n, "." * 300)
+    Path(sys.argv[1]).write_text(json.dumps(found))
+dist.barrier()
 """
+LOOPBACK = "0100007F"  # as the kernel writes 127.0.0.1
 
 
-def door(script: Path, *words: str, launcher: str = "torchrun") -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A job of two ranks whose output could not be written."""
+
+    done: subprocess.CompletedProcess[str]
+    reason: str
+    proof: Path
+
+
+def door(launcher: str, *words: str | Path) -> list[str]:
     front = [sys.executable, "-m", "flora_dist.cli", "launch", "--launcher", launcher]
-    return [*front, str(script), *words]
+    return [*front, *map(str, words)]
 
 
 def test_a_rank_that_prints_words_of_an_agent_fails_as_it_failed(tmp_path: Path) -> None:
@@ -34,37 +69,62 @@ def test_a_rank_that_prints_words_of_an_agent_fails_as_it_failed(tmp_path: Path)
     script = tmp_path / "spoof.py"
     lines = '::flora-agent:: {"ended": 0}', "::flora-agent:: hello", '{"number": 2, "answer": 0}'
     script.write_text(f"for line in {lines}: print(line, flush=True)\nraise SystemExit(3)\n")
-    done = subprocess.run(door(script), capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT)
+    done = subprocess.run(
+        door("torchrun", script), capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT
+    )
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines() == list(lines)
     assert "the job failed with exit code 1 (localhost 1)" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("launcher", "shell", "reason"),
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         ("torchrun", '"$@" | head -n 1', "Broken pipe"),
         ("pdsh", '"$@" > /dev/full', "No space left on device"),
     ],
+    ids=lambda param: str(param[0]),
 )
-def test_an_output_that_takes_nothing_holds_up_no_rank(
-    launcher: str, shell: str, reason: str, tmp_path: Path
-) -> None:
-    """The thread that read the ranks died, their pipe filled, and the job hung for ever."""
-    script, proof = tmp_path / "loud.py", tmp_path / "proof"
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    launcher, shell, reason = request.param
+    folder = tmp_path_factory.mktemp(launcher)
+    script, proof = folder / "loud.py", folder / "proof"
     script.write_text(LOUD)
     command = ["bash", "-c", f"set -o pipefail; {shell}", "bash"]
+    front = door(launcher, "--slots", "2", script, proof)
     done = subprocess.run(
-        [*command, *door(script, str(proof), launcher=launcher)],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        cwd=ROOT,
+        [*command, *front], capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT
     )
-    assert done.returncode == 0, done.stderr
-    assert proof.read_text() == "done"
-    assert f"stdout takes no more ({reason}): the job goes on" in done.stderr
-    assert f"lines of output were dropped: {reason}." in done.stderr
+    return Ended(done=done, reason=reason, proof=proof)
+
+
+def test_an_output_that_takes_nothing_holds_up_no_rank(ended: Ended) -> None:
+    """The thread that read the ranks died, their pipe filled, and the job hung for ever."""
+    said = ended.done.stderr
+    assert ended.done.returncode == 0, said
+    assert ended.proof.exists()
+    assert f"stdout takes no more ({ended.reason}): the job goes on" in said
+    assert f"lines of output were dropped: {ended.reason}." in said
+
+
+def test_a_job_of_one_machine_listens_to_no_other(ended: Ended) -> None:
+    """torch's stores listened at all addresses, and torchrun unpickles what they hold."""
+    found = json.loads(ended.proof.read_text())
+    assert len(found) >= 3, found  # the store, and gloo's of two ranks
+    assert set(found) == {LOOPBACK}
+
+
+def test_a_port_that_is_taken_is_told_before_ranks_wait_for_each_other() -> None:
+    with listen_at("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        with pytest.raises(ValueError, match="Address already in use"):
+            meet_here(place)
+
+
+def test_ranks_of_several_machines_meet_as_torch_does() -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+    assert meet_here(place) == {}
 
 
 def test_an_output_that_the_shell_has_closed_is_told_and_its_number_is_not_taken() -> None:
