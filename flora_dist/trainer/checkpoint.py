@@ -17,6 +17,7 @@ from flora_dist.checkpoint import folder as folders
 from flora_dist.trainer.backend import largest_over_processes
 from flora_dist.trainer.config import AUTO, CheckpointConfig
 from flora_dist.trainer.failure import has_lost_peers
+from flora_dist.trainer.finite import Finite
 from flora_dist.trainer.spread import Learner, World
 from flora_dist.trainer.storage import Pending
 
@@ -68,15 +69,21 @@ class Checkpoints:
             with suppress(Exception):
                 self._wait()
 
-    def save_if_due(self, position: Position, *, last_step: int) -> None:
+    def save_if_due(self, position: Position, finite: Finite, *, last_step: int) -> None:
         """Save every so many steps, and after the last one."""
         every, step = self._config.every, position.step
         if every is not None and (step % every == 0 or step == last_step):
-            self.save(position)
+            self.save(position, finite)
 
-    def save(self, position: Position) -> None:
-        """Save now, where the run saves at all and has taken a step since the last time."""
+    def save(self, position: Position, finite: Finite) -> None:
+        """Save now, where the run saves at all and has taken a step since the last time.
+
+        Only finite numbers are saved: `finite` tells.
+        """
         if self._config.every is None or position.step == self._saved_step:
+            return
+        held = [*self._learner.spread.trained(), *self._learner.optimizer.state.values()]
+        if not finite.allow_save(position.step, held):
             return
         scheduler = self._learner.scheduler.state_dict()
         self._pending = self._learner.storage.save(
@@ -91,6 +98,11 @@ class Checkpoints:
             keep=self._config.keep,
         )
         self._saved, self._saved_step = self._folder / folders.tag_of(position.step), position.step
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint, or the one the run went on from; None: there is none."""
+        return self._saved
 
     def of(self, step: int) -> Path | None:
         """The checkpoint after that many steps, if it is the newest one."""

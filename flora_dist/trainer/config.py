@@ -145,6 +145,9 @@ class TrainConfig:
     """Clip the gradient's global norm to this before the step; none by default."""
     log_every: int = 10
     """Steps between two lines of metrics."""
+    stop_at_nan: bool = True
+    """End the run with exit code 1 where a loss, a weight or a state is NaN or infinite. False: go
+    on. Either way no checkpoint of such weights is written."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "log_every"):

@@ -85,7 +85,7 @@ def tell_mistake(error: ValueError) -> None:
     first = error.first if isinstance(error, Mistake) else _rank() == 0
     if not first:
         time.sleep(_LET_PROCESS_ZERO_SPEAK_S)
-    _say(f"error: {_place() if _rank() else ''}{error}")
+    say(f"error: {_place() if _rank() else ''}{error}")
 
 
 def tell(error: Exception) -> int:
@@ -98,7 +98,7 @@ def tell(error: Exception) -> int:
     cause = error.__cause__
     assert cause is not None
     if error.lost:
-        _say(
+        say(
             f"{_place()}lost another process ({_words_of_the_network(cause)}); the cause is with "
             "the one that ended or hangs: look for its traceback, or for who killed it (out of "
             "memory, preemption, its machine)."
@@ -109,13 +109,13 @@ def tell(error: Exception) -> int:
     if error.first:
         _tell_all(cause)
     else:
-        _say(f"{_place()}failed too: {_headline(cause)}")
+        say(f"{_place()}failed too: {_headline(cause)}")
     return EXIT_CODE
 
 
 def _tell_all(error: BaseException) -> None:
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    _say(f"{_place()}failed:\n{text.rstrip()}")
+    say(f"{_place()}failed:\n{text.rstrip()}")
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is None:
         return
@@ -147,6 +147,7 @@ def _place() -> str:
     return f"[process {_rank()}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Write a line to stderr at once."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,11 +16,12 @@ from flora_dist.trainer.checkpoint import Checkpoints, Position
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.data import IGNORED, Corpus, Order
 from flora_dist.trainer.evaluate import validation_loss
+from flora_dist.trainer.finite import Finite, tensors_in
 from flora_dist.trainer.gradients import Sketched
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.metrics import Metrics, Progress, Record
 from flora_dist.trainer.model import sum_of_losses
-from flora_dist.trainer.spread import Spread, World, local_part
+from flora_dist.trainer.spread import Spread, World
 from flora_dist.trainer.traffic import Traffic
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -59,7 +60,9 @@ class Measured:
     steps: int
     """Steps done, those before a resume included."""
     finished: bool
-    """Whether it came to its last step."""
+    """Whether it came to its last step, and all was finite."""
+    not_finite: str | None
+    """What was not, where `train.stop_at_nan` ended the run for it; None: nothing."""
     tokens: int
     """Labels it was trained on, those before a resume included."""
     loss: float | None
@@ -126,9 +129,11 @@ def train(
 ) -> Measured:
     """Run the steps from `start` (None: a fresh run) to the last or to a stop request.
 
-    A run that stops early is saved where it stops.
+    A run that is asked to stop is saved where it stops; one whose numbers are no longer finite ends
+    there, and is not.
     """
     steps, position = job.config.train.steps, start or Position()
+    finite = Finite(job.world, stops=job.config.train.stop_at_nan)
     first_step = position.step
     # What a step sends settles after the first ones; a shorter run measures its last step.
     measured_step = min(first_step + _SETTLING_STEPS, steps - 1)
@@ -136,7 +141,7 @@ def train(
     for step in range(first_step, steps):
         began = time.perf_counter()
         with Traffic() if step == measured_step else nullcontext() as traffic:
-            taken = _take_step(job, step, stop)
+            taken = _take_step(job, step, stop, finite)
         if taken is None:
             break
         done, unlogged = taken.step, taken
@@ -150,25 +155,33 @@ def train(
         if _due(done, job.config.evaluation.every, steps):
             record["validation_loss"] = _evaluate(job)
         if record:
-            metrics.add({"step": done} | record)
-        if checkpoints is not None:
-            checkpoints.save_if_due(position, last_step=steps)
+            _keep(metrics, finite, done, record)
+        if checkpoints is not None and finite.fault is None:
+            checkpoints.save_if_due(position, finite, last_step=steps)
+        if finite.fault is not None:
+            break
     if unlogged is not None:  # stopped between two lines
-        metrics.add({"step": unlogged.step} | _training_record(unlogged, clock))
-    if checkpoints is not None and stop.agreed is not None:
-        checkpoints.save(position)
-    return _measured(job, position, clock, bytes_sent, metrics.records)
+        _keep(metrics, finite, unlogged.step, _training_record(unlogged, clock))
+    if checkpoints is not None and stop.agreed is not None and finite.fault is None:
+        checkpoints.save(position, finite)
+    return _measured(job, position, clock, bytes_sent, metrics.records, finite.fault)
 
 
-def _take_step(job: Job, step: int, stop: StopRequest) -> _Taken | None:
-    """One optimizer step on the global batch; None if any process was asked to stop before it."""
+def _keep(metrics: Metrics, finite: Finite, step: int, record: Record) -> None:
+    metrics.add({"step": step} | record)
+    finite.see(step, record)
+
+
+def _take_step(job: Job, step: int, stop: StopRequest, finite: Finite) -> _Taken | None:
+    """One optimizer step on the global batch; None if the processes have agreed to stop before."""
     config = job.config.train
     batches = _micro_batches(job, step)
-    tokens, stopping = _agree(batches, stop, job.world)
+    tokens, stopping = _agree(batches, stop, finite, job.world)
     if stopping:
         return None
     torch.manual_seed(_dropout_seed(config.seed, step, job.world))
     losses = accumulate(job.spread, batches, tokens, job.world)
+    finite.note(losses)
     lr = float(job.scheduler.get_last_lr()[0])
     job.spread.update(job.optimizer, job.scheduler)
     return _Taken(step=step + 1, losses=losses, tokens=tokens, lr=lr)
@@ -213,13 +226,20 @@ def _micro_batches(job: Job, step: int) -> list[MicroBatch]:
     return [(inputs.to(job.world.device), labels.to(job.world.device)) for inputs, labels in pairs]
 
 
-def _agree(batches: Sequence[MicroBatch], stop: StopRequest, world: World) -> tuple[int, bool]:
-    """Labels that count in the global batch, and whether any process was asked to stop."""
+def _agree(
+    batches: Sequence[MicroBatch], stop: StopRequest, finite: Finite, world: World
+) -> tuple[int, bool]:
+    """Labels that count in the global batch, and whether the processes stop before it.
+
+    They do where any was asked to, or has seen losses in the step before that were not finite.
+    """
     counted = sum(int((labels != IGNORED).sum()) for _, labels in batches)
     asked = [int(stop.asked is each) for each in (signal.SIGINT, signal.SIGTERM)]
-    counts = torch.tensor([counted, *asked], dtype=torch.int64, device=world.device)
-    tokens, interrupted, preempted = sum_over_processes(counts).tolist()
-    return max(1, tokens), stop.agree(interrupted=interrupted, preempted=preempted)
+    counts = torch.tensor([counted, *asked, 0], dtype=torch.int64, device=world.device)
+    counts[-1] = finite.flag
+    tokens, interrupted, preempted, broken = sum_over_processes(counts).tolist()
+    stopping = stop.agree(interrupted=interrupted, preempted=preempted)
+    return max(1, tokens), stopping or broken > 0
 
 
 def _dropout_seed(seed: int, step: int, world: World) -> int:
@@ -238,7 +258,12 @@ def _evaluate(job: Job) -> float:
 
 
 def _measured(
-    job: Job, position: Position, clock: _Clock, bytes_sent: int | None, records: list[Record]
+    job: Job,
+    position: Position,
+    clock: _Clock,
+    bytes_sent: int | None,
+    records: list[Record],
+    fault: str | None,
 ) -> Measured:
     device = job.world.device
     losses = [value for record in records if (value := record.get("loss")) is not None][-10:]
@@ -246,7 +271,8 @@ def _measured(
     trained = sum(tensor.numel() for tensor in job.spread.trained())
     return Measured(
         steps=position.step,
-        finished=position.step == job.config.train.steps,
+        finished=position.step == job.config.train.steps and fault is None,
+        not_finite=fault,
         tokens=position.tokens,
         loss=sum(losses) / len(losses) if losses else None,
         validation_loss=checks[-1] if checks else None,
@@ -261,11 +287,5 @@ def _measured(
 
 
 def _held_bytes(values: Iterable[object]) -> int:
-    """Bytes of the tensors among `values`, nested ones too, that this process holds."""
-    total = 0
-    for value in values:
-        if isinstance(value, Mapping):  # flat layouts keep a state for each parameter of a tensor
-            total += _held_bytes(value.values())
-        elif isinstance(value, torch.Tensor):
-            total += local_part(value).numel() * value.itemsize
-    return total
+    """Bytes of the tensors among `values` that this process holds."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors_in(values))

@@ -13,6 +13,7 @@ from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, 
 from flora_dist.trainer.config import CheckpointConfig, Config, OptimizerConfig
 from flora_dist.trainer.configfile import as_yaml
 from flora_dist.trainer.extras import needs_train_extra, stay_offline
+from flora_dist.trainer.failure import EXIT_CODE, say
 from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.learner import build_learner
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 def run(config: Config) -> int:
     """Train as the config says; the exit code: 0, also after SIGTERM, or 130 after Ctrl-C.
+
+    1 where `train.stop_at_nan` has ended it.
 
     Raises:
         ValueError: the config does not fit the corpus, the model, the processes or the run folder,
@@ -52,21 +55,22 @@ def run(config: Config) -> int:
         check_same_start(plan.start, world)
         if world.speaks:
             _prepare_folder(plan)
-        _train_and_tell(plan, stop, console)
+        is_finite = _train_and_tell(plan, stop, console)
         # torchrun ends the others as soon as one process ends: nobody leaves before the files.
         wait_for_all()
-    return stop.exit_code
+    return stop.exit_code if is_finite else EXIT_CODE
 
 
-def _train_and_tell(plan: Plan, stop: StopRequest, console: Console | None) -> None:
-    """Train, AdamW beside it if it is asked for, and write what came out."""
+def _train_and_tell(plan: Plan, stop: StopRequest, console: Console | None) -> bool:
+    """Train, AdamW beside it if it is asked for, and write what came out; whether it is finite."""
     config = plan.config
     measured, parameters = _one(plan, config.optimizer, stop, console, compared=False)
     adamw = None
     if config.compare is not None and measured.finished:
         adamw, _ = _one(plan, config.compare, stop, console, compared=True)
+    is_finite = all(each is None or each.not_finite is None for each in (measured, adamw))
     if console is None:
-        return
+        return is_finite
     summary = Summary(
         run=config.output.name,
         optimizer=config.optimizer.name,
@@ -78,6 +82,7 @@ def _train_and_tell(plan: Plan, stop: StopRequest, console: Console | None) -> N
     write_summary(summary, plan.folder)
     console.print(summary_table(summary))
     console.print(f"written to {plan.folder}", soft_wrap=True)
+    return is_finite
 
 
 def _prepare_folder(plan: Plan) -> None:
@@ -130,7 +135,9 @@ def _one(
             start=start.position,
             checkpoints=checkpoints,
         )
-    if console is not None and stop.agreed is not None:
+    if console is not None and measured.not_finite is not None:
+        say(_not_finite(label, measured.not_finite, checkpoints.newest))
+    elif console is not None and stop.agreed is not None:
         saved = checkpoints.of(measured.steps)
         console.print(_stopped(label, stop.agreed, measured.steps, saved), soft_wrap=True)
     learner.spread.close()
@@ -165,6 +172,16 @@ def _stopped(label: str, reason: signal.Signals, steps: int, saved: Path | None)
     if saved is None:
         return f"{line}; nothing of it is saved"
     return f"{line}; saved in {saved}, from where checkpoint.resume: auto goes on"
+
+
+def _not_finite(label: str, fault: str, newest: Path | None) -> str:
+    """The words for a run that has ended because of its numbers."""
+    before = "None was saved before it." if newest is None else f"The last from before is {newest}."
+    return (
+        f"error: a run's numbers must stay finite; with {label}, {fault}. No checkpoint of it is "
+        f"written. {before} Lower lr, set train.max_grad_norm, or train on all the same with "
+        "train.stop_at_nan: false."
+    )
 
 
 def _metric_folders(plan: Plan, label: str, *, compared: bool) -> tuple[Path | None, Path | None]:

@@ -129,8 +129,8 @@ def test_ddp_sends_the_sketches_once_a_step_beside_what_is_dense(workers: Worker
     sketches = 4 * ((41_696 - 5 * 32) // 8 + 2 * 32 * (16 - 11))
     assert gradients["held_bytes"] == gradients["sent_bytes"] == sketches
     # 2 (w-1)/w is 1 at w = 2. Beside them: whether each has a gradient, five norms of 32 weights,
-    # and the loop's three int64; two micro-batches.
-    assert measured["bytes_sent"] == gradients["sent_bytes"] + 4 * 16 + 4 * 5 * 32 + 24
+    # and the loop's four int64; two micro-batches.
+    assert measured["bytes_sent"] == gradients["sent_bytes"] + 4 * 16 + 4 * 5 * 32 + 32
 
 
 def test_fused_sends_what_compressed_sends(workers: Workers) -> None:

@@ -12,9 +12,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from flora_dist.sketch.keys import canonical_name
+from flora_dist.trainer import loop
 from flora_dist.trainer.backend import find_world, process_group, spread
 from flora_dist.trainer.checkpoint import Position, Start, check_same_start
 from flora_dist.trainer.config import Config
@@ -92,6 +96,11 @@ def saved(folder: Path, corpus: Path) -> None:
         code = stopped([*endless, f"output.name={name}"], folder / name, rank, number)
         (folder / f"{name}.{rank}").write_text(str(code))
     (folder / f"starts.{rank}").write_text(different_starts(load_config(TINY, fsdp2), rank))
+    for name, every in (("nan.saving", 1), ("nan.between", 5)):
+        saving = [f"checkpoint={{every: {every}}}", "train.log_every=100", "evaluation.every=100"]
+        with nan_on_one_process(rank, step=4):
+            code = run(load_config(TINY, [*fsdp2, f"output.name={name}", *saving]))
+        (folder / f"{name}.{rank}").write_text(str(code))
 
 
 def resumed(name: str, overrides: list[str], folder: Path) -> None:
@@ -111,6 +120,22 @@ def different_starts(config: Config, rank: int) -> str:
     except ValueError as error:
         return str(error)
     return "nothing"
+
+
+@contextmanager
+def nan_on_one_process(rank: int, *, step: int) -> Iterator[None]:
+    """The loss of a step, counted from 1, is NaN on process 1 alone; the gradient is sound."""
+    accumulate, steps = loop.accumulate, count(1)
+
+    def faulty(*arguments: Any) -> torch.Tensor:
+        losses = accumulate(*arguments)
+        return losses * torch.nan if next(steps) == step and rank == 1 else losses
+
+    loop.accumulate = faulty
+    try:
+        yield
+    finally:
+        loop.accumulate = accumulate
 
 
 def meet_at_files(folder: Path) -> None:
