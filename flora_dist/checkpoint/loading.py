@@ -65,6 +65,13 @@ def read(path: Path, fit: Callable[[Manifest], Fitted], group: Group = None) -> 
     )
 
 
+def named_by_latest(folder: Path) -> Path | None:
+    """What ``latest`` of a folder names, damaged perhaps; None: nothing that is there."""
+    pointer = folders._pointer(folder)
+    path = None if pointer is None else folder / pointer.tag
+    return path if path is not None and path.is_dir() else None
+
+
 def _open(path: Path, group: Group) -> tuple[Path, Manifest]:
     """Rank 0 says which: a checkpoint that comes meanwhile must not divide the ranks."""
     found: Path | None = None

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from flora_dist.checkpoint import folder as folders
 from flora_dist.trainer.backend import largest_over_processes
 from flora_dist.trainer.config import AUTO, CheckpointConfig
 from flora_dist.trainer.failure import has_lost_peers
+from flora_dist.trainer.fallback import damage_of, left_in, older
 from flora_dist.trainer.finite import Finite
 from flora_dist.trainer.spread import Learner, World
 from flora_dist.trainer.storage import Pending
@@ -122,18 +123,80 @@ def find_start(
     have in common, by name.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or one of another model, seed, optimizer or
-            corpus.
+        ValueError: no checkpoint, a damaged one (with `auto`: and none before it that is whole), or
+            one of another model, seed, optimizer or corpus.
     """
     if config.resume is None:
         return Start()
+    with _warnings_of(world):
+        if config.resume != AUTO:
+            return _start_at(folders.resolve(Path(config.resume)), identity)
+        try:
+            path = checkpoint.latest(folder)
+        except ValueError as error:
+            return _fall_back(str(error), left_in(folder), folder, identity)
+    return Start() if path is None else _start_at(path, identity)
+
+
+def resume(
+    learner: Learner,
+    start: Start,
+    config: CheckpointConfig,
+    folder: Path,
+    identity: Mapping[str, Any],
+    world: World,
+) -> Start:
+    """Put a run's start in place; with `auto`, where it is damaged, the whole one before it.
+
+    Where the run begins after that, the same on every process, which must all call this.
+
+    Raises:
+        ValueError: on every process: no whole one, or another run's; nothing has changed then.
+    """
+    while start.path is not None:
+        try:
+            load(learner, start.path)
+            return start
+        except ValueError:
+            damage = damage_of(start.path) if config.resume == AUTO else None
+            if damage is None:
+                raise
+        with _warnings_of(world):
+            before = older(folder, start.position.step)
+            start = _fall_back(damage, before, folder, identity)
+        check_same_start(start, world)
+    return start
+
+
+def _fall_back(
+    damage: str, left: Iterator[Path], folder: Path, identity: Mapping[str, Any]
+) -> Start:
+    """The newest of what is left of a run that has lost its newest checkpoint.
+
+    Raises:
+        ValueError: nothing is left, or it is another run's.
+    """
+    path = next(left, None)
+    if path is None:
+        raise ValueError(
+            f"checkpoint.resume: auto goes on from a whole checkpoint, and '{folder}' has none to "
+            f"fall back to: {damage} To start over, change output.name."
+        )
+    start = _start_at(path, identity)
+    warnings.warn(f"{damage} Going on from the one before, '{path}'.", stacklevel=3)
+    return start
+
+
+@contextmanager
+def _warnings_of(world: World) -> Iterator[None]:
+    """Process 0 alone warns."""
     with warnings.catch_warnings():
         if not world.speaks:
             warnings.simplefilter("ignore")
-        is_auto = config.resume == AUTO
-        path = checkpoint.latest(folder) if is_auto else folders.resolve(Path(config.resume))
-    if path is None:
-        return Start()
+        yield
+
+
+def _start_at(path: Path, identity: Mapping[str, Any]) -> Start:
     manifest = folders.read_manifest(path)
     match manifest.facts.get("extra"):
         case {"identity": dict(theirs), "tokens": int(tokens), "schedule": dict()}:

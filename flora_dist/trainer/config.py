@@ -237,12 +237,13 @@ class CheckpointConfig:
     every: int | None = None
     """Steps between checkpoints in `<run>/checkpoints`, the last step too; none by default."""
     keep: int | None = 2
-    """Newest checkpoints that stay: should one be damaged, the one before it loads. null: all."""
+    """Newest checkpoints that stay; `auto` takes the one before a damaged one. null: all."""
     asynchronous: bool = False
     """Copy the state at once and write it while training goes on; not under deepspeed."""
     resume: str | None = None
     """`auto`: go on from the run folder's newest checkpoint, or start where it has none, so that
-    the same command starts and resumes. It removes nothing: a folder with checkpoints is gone on
+    the same command starts and resumes. Where the newest is damaged, from the whole one before it,
+    with a warning that names both. It removes nothing: a folder with checkpoints is gone on
     with whatever output.overwrite says, which then only allows a run that finished without saving
     to be started over. Else a checkpoint, or the folder of several: the newest."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flora_dist.trainer.backend import find_world, process_group, wait_for_all
-from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, load
+from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, resume
 from flora_dist.trainer.config import CheckpointConfig, Config, OptimizerConfig
 from flora_dist.trainer.configfile import as_yaml
 from flora_dist.trainer.extras import needs_train_extra, stay_offline
@@ -113,15 +113,14 @@ def _one(
         )
     learner = build_learner(model, optimizer_config, config, plan.world)
     job = _job(plan, learner, console)
+    folder = checkpoint_folder(plan.folder)
     start = Start() if compared else plan.start
-    if start.path is not None:
-        load(learner, start.path)
-        if console is not None:
-            console.print(f"going on from {start.path}", soft_wrap=True)
+    start = resume(learner, start, config.checkpoint, folder, plan.identity, plan.world)
+    if console is not None and start.path is not None:
+        console.print(f"going on from {start.path}", soft_wrap=True)
     metrics_folder, board = _metric_folders(plan, label, compared=compared)
     shown = console if config.output.progress else None
     saving = CheckpointConfig() if compared else config.checkpoint
-    folder = checkpoint_folder(plan.folder)
     with (
         open_metrics(metrics_folder, board, first_step=start.position.step) as metrics,
         open_progress(shown, label, config.train.steps) as progress,

@@ -244,22 +244,6 @@ def test_the_last_step_is_saved_and_the_newest_two_are_kept(tiny: Tiny, tmp_path
     assert steps_of(tmp_path / "all") == ["step-00000004", "step-00000005"]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
-    tiny: Tiny, tmp_path: Path
-) -> None:
-    assert run(tiny(FLORA, AUTO, "output.name=whole")) == 0
-    with before_step(6, die), pytest.raises(Killed):
-        run(tiny(FLORA, AUTO))
-    newest = tmp_path / "tiny" / "checkpoints" / "step-00000004"
-    (torn,) = newest.glob("*.distcp")
-    torn.write_bytes(torn.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=torn.name):
-        run(tiny(FLORA, AUTO))
-    before = f"checkpoint.resume={newest.with_name('step-00000002')}"
-    assert run(tiny(FLORA, "checkpoint.every=2", before)) == 0
-    assert kept(tmp_path / "tiny") == kept(tmp_path / "whole")
-
-
 def test_bfloat16_arithmetic_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     options = [FLORA, AUTO, "train.precision=bfloat16"]
     assert run(tiny(*options, "output.name=whole")) == 0

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -101,6 +102,20 @@ def saved(folder: Path, corpus: Path) -> None:
         with nan_on_one_process(rank, step=4):
             code = run(load_config(TINY, [*fsdp2, f"output.name={name}", *saving]))
         (folder / f"{name}.{rank}").write_text(str(code))
+    (folder / f"damaged.{rank}").write_text(damaged([*fsdp2, SAVING], folder / "damaged", rank))
+
+
+def damaged(overrides: list[str], folder: Path, rank: int) -> str:
+    """Go on where the second process's file of the newest checkpoint is damaged; what was said."""
+    named = [*overrides, "output.name=damaged", "checkpoint.resume=auto"]
+    assert run(load_config(TINY, [*named, "train.steps=4"])) == 0
+    file = folder / "checkpoints" / "step-00000004" / "__1_0.distcp"
+    if rank == 0:
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        code = run(load_config(TINY, named))
+    return f"{code} {[str(each.message) for each in caught]}"
 
 
 def resumed(name: str, overrides: list[str], folder: Path) -> None:
