@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from flora_dist.trainer.config import AUTO, BYTE, STDLIB, Config, OptimizerConfig
 from flora_dist.trainer.extras import needs_train_extra
 from flora_dist.trainer.optimizers import option_names
+from flora_dist.trainer.utf8 import read_utf8
 
 with needs_train_extra():
     import yaml
@@ -55,7 +56,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     if not path.is_file():
         raise ValueError(f"--config must name a file; {str(path)!r} is none. Check the path.")
-    tree = _parse(path.read_text(encoding="utf-8"), subject=str(path))
+    tree = _parse(read_utf8(path), subject=str(path))
     if not isinstance(tree, dict):
         raise ValueError(  # noqa: TRY004 - the user's mistake: one type for all config errors
             f"a config must be a mapping of sections; {str(path)!r} holds {tree!r}. "

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from flora_dist.trainer.config import STDLIB, DataConfig
 from flora_dist.trainer.extras import needs_train_extra
 from flora_dist.trainer.tokenizer import Tokenizer
+from flora_dist.trainer.utf8 import first_not_utf8
 
 with needs_train_extra():
     import numpy as np
@@ -136,7 +138,8 @@ def read_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     `1 / validation_every` of its tokens instead.
 
     Raises:
-        ValueError: no readable document, an unknown column, or nothing left for validation.
+        ValueError: no readable document, text that is not UTF-8, an unknown column, or nothing left
+            for validation.
     """
     documents = [np.append(tokenizer.encode(text), tokenizer.end) for text in _documents(config)]
     every = config.validation_every
@@ -173,7 +176,7 @@ def _documents(config: DataConfig) -> Iterator[str]:
     with needs_train_extra():
         import datasets
     # Streaming with a cache folder of its own leaves nothing behind, also when a check fails later.
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, _naming_bad_bytes(config, files, kind):
         options = {"sample_by": "document"} if kind == "text" else {}
         column = "text" if kind == "text" else config.field
         rows = datasets.load_dataset(
@@ -192,6 +195,27 @@ def _documents(config: DataConfig) -> Iterator[str]:
                     f"{', '.join(row)}. Correct data.field."
                 )
             yield row[column]
+
+
+@contextmanager
+def _naming_bad_bytes(config: DataConfig, files: Sequence[Path], kind: str) -> Iterator[None]:
+    """The loaders name neither the file nor its byte where text is not UTF-8.
+
+    Raises:
+        ValueError: naming both; of parquet, whose bytes are no text, the column.
+    """
+    try:
+        yield
+    except Exception as error:
+        bad = first_not_utf8(files) if kind != "parquet" else None
+        if bad is None and isinstance(error, UnicodeDecodeError):
+            bad = (
+                f"text must be UTF-8; the column {config.field!r} of {config.corpus!r} is not: "
+                f"{error}. Write that column anew."
+            )
+        if bad is None:
+            raise
+        raise ValueError(bad) from error
 
 
 def _files(config: DataConfig) -> tuple[list[Path], str]:

@@ -12,6 +12,7 @@ from typing import Any
 from flora_dist.integrations.deepspeed_config import check_filled_in, check_flora_block
 from flora_dist.trainer.config import DENSE, Config
 from flora_dist.trainer.optimizers import LABELS
+from flora_dist.trainer.utf8 import read_utf8
 
 _AUTO = "auto"  # the word with which Accelerate and the Hugging Face Trainer ask for filling in
 # DeepSpeed ignores top-level keys that it does not know: a slip in one of these would go unnoticed.
@@ -76,7 +77,7 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        tree = json.loads(read_utf8(path), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must be JSON: {error}. Correct the text.") from error
     if not isinstance(tree, dict):

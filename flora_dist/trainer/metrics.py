@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from flora_dist.trainer.extras import needs_train_extra
+from flora_dist.trainer.utf8 import read_utf8
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +92,7 @@ def _read_until(path: Path, step: int) -> list[Record]:
         return []
     # What stands behind the last line's end is a line that a kill cut short: of a step to be taken
     # again, since a checkpoint comes after the line of its step.
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    *lines, _ = read_utf8(path).split("\n")
     try:
         records: list[Record] = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:

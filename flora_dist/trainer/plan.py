@@ -19,6 +19,7 @@ from flora_dist.trainer.optimizers import build_optimizer
 from flora_dist.trainer.spread import World
 from flora_dist.trainer.summary import RESULTS
 from flora_dist.trainer.tokenizer import open_tokenizer
+from flora_dist.trainer.utf8 import read_utf8
 
 RESOLVED = "config.yaml"
 """Every run folder has it; only a folder with it is ever replaced."""
@@ -171,5 +172,5 @@ def _check_folder(plan: Plan) -> None:
 def _results(folder: Path) -> dict[str, Any]:
     """What a run in that folder has written at its end; empty without one."""
     path = folder / RESULTS
-    tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    tree = json.loads(read_utf8(path)) if path.is_file() else {}
     return tree if isinstance(tree, dict) else {}

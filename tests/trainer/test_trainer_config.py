@@ -134,6 +134,13 @@ def test_a_config_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+def test_a_config_file_that_is_not_utf8_is_named_with_its_byte(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"# caf\xe9\n" + TINY.read_bytes())
+    with pytest.raises(ValueError, match=r"latin.yaml' has the byte 0xe9 at offset 5"):
+        load_config(path)
+
+
 def test_a_path_is_found_beside_the_config_from_any_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

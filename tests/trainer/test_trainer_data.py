@@ -138,6 +138,40 @@ def test_a_corpus_that_cannot_be_read_is_named(
         read_corpus(DataConfig(corpus=str(tmp_path / name)), BYTES)
 
 
+def test_text_that_is_not_utf8_is_named_with_its_file_and_byte(tmp_path: Path) -> None:
+    # "'utf-8' codec can't decode byte 0xe9 in position 0" was all that one heard of 1,000 files.
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("fine, ümlauts included")
+    # Far behind the first piece that is read, and behind a sign that two pieces share.
+    bad = b"x" * ((1 << 20) - 1) + "ü".encode() + b"y" * 5 + b"\xe9 caf\xe9"
+    (folder / "b.txt").write_bytes(bad)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
+    cut = tmp_path / "cut.txt"
+    cut.write_bytes("ends in the middle of ü".encode()[:-1])
+    for path, file, offset in (
+        (folder, folder / "b.txt", (1 << 20) + 6),
+        (lines, lines, 30),
+        (cut, cut, 22),
+    ):
+        with pytest.raises(ValueError, match=r"text must be UTF-8; .*Convert the file") as caught:
+            read_corpus(DataConfig(corpus=str(path)), BYTES)
+        assert f"'{file}' has the byte 0x" in str(caught.value)
+        assert f"at offset {offset}, which" in str(caught.value)
+
+
+def test_a_parquet_column_that_is_not_utf8_is_named_by_its_file(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "bad.parquet"
+    column = pa.array([b"fine", b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), path)
+    with pytest.raises(ValueError, match=r"the column 'text' of '.*bad.parquet' is not"):
+        read_corpus(DataConfig(corpus=str(path)), BYTES)
+
+
 def test_a_folder_of_two_formats_is_refused_and_an_empty_one_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one format; .* has no files"):
         read_corpus(DataConfig(corpus=str(tmp_path)), BYTES)
