@@ -15,7 +15,9 @@ from flora_dist.checkpoint.contents import Contents, gather, others_of
 from flora_dist.checkpoint.fitting import fit
 from flora_dist.checkpoint.folder import Json
 from flora_dist.checkpoint.loading import Loaded, read
-from flora_dist.checkpoint.saving import Saving, Target, write, write_behind
+from flora_dist.checkpoint.saving import Saving, write, write_behind
+from flora_dist.checkpoint.target import target_of
+from flora_dist.checkpoint.together import agreed
 from flora_dist.optimizer.flora import Flora
 
 __all__ = ["Loaded", "Saving", "latest", "load", "save", "save_async"]
@@ -41,7 +43,7 @@ def save(
             ``flora_dist.deepspeed.save_checkpoint``, of the same format.
         optimizer: Flora; or another of torch, on plain models, DDP and DTensors.
         step: steps done.
-        extra: numbers, words, lists and dicts of the caller's own, as JSON.
+        extra: numbers, words, lists and mappings of the caller's own, as JSON; copied.
         keep: checkpoints to keep, this one among them; None: all.
         tag: the checkpoint's name; None: step-00000010.
 
@@ -52,7 +54,10 @@ def save(
         ValueError: on every rank; between the micro-batches of a step whose gradients are sketched,
             or what the disk refused. Older checkpoints stand.
     """
-    return write(_contents(model, optimizer), _target(folder, step, extra, keep, tag))
+    with agreed():
+        target = target_of(folder, step=step, extra=extra, keep=keep, tag=tag)
+        contents = _contents(model, optimizer)
+    return write(contents, target)
 
 
 def save_async(
@@ -69,7 +74,10 @@ def save_async(
 
     A second one first waits for the one before. ``wait()`` before the process ends.
     """
-    return write_behind(_contents(model, optimizer), _target(folder, step, extra, keep, tag))
+    with agreed():
+        target = target_of(folder, step=step, extra=extra, keep=keep, tag=tag)
+        contents = _contents(model, optimizer)
+    return write_behind(contents, target)
 
 
 def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loaded:
@@ -106,19 +114,3 @@ def _contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contents:
     if isinstance(optimizer, Flora):
         return gather(optimizer, others_of(model, optimizer))
     return torch_states.gather(model, optimizer)
-
-
-def _target(
-    folder: str | Path,
-    step: int,
-    extra: Mapping[str, Json] | None,
-    keep: int | None,
-    tag: str | None,
-) -> Target:
-    return Target(
-        folder=Path(folder),
-        tag=folders.tag_of(step) if tag is None else tag,
-        step=step,
-        extra=extra or {},
-        keep=keep,
-    )

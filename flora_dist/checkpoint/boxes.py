@@ -8,7 +8,6 @@ an object for its boxes (torch 2.5 and later).
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,6 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from flora_dist.checkpoint.folder import Manifest
 from flora_dist.checkpoint.metadata import read_metadata
 from flora_dist.optim.canonical import Box
 
@@ -157,34 +155,3 @@ class BoxPlanner(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing: it was read in place."""
-
-
-def check_stored(metadata: Metadata, manifest: Manifest, where: Path) -> None:
-    """Prove that files of the manifest hold every element of every tensor that it lists.
-
-    Raises:
-        ValueError: naming the tensor or file.
-    """
-    for key, facts in manifest.tensors.items():
-        if 0 in facts.shape:  # DCP stores nothing of it
-            continue
-        stored = metadata.state_dict_metadata.get(key)
-        if not isinstance(stored, TensorStorageMetadata):
-            raise ValueError(_wrong(where, key, "is missing"))  # noqa: TRY004 - a file's fault
-        found = (tuple(stored.size), str(stored.properties.dtype).removeprefix("torch."))
-        listed = (facts.shape, facts.dtype)
-        if found != listed:
-            raise ValueError(_wrong(where, key, f"has {found}, the manifest {listed}"))
-        if sum(math.prod(chunk.sizes) for chunk in stored.chunks) != math.prod(facts.shape):
-            raise ValueError(_wrong(where, key, "has gaps"))
-    for index, place in metadata.storage_data.items():
-        if place.relative_path not in manifest.files:  # no hash would stand for it
-            what = f"is in {place.relative_path!r}, which the manifest does not list"
-            raise ValueError(_wrong(where, index.fqn, what))
-
-
-def _wrong(where: Path, key: str, what: str) -> str:
-    return (
-        f"a checkpoint's files must hold what its manifest lists; {key!r} of '{where}' {what}. "
-        "Load another checkpoint."
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from flora_dist.optim.canonical import (
     entry_shape,
     owned_boxes,
 )
-from flora_dist.optim.config import KNOBS
+from flora_dist.optim.config import KNOBS, check_settings
 from flora_dist.optimizer.flora import Flora
 from flora_dist.optimizer.slots import Group, Slot
 from flora_dist.sketch.keys import canonical_name
@@ -176,10 +177,26 @@ def _groups(slots: Sequence[Slot]) -> list[Json]:
     return [{"names": names, "settings": settings_of(group)} for group, names in groups.values()]
 
 
-def settings_of(group: Group) -> dict[str, Json]:
-    """A group's settings as numbers and words."""
+def settings_of(group: Mapping[str, Any]) -> dict[str, Json]:
+    """A group's settings as numbers and words, to be saved or as they were saved.
+
+    Raises:
+        ValueError: one is missing, or of a value that no run can have: what is saved must load.
+    """
+    if missing := [name for name in SETTINGS if name not in group]:
+        raise ValueError(
+            f"a group must have Flora's settings; {missing[0]!r} is missing. Save it, or convert "
+            "it, with the optimizer and version that made it."
+        )
     values = {name: group[name] for name in SETTINGS}
-    return {n: v.item() if isinstance(v, Tensor) else v for n, v in values.items()}
+    values = {
+        n: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for n, v in values.items()
+    }
+    try:
+        check_settings(values)
+    except ValueError as error:
+        raise ValueError(f"a checkpoint's settings must be those of a run; {error}") from error
+    return values
 
 
 def saved_counters(manifest: Manifest) -> dict[str, dict[str, Json]]:

@@ -7,14 +7,22 @@ file for a plain run. Nothing is unpickled freely.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from flora_dist.checkpoint.convert_dcp import read_dcp
 from flora_dist.checkpoint.convert_deepspeed import MODEL_FILES, read_deepspeed
 from flora_dist.checkpoint.manifest import NAME
+from flora_dist.checkpoint.pointer import read_pointer
 from flora_dist.checkpoint.whole import Whole, read_whole, write_file, write_whole
+
+_FOREIGN = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(MemoryError, RuntimeError, TypeError),
+)
+"""What Python raises on structures that are not what they should be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +55,25 @@ def convert(source: str | Path, target: str | Path) -> Converted:
     source, target = Path(source), Path(target)
     if target.suffix == ".pt" and target.exists():
         raise ValueError(f"a conversion overwrites no file; '{target}' is there. Name another.")
-    form, whole = _read(source)
-    path = write_file(whole, target) if target.suffix == ".pt" else write_whole(whole, target)
+    with _told(source, (*_FOREIGN, ValueError)):
+        form, whole = _read(source)
+    with _told(source, _FOREIGN):
+        path = write_file(whole, target) if target.suffix == ".pt" else write_whole(whole, target)
     return Converted(path=path, form=form, step=whole.step, left_out=whole.left_out)
+
+
+@contextmanager
+def _told(source: Path, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """What no check of ours has found, in any of a hundred places: a key, a kind, a size."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, ValueError) and str(source) in str(error):
+            raise
+        raise ValueError(
+            f"a source must be as its writer has left it; of '{source}' something is not: "
+            f"{type(error).__name__}: {error}. Copy all of it again, of one save."
+        ) from error
 
 
 def _read(source: Path) -> tuple[str, Whole]:
@@ -69,8 +93,6 @@ def _read(source: Path) -> tuple[str, Whole]:
 def _places(source: Path) -> Iterable[Path]:
     """The folder itself, then what its ``latest`` names."""
     yield source
-    pointer = source / "latest"
-    if pointer.is_file():
-        tag = pointer.read_bytes()[:4096].decode(errors="replace").partition("\n")[0].strip()
-        if tag and Path(tag).name == tag:
-            yield source / tag
+    pointer = read_pointer(source)
+    if pointer is not None:
+        yield source / pointer.tag

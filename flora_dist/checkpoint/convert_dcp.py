@@ -16,10 +16,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from flora_dist.checkpoint.boxes import Boxes, BoxPlanner, BoxReader
 from flora_dist.checkpoint.contents import settings_of, weight_key
+from flora_dist.checkpoint.files import open_plain
 from flora_dist.checkpoint.folder import Json
+from flora_dist.checkpoint.manifest import size_of
 from flora_dist.checkpoint.metadata import read_metadata
 from flora_dist.checkpoint.plain import split
 from flora_dist.checkpoint.safe_load import load_safely
+from flora_dist.checkpoint.stored import check_boxes
 from flora_dist.checkpoint.together import readable
 from flora_dist.checkpoint.whole import Shape, Whole, canonical_states, check_settings, counters_of
 from flora_dist.optim.canonical import Box, elements_shape
@@ -149,12 +152,13 @@ def _lists(node: Any) -> Any:
 
 
 def _tensors(path: Path, metadata: Metadata) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for key, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata):
-            if sum(math.prod(c.sizes) for c in stored.chunks) != math.prod(stored.size):
-                raise ValueError(f"'{path}' must hold all of every tensor; {key!r} has gaps.")
-            found[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    names = {place.relative_path for place in metadata.storage_data.values()}
+    check_boxes(metadata, {name: size_of(path / name) or 0 for name in names}, path)
+    found = {
+        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
     boxes = {
         key: Boxes.of(tuple(t.shape), t.dtype, [Box(offsets=(0,) * t.ndim, values=t)])
         for key, t in found.items()
@@ -167,10 +171,8 @@ def _tensors(path: Path, metadata: Metadata) -> dict[str, Tensor]:
 def _object(path: Path, metadata: Metadata, key: str) -> Any:
     """What DCP would unpickle freely."""
     place = metadata.storage_data[MetadataIndex(key)]
-    file = path / place.relative_path
-    if Path(place.relative_path).name != place.relative_path:
-        raise ValueError(f"'{path}' must hold its own files; {key!r} is in '{file}'.")
-    with file.open("rb") as stream:
+    file = path / place.relative_path  # a plain name: the metadata has no others
+    with open_plain(file) as stream:
         stream.seek(place.offset)
         content = stream.read(place.length)
     return load_safely(io.BytesIO(content), f"{key!r} in '{file}'")

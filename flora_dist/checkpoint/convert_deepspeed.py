@@ -20,6 +20,7 @@ from flora_dist.checkpoint.convert_stage_0 import read_stage_0
 from flora_dist.checkpoint.deepspeed_files import (
     MODEL_FILES,
     check_world,
+    count_in,
     extra_of,
     load_file,
     optimizer_files,
@@ -83,7 +84,7 @@ def _read_partitions(head: Mapping[str, Any], path: Path) -> Whole:
     assembly, counters = Assembly(), dict[str, dict[str, Json]]()
     groups: list[tuple[list[str], dict[str, Json]]] = []
     loss_scale = None
-    files = optimizer_files(path, int(head["dp_world_size"]))
+    files = optimizer_files(path, count_in(head, "dp_world_size", path))
     sizes: list[int] = []
     for rank, file in enumerate(files):
         saved = load_file(file)["optimizer_state_dict"]
@@ -116,7 +117,7 @@ def _read_partitions(head: Mapping[str, Any], path: Path) -> Whole:
     extra, left_out = extra_of(head, loss_scale)
     order = [canonical_name(key) for key in head["module"]]
     return Whole(
-        step=int(head["global_steps"]),
+        step=count_in(head, "global_steps", path),
         tensors=tensors,
         shapes={name: shapes[name] for name in order if name in shapes},
         counters=counters,
@@ -167,6 +168,7 @@ def _partitions(
 ) -> Iterator[_Partition]:
     groups = [g for g in base["param_groups"] for _ in g["params"]]  # stage 3: sub-groups
     aligned = saved.get("param_alignment_paddings")
+    _check_room(lines, sizes, world_size)
     for index, (flat, line, group) in enumerate(zip(flats, lines, groups, strict=True)):
         numels = [math.prod(shape) for _, shape in line]
         if _is_third(saved):
@@ -180,6 +182,17 @@ def _partitions(
             where = {"rank": rank, "world_size": world_size}
             spans = cut_line(line, offsets=offsets, size=sizes[index], **where)
         yield _Partition(flat=flat.reshape(-1), spans=spans, group=group)
+
+
+def _check_room(lines: list[list[tuple[str, Shape]]], sizes: list[int], world_size: int) -> None:
+    """Refuse shapes that no partitions can hold, before memory is made for them."""
+    for line, size in zip(lines, sizes, strict=True):
+        needed = sum(math.prod(shape) for _, shape in line)
+        if needed > size * world_size:
+            raise ValueError(
+                f"partitions must hold all parameters; {world_size} of {size} elements cannot hold "
+                f"{needed}, from {line[0][0]!r} on. Copy all files again, of one save."
+            )
 
 
 def _groups(

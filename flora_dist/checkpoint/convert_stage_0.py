@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flora_dist.checkpoint.contents import settings_of, weight_key
-from flora_dist.checkpoint.deepspeed_files import extra_of
+from flora_dist.checkpoint.deepspeed_files import count_in, extra_of
 from flora_dist.checkpoint.engine_facts import scale_of
 from flora_dist.checkpoint.whole import Whole, canonical_states, check_settings, counters_of
 from flora_dist.optim.canonical import elements_shape
@@ -42,7 +42,7 @@ def read_stage_0(head: Mapping[str, Any], path: Path) -> Whole:
             counters[name] = counters_of(state)
     extra, left_out = extra_of(head, scale_of(saved))
     return Whole(
-        step=int(head["global_steps"]),
+        step=count_in(head, "global_steps", path),
         tensors=tensors,
         shapes=shapes,
         counters=counters,

@@ -67,7 +67,9 @@ def optimizer_files(path: Path, world_size: int) -> list[Path]:
     for file in path.glob("*_optim_states.pt"):
         if match := _OPTIMIZER_FILE.fullmatch(file.name):
             found.setdefault(int(match[2]), []).append(file)
-    if sorted(found) != list(range(world_size)) or any(len(own) > 1 for own in found.values()):
+    # By what is there: a file may claim any number of ranks.
+    is_whole = len(found) == world_size and sorted(found) == list(range(len(found)))
+    if not is_whole or any(len(own) > 1 for own in found.values()):
         raise ValueError(
             f"'{path}' must have one file of optimizer states for each of {world_size} ranks; it "
             f"has {sorted(f.name for own in found.values() for f in own)}. Copy all files, of one "
@@ -83,6 +85,21 @@ def check_world(head: Mapping[str, Any], path: Path) -> None:
             f"only data parallel runs can be converted; '{path}' is of mp_world_size="
             f"{head.get('mp_world_size')}. Gather it with the framework that cut it."
         )
+
+
+def count_in(head: Mapping[str, Any], name: str, path: Path) -> int:
+    """One of the engine's counters.
+
+    Raises:
+        ValueError: it is missing, or no count.
+    """
+    value = head.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError(
+            f"DeepSpeed's counters must be whole numbers from 0; {name!r} in '{path}' is "
+            f"{str(value)[:200]}. Copy all files again, as engine.save_checkpoint wrote them."
+        )
+    return value
 
 
 def extra_of(

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,18 +57,37 @@ def facts_in(manifest: Manifest) -> EngineFacts | None:
     saved = extra[ENGINE]
     facts = saved if isinstance(saved, dict) else {}
     return EngineFacts(
-        global_samples=_field(facts, "global_samples", int),
-        skipped_steps=_field(facts, "skipped_steps", int),
-        scheduler=_field(facts, "scheduler", dict | None),
-        loss_scale=_field(facts, "loss_scale", dict | None),
+        global_samples=_field(facts, "global_samples", _is_count),
+        skipped_steps=_field(facts, "skipped_steps", _is_count),
+        scheduler=_field(facts, "scheduler", lambda value: isinstance(value, dict | None)),
+        loss_scale=_field(facts, "loss_scale", _is_loss_scale),
     )
 
 
-def _field(facts: Mapping[str, Json], name: str, kind: Any) -> Any:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_loss_scale(value: Any) -> bool:
+    """Numbers by the names of what moves; DeepSpeed begins to count overflows at -1."""
+    if not isinstance(value, dict):
+        return value is None
+    counts = [number for name, number in value.items() if name != "cur_scale"]
+    scale = value.get("cur_scale", 1.0)
+    is_scale = isinstance(scale, int | float) and not isinstance(scale, bool)
+    return (
+        set(value) <= set(_SCALE)
+        and all(number == -1 or _is_count(number) for number in counts)
+        and is_scale
+        and 0.0 < scale <= sys.float_info.max
+    )
+
+
+def _field(facts: Mapping[str, Json], name: str, fits: Callable[[Any], bool]) -> Any:
     value = facts.get(name, ...)
-    if not isinstance(value, kind):
+    if not fits(value):
         found = "is missing" if value is ... else f"is {value!r}"
-        raise ValueError(  # noqa: TRY004 - a file's fault
+        raise ValueError(
             f"what a checkpoint has of an engine must be whole; extra.{ENGINE}.{name} {found}. "
             "Load another checkpoint."
         )

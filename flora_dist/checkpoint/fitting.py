@@ -18,10 +18,12 @@ from flora_dist.checkpoint.contents import (
     dtype_name,
     saved_counters,
     saved_groups,
+    settings_of,
     state_key,
     weight_key,
 )
 from flora_dist.checkpoint.folder import Json, Manifest
+from flora_dist.checkpoint.plain import filled_like
 from flora_dist.optim.canonical import element_boxes, elements_shape, entry_shape, state_boxes
 from flora_dist.optim.config import config_of
 from flora_dist.optim.spec import LEVELS
@@ -29,6 +31,10 @@ from flora_dist.optimizer.flora import Flora
 from flora_dist.optimizer.slots import Slot, check_level, check_state
 
 Settings = dict[str, Any]
+_COUNTERS = ("format", "gradients", "seed", "sketch", "step", "window", "position")
+"""Numbers of a parameter's state that do not depend on its layout."""
+_MOST_STEPS = 1 << 53
+"""Beyond, a step is no float any more, and its window no 64-bit word of a key."""
 State = dict[Tensor, dict[str, Any]]
 
 
@@ -53,7 +59,7 @@ class FittedFlora:
         for group, settings in zip(self.optimizer.param_groups, self.settings, strict=True):
             for name, value in settings.items():
                 if isinstance(group[name], Tensor):
-                    group[name].fill_(value)
+                    group[name].copy_(value)
                 else:
                     group[name] = value
         self.optimizer.state.clear()
@@ -116,7 +122,7 @@ def _settings_of(manifest: Manifest, group: Mapping[str, Any], slots: Sequence[S
         saved |= dict.fromkeys(theirs, own)
     found = {name: saved[name] for name in names if name in saved}
     if not found:  # frozen parameters, say, that the other optimizer was not given
-        return {name: group[name] for name in SETTINGS}
+        return {}
     first, settings = next(iter(found.items()))
     for name, others in found.items():
         if different := [key for key in SETTINGS if others.get(key) != settings.get(key)]:
@@ -125,18 +131,14 @@ def _settings_of(manifest: Manifest, group: Mapping[str, Any], slots: Sequence[S
                 f"{different[0]} of {first!r} is {settings.get(different[0])!r}, of {name!r} "
                 f"{others.get(different[0])!r}. Group parameters as the run that saved them."
             )
-    if missing := [key for key in SETTINGS if key not in settings]:
-        raise ValueError(
-            f"a checkpoint's groups must have every setting; {missing[0]!r} of {first!r} is "
-            "missing. Another version wrote it: use that."
-        )
+    settings = settings_of(settings)
     if settings["seed"] != group["seed"]:
         raise ValueError(
             f"the checkpoint must have the optimizer's seed; it was saved with seed="
             f"{settings['seed']}, this optimizer has seed={group['seed']}. Pass "
             f"seed={settings['seed']}."
         )
-    return {key: settings[key] for key in SETTINGS}
+    return {name: filled_like(group[name], value, name) for name, value in settings.items()}
 
 
 def _add_weights(fitted: FittedFlora, manifest: Manifest, held: Held) -> None:
@@ -156,6 +158,7 @@ def _add_state(fitted: FittedFlora, manifest: Manifest, slot: Slot) -> None:
     _check_shape(counters.pop("shape", list(part.shape)), slot)
     if "step" not in counters:
         return
+    _check_counters(counters, slot)
     if not slot.tensor.requires_grad:
         raise ValueError(
             f"state must be of parameters that are trained; {part.name!r} is frozen here and was "
@@ -175,6 +178,24 @@ def _add_state(fitted: FittedFlora, manifest: Manifest, slot: Slot) -> None:
         _check_facts(manifest, key, shape, local.dtype)
         boxes = state_boxes(part, slot.geometry, entry, local)
         fitted.tensors[key] = Boxes.of(shape, local.dtype, boxes)
+
+
+def _check_counters(counters: Mapping[str, Json], slot: Slot) -> None:
+    """Refuse numbers that no run has counted; which of them must be this run's comes later."""
+    for name, value in counters.items():
+        lowest, end = (-(2**63), 2**63) if name == "seed" else (0, _MOST_STEPS)
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and lowest <= value < end
+        if name not in _COUNTERS or not is_whole:
+            raise ValueError(
+                f"what a checkpoint counts of {slot.part.name!r} must be whole numbers by the "
+                f"names {', '.join(_COUNTERS)}; {name!r} is {value!r}. Load another checkpoint."
+            )
+    if counters.get("position") != slot.position:
+        raise ValueError(
+            f"a parameter without a name must have the place that it was saved at, "
+            f"{counters.get('position')!r}; {slot.part.name!r} has {slot.position!r}. Build the "
+            "optimizer as the run that saved it."
+        )
 
 
 def _check_shape(saved: Json, slot: Slot) -> None:

@@ -3,25 +3,28 @@
 
     <folder>/latest                     name of the newest checkpoint, sha256 of its manifest
     <folder>/<tag>/                     a checkpoint: its last file is manifest.json
-    <folder>/.<tag>.partial/            one that is being written
-    <folder>/.<tag>.previous/           the old one of a tag, while the new one takes its place
-    <folder>/.<name>.removed/           one that is being removed
+    <folder>/.<tag>.<save>.partial/     one that is being written
+    <folder>/.<tag>.<save>.previous/    the old one of a tag, while the new one takes its place
+    <folder>/.<tag>.<save>.removed/     one that is being removed
+    <folder>/.lock                      while names change
 
 A checkpoint is whole before a rename gives it its name, and keeps no name while it is removed; each
 rename is on disk before the next begins. The digest in ``latest`` tells apart what it was written
 for and what a flipped bit or a swapped folder makes of it; a name alone, written by hand, counts
-too. One run writes to a folder at a time. Standard library only.
+too (pointer.py). Each save writes under a name of its own (owners.py), so that a second run in the
+folder spoils nothing; it is told, since ``latest`` and ``keep`` are for one. Standard library only.
 """
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from flora_dist.checkpoint import leftovers, owners
 from flora_dist.checkpoint import manifest as manifests
+from flora_dist.checkpoint.leftovers import is_whole, looks_ours, previous_of
+from flora_dist.checkpoint.lock import locked
 from flora_dist.checkpoint.manifest import (
     VERSION,
     FileFacts,
@@ -32,7 +35,10 @@ from flora_dist.checkpoint.manifest import (
     read_manifest,
     verify_files,
     write_manifest,
+    wrong_size,
 )
+from flora_dist.checkpoint.names import LATEST, Beside, all_beside, beside, check_tag, tag_of
+from flora_dist.checkpoint.pointer import Pointer, read_pointer
 
 __all__ = [
     "VERSION",
@@ -43,6 +49,7 @@ __all__ = [
     "begin",
     "check_keep",
     "check_tag",
+    "discard",
     "has_checkpoint",
     "hash_files",
     "publish",
@@ -51,42 +58,8 @@ __all__ = [
     "tag_of",
     "verify_files",
     "write_manifest",
+    "wrong_size",
 ]
-
-_LATEST = "latest"
-_LONGEST_TAG = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pointer:
-    """What ``latest`` says."""
-
-    tag: str
-    digest: str
-    """Of the manifest; empty where written by hand."""
-
-
-def tag_of(step: int) -> str:
-    """A checkpoint's name, by the steps done.
-
-    >>> tag_of(10)
-    'step-00000010'
-    """
-    return f"step-{step:08d}"
-
-
-def check_tag(tag: str) -> None:
-    """Refuse a tag that is no plain name of a folder.
-
-    Raises:
-        ValueError: naming it.
-    """
-    plain = tag == tag.strip() and tag.isprintable() and "/" not in tag and "\\" not in tag
-    if not plain or tag in ("", _LATEST) or tag[0] == "." or len(tag.encode()) > _LONGEST_TAG:
-        raise ValueError(
-            f"a checkpoint's tag must be a plain name that does not begin with a dot, of at most "
-            f"{_LONGEST_TAG} bytes, and not 'latest'; got {tag!r}. Name it after its step."
-        )
 
 
 def check_keep(keep: int | None) -> None:
@@ -102,53 +75,72 @@ def check_keep(keep: int | None) -> None:
 def begin(folder: Path, tag: str) -> Path:
     """Clear what dead saves have left, and make the folder that a new checkpoint is written in.
 
+    Warns where another process is saving into the folder at this moment.
+
     Raises:
-        ValueError: the tag, or something of that name that is no checkpoint.
+        ValueError: the tag, or something of that name, or of ``latest``'s, that is no checkpoint.
         OSError: the file system.
     """
     check_tag(tag)
     folder.mkdir(parents=True, exist_ok=True)
     manifests.sync_folder(folder.parent)
-    final = folder / tag
-    if final.exists() and not _looks_ours(final):
+    _check_replaceable(folder / tag)
+    if (folder / LATEST).is_dir() and not (folder / LATEST).is_symlink():
         raise ValueError(
-            f"a new checkpoint must not replace anything else; '{final}' is no checkpoint. "
-            "Save to another folder, or under another tag."
+            f"'latest' of a folder names its newest checkpoint; '{folder / LATEST}' is a folder. "
+            "Give it another name."
         )
-    for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.removed")]:
-        _erase(leftover)
-    for aside in list(folder.glob(".*.previous")):
-        _settle(folder, aside)
-    partial = _partial(folder, tag)
+    if others := leftovers.clear(folder):
+        _warn_of(others[0], folder)
+    with locked(folder):
+        leftovers.settle_all(folder)
+    token = owners.new_token()
+    partial = beside(folder, tag, "partial", token)
+    owners.under_way(token)  # before there is anything to clear
     partial.mkdir()
     return partial
 
 
-def publish(folder: Path, tag: str, keep: int | None) -> Path:
+def discard(partial: Path) -> None:
+    """Remove a checkpoint whose save has failed."""
+    leftovers.erase(partial)
+    owners.done(_token_of(partial))
+
+
+def publish(partial: Path, tag: str, keep: int | None) -> Path:
     """Give a written checkpoint its name, point ``latest`` at it, remove old ones; its path.
 
     Args:
-        folder: of the checkpoints.
+        partial: what ``begin`` has made, with its manifest.
         tag: what ``begin`` was called with.
-        keep: checkpoints to leave, this one among them; None leaves all. Damaged ones stay.
+        keep: checkpoints to leave, this one among them; None leaves all. Damaged ones, links, what
+            a link beside them leads to, and copies under other names stay.
 
     Raises:
-        ValueError: ``keep``, or no readable manifest.
+        ValueError: ``keep``, no readable manifest, or files that somebody took away.
         OSError: the file system.
     """
     check_keep(keep)
-    partial, final, aside = _partial(folder, tag), folder / tag, _aside(folder, tag)
+    folder, token = partial.parent, _token_of(partial)
+    final, aside = folder / tag, beside(folder, tag, "previous", token)
     read_manifest(partial)
-    if final.exists():
-        _rename(final, aside)
-    _rename(partial, final)
-    _point(folder, tag)
-    if aside.exists():
-        _remove(aside)
-    if keep is not None:
-        others = [path for path in _named(folder) if path != final]
-        for old in others[: max(0, len(others) + 1 - keep)]:
-            _remove(old)
+    if not is_whole(partial):
+        raise ValueError(
+            f"a save's files must stay until it ends; of '{partial}' some are gone or changed. "
+            "Does another program, or an older flora_dist, clear the folder? Stop it, save again."
+        )
+    digest = manifests.digest_of(partial) or ""
+    with locked(folder):
+        _check_replaceable(final)  # it may be another since the save began
+        if final.is_symlink() or final.exists():
+            leftovers.rename(final, aside)
+        leftovers.rename(partial, final)
+        leftovers.point(folder, tag, digest)
+        doomed = [leftovers.doom(aside, tag)] if aside.is_symlink() or aside.exists() else []
+        doomed += [leftovers.doom(old, old.name) for old in _outdated(folder, final, keep)]
+    for path in doomed:
+        leftovers.erase(path)
+    owners.done(token)
     return final
 
 
@@ -156,32 +148,60 @@ def has_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a checkpoint, damaged or not; False: nothing was ever published."""
     if not folder.is_dir():
         return False
-    published = [*folder.glob(_LATEST), *folder.glob(".*.previous")]
-    return bool(published) or any(map(_looks_ours, _folders(folder)))
+    latest = folder / LATEST
+    published = latest.is_symlink() or latest.exists() or any(folder.glob(".*.previous"))
+    return published or any(map(looks_ours, _folders(folder)))
 
 
 def resolve(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the one that ``latest`` of a folder names.
 
-    Where ``latest`` is missing or what it names is gone, the newest whole one, with a warning.
+    Where ``latest`` is missing, or the checkpoint that a save wrote it for is gone, the newest
+    whole one, with a warning.
 
     Raises:
         ValueError: no checkpoint, one without a readable manifest, or not the one that ``latest``
             was written for; names the file.
     """
-    aside = _aside(path.parent, path.name)
-    if not path.exists() and aside.is_dir():  # killed between the two renames of publish()
-        path = aside
-    if (path / manifests.NAME).exists() or _looks_ours(path):
+    if not path.exists():  # perhaps killed between the two renames of publish()
+        path = next(previous_of(path.parent, path.name), path)
+    if (path / manifests.NAME).exists() or looks_ours(path):
         read_manifest(path)
         return path
     if not path.is_dir():
-        raise ValueError(f"a checkpoint must be a folder; '{path}' is none. Name one that is.")
-    pointer = _pointer(path)
-    places = [] if pointer is None else [path / pointer.tag, _aside(path, pointer.tag)]
+        what = (
+            f"is a link to '{path.readlink()}', which is not there"
+            if path.is_symlink()
+            else ("is none" if path.exists() else "is not there")
+        )
+        raise ValueError(f"a checkpoint must be a folder; '{path}' {what}. Name one that is.")
+    return _pointed(path)
+
+
+def _pointed(folder: Path) -> Path:
+    pointer = read_pointer(folder)
+    try:
+        return _named_by(pointer, folder)
+    except ValueError:
+        if read_pointer(folder) == pointer:
+            raise
+    return _pointed(folder)  # a save came in between
+
+
+def _named_by(pointer: Pointer | None, folder: Path) -> Path:
+    """The checkpoint that ``latest`` names.
+
+    Raises:
+        ValueError: it is damaged, another one, or not there.
+    """
+    file = folder / LATEST
+    if pointer is None:
+        return _newest(folder, f"'{file}' names no checkpoint that is there")
+    places = [folder / pointer.tag, *previous_of(folder, pointer.tag)]
     places = [place for place in places if place.is_dir()]
-    if pointer is None or not places:
-        return _newest(path)
+    if not places:
+        _check_gone(pointer, folder)
+        return _newest(folder, f"'{file}' names no checkpoint that is there")
     for place in places:
         if pointer.digest in ("", manifests.digest_of(place)):
             read_manifest(place)
@@ -189,117 +209,90 @@ def resolve(path: Path) -> Path:
     read_manifest(places[0])  # says more, if it is damaged
     raise ValueError(
         f"a folder's 'latest' must name a checkpoint and the sha256 of its manifest; "
-        f"'{path / _LATEST}' has {pointer.digest!r}, '{places[0] / manifests.NAME}' is "
+        f"'{file}' has {pointer.digest!r}, '{places[0] / manifests.NAME}' is "
         f"{manifests.digest_of(places[0])}: one of them was changed or swapped. Load a checkpoint "
         "by its own path, or write its name alone into 'latest'."
     )
 
 
-def _newest(folder: Path) -> Path:
-    what = f"'{folder / _LATEST}' names no checkpoint that is there"
+def _check_gone(pointer: Pointer, folder: Path) -> None:
+    """Refuse to take another checkpoint for one that was named by hand, or that was renamed."""
+    file, place = folder / LATEST, folder / pointer.tag
+    what = "which is not there"
+    if place.is_symlink():
+        what = f"which is a link to '{place.readlink()}', where nothing is"
+    elif pointer.digest:
+        alike = [p for p in _folders(folder) if manifests.digest_of(p) == pointer.digest]
+        if not alike:  # as saves wrote it, and removed since
+            return
+        what = f"which is not there, with the sha256 of '{alike[0].name}'"
+    raise ValueError(
+        f"'latest' must name a checkpoint of its folder; '{file}' says {pointer.tag!r}, {what}. "
+        "Write the name of one that is there into it, or load a checkpoint by its own path."
+    )
+
+
+def _newest(folder: Path, what: str) -> Path:
     found = _named(folder)
     if not found:
         raise ValueError(
             f"a folder of checkpoints must hold a whole one; {what}, and no other is whole. "
             "Name another folder."
         )
-    warnings.warn(f"{what}; taking the newest whole one, '{found[-1]}'.", stacklevel=3)
+    warnings.warn(f"{what}; taking the newest whole one, '{found[-1]}'.", stacklevel=4)
     return found[-1]
 
 
 def _named(folder: Path) -> list[Path]:
     """Whole checkpoints in the order of writing; the old one of a tag where there is no new one."""
-    asides = folder.glob(".*.previous")
-    places = [aside for aside in asides if not (folder / _tag_of_aside(aside)).exists()]
-    whole = [place for place in (*_folders(folder), *places) if _is_whole(place)]
+    asides = [b for b in all_beside(folder) if b.kind == "previous"]
+    places = [aside.path for aside in asides if not (folder / aside.tag).exists()]
+    whole = [place for place in (*_folders(folder), *places) if is_whole(place)]
     return sorted(whole, key=lambda place: manifests.serial_of(place / manifests.NAME))
 
 
+def _outdated(folder: Path, final: Path, keep: int | None) -> list[Path]:
+    """Checkpoints beyond ``keep``: only what saves made, under the names that they gave."""
+    if keep is None:
+        return []
+    linked = {path.resolve() for path in folder.iterdir() if path.is_symlink()}
+    others = [
+        path
+        for path in _named(folder)
+        if path != final and not path.is_symlink() and leftovers.is_own(path)
+    ]
+    oldest = others[: max(0, len(others) + 1 - keep)]
+    return [path for path in oldest if path.resolve() not in linked]
+
+
 def _folders(folder: Path) -> Iterator[Path]:
-    return (p for p in folder.iterdir() if p.name[0] != "." and p.is_dir())
+    return (p for p in folder.iterdir() if p.name[0] != "." and p.name != LATEST and p.is_dir())
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the manifest can be read and every file has its size; hashes are for loading."""
-    try:
-        files = read_manifest(path).files
-    except ValueError:
-        return False
-    return all(manifests.size_of(path / name) == facts.bytes for name, facts in files.items())
+def _check_replaceable(final: Path) -> None:
+    """Refuse to put a checkpoint in the place of anything else."""
+    if final.is_symlink() and not final.exists():
+        raise ValueError(
+            f"a new checkpoint must not replace anything else; '{final}' is a link to "
+            f"'{final.readlink()}', which is not there. Mount what it leads to, or remove the link."
+        )
+    if final.exists() and not looks_ours(final):
+        raise ValueError(
+            f"a new checkpoint must not replace anything else; '{final}' is no checkpoint. "
+            "Save to another folder, or under another tag."
+        )
 
 
-def _looks_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint, damaged perhaps, and none of somebody else's."""
-    names = (manifests.NAME, ".metadata")
-    return any((path / name).exists() for name in names) or any(path.glob("*.distcp"))
+def _token_of(partial: Path) -> str:
+    return partial.name.removesuffix(".partial").rpartition(".")[2]
 
 
-def _settle(folder: Path, aside: Path) -> None:
-    """Finish the replacing of a checkpoint that was killed on the way: forwards, or back."""
-    tag = _tag_of_aside(aside)
-    final = folder / tag
-    if _is_whole(final):
-        if _pointer(folder) == _Pointer(tag=tag, digest=manifests.digest_of(aside) or ""):
-            _point(folder, tag)
-        _remove(aside)
-    elif _is_whole(aside):
-        if final.exists():
-            _remove(final)
-        _rename(aside, final)
-    else:
-        _remove(aside)
-
-
-def _point(folder: Path, tag: str) -> None:
-    """Make ``latest`` name a checkpoint, in one instruction."""
-    partial = _partial(folder, _LATEST)
-    digest = manifests.digest_of(folder / tag)
-    manifests.write_durably(partial, f"{tag}\n{digest}\n".encode())
-    _rename(partial, folder / _LATEST)
-
-
-def _pointer(folder: Path) -> _Pointer | None:
-    """What ``latest`` says; None if it is missing or says no tag."""
-    file = folder / _LATEST
-    if not file.is_file():
-        return None
-    tag, _, digest = file.read_bytes().decode(errors="replace").partition("\n")
-    try:
-        check_tag(tag)
-    except ValueError:
-        return None
-    return _Pointer(tag=tag, digest=digest.strip())
-
-
-def _rename(source: Path, target: Path) -> None:
-    """In one instruction, and on disk before the next begins."""
-    source.replace(target)
-    manifests.sync_folder(target.parent)
-
-
-def _remove(path: Path) -> None:
-    """Take a checkpoint's name away, then its files: half removed it must not pass for whole."""
-    doomed = path.with_name(f".{path.name.removeprefix('.')}.removed")
-    _erase(doomed)
-    _rename(path, doomed)
-    _erase(doomed)
-
-
-def _erase(path: Path) -> None:
-    """Remove a leftover; what NFS holds on to for a reader stays until the next save."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _partial(folder: Path, tag: str) -> Path:
-    return folder / f".{tag}.partial"
-
-
-def _aside(folder: Path, tag: str) -> Path:
-    return folder / f".{tag}.previous"
-
-
-def _tag_of_aside(aside: Path) -> str:
-    return aside.name.removeprefix(".").removesuffix(".previous")
+def _warn_of(other: Beside, folder: Path) -> None:
+    age = max(0.0, owners.silence_of(other.path))
+    warnings.warn(
+        f"one run alone must save into a folder; another process is writing {other.tag!r} into "
+        f"'{folder}' too, and wrote last {age:.0f} s ago. Each checkpoint will be whole, but "
+        "'latest' names whichever ends last, and keep= removes those of both. Stop one of them, "
+        "or give each a folder of its own.",
+        stacklevel=4,
+    )

@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from flora_dist.checkpoint import folder as folders
-from flora_dist.checkpoint.boxes import Boxes, BoxPlanner, BoxReader, check_stored
+from flora_dist.checkpoint.boxes import Boxes, BoxPlanner, BoxReader
 from flora_dist.checkpoint.folder import Manifest
+from flora_dist.checkpoint.manifest import NAME as MANIFEST
+from flora_dist.checkpoint.manifest import digest_of
 from flora_dist.checkpoint.metadata import read_metadata
+from flora_dist.checkpoint.pointer import read_pointer
+from flora_dist.checkpoint.stored import METADATA, check_stored
 from flora_dist.checkpoint.together import Group, agreed, everyones, place, readable
 
 
@@ -48,16 +53,18 @@ def read(path: Path, fit: Callable[[Manifest], Fitted], group: Group = None) -> 
     Raises:
         ValueError: on every rank, naming file and field; the running state is as it was.
     """
-    where, manifest = _open(path, group)
+    where, manifest, digest = _open(path, group)
     with agreed(group):
+        _raise(folders.wrong_size(where, manifest, share=place(group)))
+    with agreed(group):
+        # Before memory is made for tensors: there is none for what no file has room for.
+        check_stored(_metadata(where, manifest), manifest, where)
         fitted = fit(manifest)
     with agreed(group):
-        error = folders.verify_files(where, manifest, share=place(group))
-        if error is not None:
-            raise ValueError(error)
+        _raise(folders.verify_files(where, manifest, share=place(group)))
     with agreed(group):
-        check_stored(read_metadata(where / ".metadata"), manifest, where)
         _read_boxes(where, fitted.tensors)
+        _check_still(where, digest)
     fitted.put_in_place()
     extra = manifest.facts.get("extra")
     return Loaded(
@@ -67,12 +74,12 @@ def read(path: Path, fit: Callable[[Manifest], Fitted], group: Group = None) -> 
 
 def named_by_latest(folder: Path) -> Path | None:
     """What ``latest`` of a folder names, damaged perhaps; None: nothing that is there."""
-    pointer = folders._pointer(folder)
+    pointer = read_pointer(folder)
     path = None if pointer is None else folder / pointer.tag
     return path if path is not None and path.is_dir() else None
 
 
-def _open(path: Path, group: Group) -> tuple[Path, Manifest]:
+def _open(path: Path, group: Group) -> tuple[Path, Manifest, str | None]:
     """Rank 0 says which: a checkpoint that comes meanwhile must not divide the ranks."""
     found: Path | None = None
     with agreed(group):
@@ -81,8 +88,43 @@ def _open(path: Path, group: Group) -> tuple[Path, Manifest]:
     where = everyones(found, group)[0]
     assert where is not None
     with agreed(group):
+        digest = digest_of(where)
         manifest = folders.read_manifest(where)
-    return where, manifest
+    return where, manifest, digest
+
+
+def _raise(error: str | None) -> None:
+    if error is not None:
+        raise ValueError(error)
+
+
+def _metadata(where: Path, manifest: Manifest) -> Metadata:
+    """What DCP has stored, by a file whose hash fits.
+
+    Raises:
+        ValueError: the manifest does not list it, or it was changed.
+    """
+    facts = manifest.files.get(METADATA)
+    if facts is None:
+        raise ValueError(
+            f"a checkpoint's manifest must list all its files; '{where / MANIFEST}' lacks "
+            f"{METADATA!r}. Load another checkpoint."
+        )
+    alone = replace(manifest, files={METADATA: facts})
+    _raise(folders.verify_files(where, alone, share=(0, 1)))
+    return read_metadata(where / METADATA)
+
+
+def _check_still(where: Path, digest: str | None) -> None:
+    """Refuse tensors of two checkpoints: a save may have put a new one in the place of the old.
+
+    No two manifests of a folder are alike: they count its saves.
+    """
+    if digest_of(where) != digest:
+        raise ValueError(
+            f"a checkpoint must stay while it is read; '{where}' was replaced meanwhile by a save "
+            "of the same name. Load it again."
+        )
 
 
 def _read_boxes(where: Path, tensors: Mapping[str, Boxes]) -> None:

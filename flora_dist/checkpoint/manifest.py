@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from flora_dist.checkpoint.files import open_plain, read_plain
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 """What stands in a manifest; floats come back bit for bit, infinities too."""
 VERSION = 1
@@ -34,6 +36,8 @@ _OPENING = b'{"sha256": "'
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FIELDS = ("sha256", "version", "serial", "step", "files", "tensors")
 _LARGEST = 1 << 28
+_GREATEST = (1 << 63) - 1
+"""Of whole numbers: what torch's sizes and the bits of a key take."""
 _CHUNK = 1 << 20
 
 
@@ -139,10 +143,21 @@ def hash_files(path: Path, names: Iterable[str]) -> dict[str, FileFacts]:
     found: dict[str, FileFacts] = {}
     for name in names:
         check_file_name(name, path)
-        with (path / name).open("rb") as file:
+        with open_plain(path / name) as file:
             os.fsync(file.fileno())
         found[name] = _facts_of(path / name)
     return found
+
+
+def wrong_size(path: Path, manifest: Manifest, *, share: tuple[int, int]) -> str | None:
+    """The first of every world-th file that is not there with the bytes that its manifest says."""
+    rank, world = share
+    for name in sorted(manifest.files)[rank::world]:
+        size, listed = size_of(path / name), manifest.files[name].bytes
+        if size != listed:
+            is_now = "is missing" if size is None else f"has {size} bytes"
+            return _changed(path / name, f"{is_now}, {NAME} says {listed} bytes")
+    return None
 
 
 def verify_files(path: Path, manifest: Manifest, *, share: tuple[int, int]) -> str | None:
@@ -155,18 +170,15 @@ def verify_files(path: Path, manifest: Manifest, *, share: tuple[int, int]) -> s
         manifest: its own.
         share: this rank, and the world size over which the files are shared out.
     """
+    if error := wrong_size(path, manifest, share=share):
+        return error
     rank, world = share
-    mine = {name: manifest.files[name] for name in sorted(manifest.files)[rank::world]}
-    for name, facts in mine.items():
-        size = size_of(path / name)
-        if size != facts.bytes:
-            is_now = "is missing" if size is None else f"has {size} bytes"
-            return _changed(path / name, f"{is_now}, {NAME} says {facts.bytes} bytes")
-    for name, facts in mine.items():
+    for name in sorted(manifest.files)[rank::world]:
+        facts = manifest.files[name]
         try:
             found = _facts_of(path / name)
-        except OSError as error:
-            return _changed(path / name, f"cannot be read: {error}")
+        except OSError as failed:
+            return _changed(path / name, f"cannot be read: {failed}")
         if found != facts:
             return _changed(path / name, f"has sha256 {found.sha256}, {NAME} says {facts.sha256}")
     return None
@@ -178,9 +190,11 @@ def size_of(file: Path) -> int | None:
 
 
 def digest_of(path: Path) -> str | None:
-    """The sha256 of a checkpoint's whole manifest, None if it has none."""
-    file = path / NAME
-    return _facts_of(file).sha256 if file.is_file() else None
+    """The sha256 of a checkpoint's whole manifest, None if it has none that can be read."""
+    try:
+        return hashlib.sha256(read_plain(path / NAME, _LARGEST)).hexdigest()
+    except OSError:
+        return None
 
 
 def check_file_name(name: str, where: Path) -> None:
@@ -220,7 +234,7 @@ def _document(file: Path) -> dict[str, Json]:
         size = size_of(file)
         if size is None or size > _LARGEST:
             raise _wrong(file, "is missing" if size is None else f"has {size} bytes")
-        raw = file.read_bytes()
+        raw = read_plain(file, _LARGEST)
     except OSError as error:
         raise _wrong(file, f"cannot be read: {error}") from error
     stop = len(_OPENING) + 64
@@ -257,8 +271,8 @@ def _tensor_facts(value: Json, file: Path, field: str) -> TensorFacts:
 
 
 def _count(value: Json, file: Path, field: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _wrong(file, f"'{field}' is {value!r}, not a whole number from 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _GREATEST:
+        raise _wrong(file, f"'{field}' is {value!r}, not a whole number from 0 to 2^63 - 1")
     return value
 
 
@@ -291,7 +305,7 @@ def _unwritable(place: str, value: object) -> ValueError:
 
 def _facts_of(file: Path) -> FileFacts:
     digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
+    with open_plain(file) as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)

@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from flora_dist.checkpoint.files import read_plain
+
 _DCP = "torch.distributed.checkpoint.metadata"
 _PATHS = tuple((m, f"{k}Path") for m in ("pathlib", "pathlib._local") for k in ("Posix", "Windows"))
 _GLOBALS = {
@@ -91,10 +93,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickled(path: Path) -> Any:
-    with path.open("rb") as file:
-        raw = file.read(_LARGEST + 1)
-    if len(raw) > _LARGEST:
-        raise ValueError(f"it has more than {_LARGEST} bytes")
+    raw = read_plain(path, _LARGEST)
     stop = 0
     for opcode, value, position in pickletools.genops(raw):
         # EXT codes come from a cache of live objects, past find_class. The C unpickler makes its

@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from flora_dist.checkpoint.folder import Json
 
 
@@ -46,6 +49,56 @@ def _or_ellipsis(value: Any, where: str) -> Any:
         return to_json(value, where)
     except ValueError:
         return ...
+
+
+def check_like(saved: Json, like: Any, where: str) -> None:
+    """Refuse a saved value where the running one is of another kind; None may become anything.
+
+    >>> check_like({"last_epoch": 3, "rates": [0.1]}, {"last_epoch": 0, "rates": (0.5,)}, "it")
+    >>> check_like("a", 0.5, "lr")
+    Traceback (most recent call last):
+    ValueError: a saved value must be of the running one's kind; lr is 'a', here it is 0.5. Load a \
+checkpoint of the same optimizer and scheduler.
+
+    Raises:
+        ValueError: naming ``where`` it stands.
+    """
+    if saved is None or like is None:
+        return
+    kinds: tuple[Any, ...] = (bool, str, int | float, list | tuple, Mapping)
+    kind = next((kind for kind in kinds if isinstance(like, kind)), None)
+    fits = kind is None or isinstance(saved, kind)
+    if kind not in (None, bool):
+        fits = fits and not isinstance(saved, bool)
+    if not fits or saved != saved:
+        raise ValueError(
+            f"a saved value must be of the running one's kind; {where} is {str(saved)[:200]!r}, "
+            f"here it is {like!r}. Load a checkpoint of the same optimizer and scheduler."
+        )
+    if isinstance(saved, dict) and isinstance(like, Mapping):
+        for key in like.keys() & saved.keys():
+            check_like(saved[key], like[key], f"{where}.{key}")
+    if isinstance(saved, list) and isinstance(like, list | tuple):
+        for index, (each, here) in enumerate(zip(saved, like, strict=False)):
+            check_like(each, here, f"{where}[{index}]")
+
+
+def filled_like(here: Any, value: Any, name: str) -> Any:
+    """A saved number as a tensor where the group has one, as schedules inside graphs do.
+
+    Raises:
+        ValueError: the tensor's dtype cannot hold it.
+    """
+    if not isinstance(here, Tensor):
+        return value
+    try:
+        made = torch.full_like(here, value)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"a saved {name} must fit the tensor that the group has; {value!r}: {error}. Load "
+            "another checkpoint."
+        ) from error
+    return made
 
 
 def from_json(saved: Json, like: Any) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,47 +18,46 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from flora_dist.checkpoint import folder as folders
 from flora_dist.checkpoint.boxes import Boxes, BoxSavePlanner
 from flora_dist.checkpoint.contents import Contents
-from flora_dist.checkpoint.folder import Json, Manifest
+from flora_dist.checkpoint.folder import FileFacts, Json, Manifest
+from flora_dist.checkpoint.stored import METADATA
+from flora_dist.checkpoint.target import Target
 from flora_dist.checkpoint.together import Group, agreed, distinct, everyones, place, readable
 from flora_dist.optim.canonical import Box
 from flora_dist.version import __version__
 
 T = TypeVar("T")
-_METADATA = ".metadata"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Where a checkpoint goes, and what the caller keeps with it."""
-
-    folder: Path
-    """Of all checkpoints of a run; on storage that every rank sees."""
-    tag: str
-    """The checkpoint's own name in it."""
-    step: int
-    """Steps done."""
-    extra: Mapping[str, Json]
-    """The caller's own numbers and words."""
-    keep: int | None
-    """Checkpoints to keep, this one among them; None: all."""
-
-    def __post_init__(self) -> None:
-        folders.check_tag(self.tag)
-        folders.check_keep(self.keep)
 
 
 def write(contents: Contents, target: Target, group: Group = None) -> Path:
     """Save what all ranks of ``group`` hold; the path of the checkpoint.
 
     Raises:
-        ValueError: the disk, or a name or number that cannot be saved; older checkpoints stand.
+        ValueError: the disk, or ranks that save different things; older checkpoints stand.
     """
     rank, _ = place(group)
-    known = distinct((contents.facts(), contents.parameters, contents.groups), group)
-    partial = target.folder / f".{target.tag}.partial"
+    name = ""
     with agreed(group):
         if rank == 0:
-            partial = folders.begin(target.folder, target.tag)
+            name = folders.begin(target.folder, target.tag).name
+    # Rank 0 names the save; by the others' own paths to the folder, which may differ.
+    chosen = everyones((name, target.tag, target.step), group)
+    partial = target.folder / chosen[0][0]
+    try:
+        _check_alike([(tag, step) for _, tag, step in chosen])
+        _write_files(contents, partial, group)
+        manifest = _manifest(contents, target, _hashed(partial, group), group)
+        with agreed(group):
+            if rank == 0:
+                folders.write_manifest(partial, manifest)
+                folders.publish(partial, target.tag, target.keep)
+    except BaseException:
+        if rank == 0:
+            folders.discard(partial)
+        raise
+    return target.folder / target.tag
+
+
+def _write_files(contents: Contents, partial: Path, group: Group) -> None:
     with readable(partial):
         dcp_save(
             dict(contents.tensors),
@@ -67,33 +66,47 @@ def write(contents: Contents, target: Target, group: Group = None) -> Path:
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
+
+
+def _hashed(partial: Path, group: Group) -> dict[str, FileFacts]:
+    """Every rank's files; each hashes those that it has written."""
     with agreed(group):
-        files = folders.hash_files(partial, _own_files(partial, rank))
-    listed = everyones(files, group)
+        files = folders.hash_files(partial, _own_files(partial, place(group)[0]))
+    return {name: facts for part in everyones(files, group) for name, facts in part.items()}
+
+
+def _manifest(
+    contents: Contents, target: Target, files: dict[str, FileFacts], group: Group
+) -> Manifest:
+    known = distinct((contents.facts(), contents.parameters, contents.groups), group)
     with agreed(group):
-        if rank == 0:
-            folders.write_manifest(
-                partial,
-                Manifest(
-                    step=target.step,
-                    files={name: facts for part in listed for name, facts in part.items()},
-                    tensors=_merged([tensors for tensors, _, _ in known]),
-                    facts={
-                        "parameters": _merged([parameters for _, parameters, _ in known]),
-                        "groups": _distinct([groups for _, _, groups in known]),
-                        "extra": dict(target.extra),
-                        "written_by": _versions(place(group)[1]),
-                    },
-                ),
+        return Manifest(
+            step=target.step,
+            files=files,
+            tensors=_merged([tensors for tensors, _, _ in known]),
+            facts={
+                "tag": target.tag,  # tells the checkpoint from a copy under another name
+                "parameters": _merged([parameters for _, parameters, _ in known]),
+                "groups": _distinct([groups for _, _, groups in known]),
+                "extra": dict(target.extra),
+                "written_by": _versions(place(group)[1]),
+            },
+        )
+
+
+def _check_alike(chosen: Sequence[tuple[str, int]]) -> None:
+    for rank, each in enumerate(chosen):
+        if each != chosen[0]:
+            raise ValueError(
+                f"ranks must save one checkpoint; tag and step are {chosen[0]} on rank 0 and "
+                f"{each} on rank {rank}. Pass the same ones everywhere."
             )
-            folders.publish(target.folder, target.tag, target.keep)
-    return target.folder / target.tag
 
 
 def _own_files(partial: Path, rank: int) -> list[str]:
     """Files that this rank has written: DCP names them by rank; rank 0 writes the metadata."""
     own = sorted(path.name for path in partial.glob(f"__{rank}_*"))
-    return [*own, _METADATA] if rank == 0 else own
+    return [*own, METADATA] if rank == 0 else own
 
 
 def _merged(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:

@@ -33,20 +33,26 @@ def agreed(group: Group = None) -> Iterator[None]:
 
     Raises:
         ValueError: what a rank's check or file system found; of the first rank that found any.
+        Exception: anything else as it is where it was raised, as a RuntimeError elsewhere: ranks
+            that were not told would wait for the others until their group's timeout.
     """
     caught: Exception | None = None
     try:
         yield
-    except (ValueError, OSError) as error:
+    except Exception as error:
         caught = error
     rank, size = place(group)
-    texts = everyones(None if caught is None else _text(caught), group)
-    first = next((index for index, text in enumerate(texts) if text is not None), None)
-    if first is None:
+    reports = everyones(None if caught is None else _report(caught), group)
+    found = [(index, report) for index, report in enumerate(reports) if report is not None]
+    if not found:
         return
+    first, (is_expected, text) = found[0]
+    if caught is not None and not is_expected:
+        raise caught
+    kind = ValueError if is_expected else RuntimeError
     if caught is not None and first == rank:
-        raise ValueError(texts[first]) from caught
-    raise ValueError(texts[first] if size == 1 else f"{texts[first]} (found on rank {first})")
+        raise kind(text) from caught
+    raise kind(text if size == 1 else f"{text} (found on rank {first})")
 
 
 @contextmanager
@@ -85,10 +91,14 @@ def distinct(mine: T, group: Group = None) -> list[T]:
     return everyones(mine, group)
 
 
-def _text(error: Exception) -> str:
+def _report(error: Exception) -> tuple[bool, str]:
+    """Whether it is one that checks and file systems raise, and what it says."""
     if isinstance(error, OSError):
-        return (
+        text = (
             f"a checkpoint's files must be there and the disk must take them; {error}. "
             "See to the disk, or name another folder."
         )
-    return str(error)
+        return True, text
+    if isinstance(error, ValueError):
+        return True, str(error)
+    return False, f"{type(error).__name__}: {error}"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ from flora_dist.checkpoint.contents import (
     weight_key,
 )
 from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts
+from flora_dist.checkpoint.plain import check_like, filled_like
 from flora_dist.layouts.dtensor import local_of, offsets_of, shaped_like
 from flora_dist.optim.canonical import Box
+from flora_dist.optim.config import check_rate
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,8 +96,16 @@ def _state_dicts(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[An
 
 
 def _take_numbers(manifest: Manifest, states: dict[str, Any]) -> None:
+    counters = saved_counters(manifest)
     for name, state in states["state"].items():
-        state.update(saved_counters(manifest).get(name, {}))
+        for key, value in counters.get(name, {}).items():
+            if isinstance(state.get(key), Tensor) or not isinstance(value, int | float):
+                raise ValueError(  # noqa: TRY004 - a file's fault
+                    f"what a checkpoint counts must be numbers; {key!r} of {name!r} is {value!r}. "
+                    "Load another checkpoint."
+                )
+            check_like(value, state.get(key), f"{key!r} of {name!r}")
+            state[key] = value
     saved = {tuple(names): settings for names, settings in saved_groups(manifest)}
     for group in states["param_groups"]:
         names = tuple(group["params"])
@@ -104,13 +114,21 @@ def _take_numbers(manifest: Manifest, states: dict[str, Any]) -> None:
                 f"the optimizer must have the groups it was saved with; none has the "
                 f"{len(names)} parameters from {names[0]!r}. Group them as the run that saved."
             )
-        group |= {key: _like(group.get(key), value) for key, value in saved[names].items()}
+        _check_rates(saved[names])
+        group |= {key: _like(group.get(key), value, key) for key, value in saved[names].items()}
 
 
-def _like(kept: Any, value: Any) -> Any:
+def _check_rates(settings: Mapping[str, Any]) -> None:
+    """Refuse what neither steps nor loads."""
+    for name in settings.keys() & {"lr", "weight_decay"}:
+        check_rate(name, settings[name])
+
+
+def _like(kept: Any, value: Any, name: str) -> Any:
     """A saved setting in the type that the group has it in."""
     if isinstance(kept, Tensor):
-        return torch.full_like(kept, value)
+        return filled_like(kept, value, name)
+    check_like(value, kept, name)
     return tuple(value) if isinstance(kept, tuple) else value
 
 
@@ -146,5 +164,6 @@ def _group(group: dict[str, Any]) -> Json:
         for key, value in group.items()
         if key not in ("params", "param_names")
     }
+    _check_rates(settings)
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     return {"names": list(group["params"]), "settings": listed}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flora_dist.checkpoint import owners
 from flora_dist.checkpoint.boxes import Boxes
 from flora_dist.checkpoint.contents import (
     SETTINGS,
@@ -22,9 +23,11 @@ from flora_dist.checkpoint.contents import (
     state_key,
     weight_key,
 )
-from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts, tag_of
+from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts
 from flora_dist.checkpoint.loading import read
-from flora_dist.checkpoint.saving import Target, write
+from flora_dist.checkpoint.saving import write
+from flora_dist.checkpoint.stored import tiles_exactly
+from flora_dist.checkpoint.target import target_of
 from flora_dist.optim.canonical import Box, entry_shape
 from flora_dist.optim.config import config_of
 from flora_dist.optim.spec import geometry_of, state_tensors
@@ -83,9 +86,16 @@ def read_whole(path: Path) -> Whole:
 def _shape_of(counters: Mapping[str, Json], tensor: Tensor) -> Shape:
     """As the model has it; the canonical one where another optimizer than Flora was saved."""
     saved = counters.get("shape")
-    if not isinstance(saved, list):
+    if saved is None:
         return tuple(tensor.shape)
-    return tuple(size for size in saved if isinstance(size, int))
+    sizes = saved if isinstance(saved, list) else [saved]
+    shape = tuple(size for size in sizes if isinstance(size, int) and size >= 0)
+    if len(shape) != len(sizes) or math.prod(shape) != tensor.numel():
+        raise ValueError(
+            f"a manifest's shapes must be those of its tensors; one of {tensor.numel()} elements "
+            f"has {saved!r}. Load another checkpoint."
+        )
+    return shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +149,7 @@ def write_whole(whole: Whole, folder: Path) -> Path:
         },
         groups=[{"names": list(own), "settings": settings} for own, settings in whole.groups],
     )
-    target = Target(
-        folder=folder, tag=tag_of(whole.step), step=whole.step, extra=whole.extra, keep=None
-    )
+    target = target_of(folder, step=whole.step, extra=whole.extra)
     return write(contents, target)
 
 
@@ -160,12 +168,16 @@ def write_file(whole: Whole, file: Path) -> Path:
         "extra": whole.extra,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as stream:
-        torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return partial.replace(file)
+    # A name of its own: two conversions to one file would write into each other.
+    partial = file.with_name(f".{file.name}.{owners.new_token()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _optimizer_state(whole: Whole) -> dict[str, Any]:
@@ -259,7 +271,7 @@ class Assembly:
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
-        self._filled: dict[str, int] = {}
+        self._filled: dict[str, list[tuple[Shape, Shape]]] = {}
 
     def add(self, key: str, shape: Shape, dtype: torch.dtype, boxes: Iterable[Box]) -> None:
         """Put in what one rank holds of a tensor and no other does."""
@@ -269,18 +281,20 @@ class Assembly:
             for dim, (start, size) in enumerate(zip(box.offsets, box.values.shape, strict=True)):
                 target = target.narrow(dim, start, size)
             target.copy_(box.values)
-            self._filled[key] = self._filled.get(key, 0) + box.values.numel()
+            self._filled.setdefault(key, []).append((box.offsets, tuple(box.values.shape)))
 
     def finish(self, source: Path) -> dict[str, Tensor]:
         """All tensors, whole.
 
         Raises:
-            ValueError: files do not hold all of one.
+            ValueError: files do not hold each element of one, once.
         """
         for key, tensor in self._tensors.items():
-            if self._filled.get(key, 0) != math.prod(tensor.shape):
+            boxes = self._filled.get(key, [])
+            if not tiles_exactly(tuple(tensor.shape), boxes):
+                held = sum(math.prod(sizes) for _, sizes in boxes)
                 raise ValueError(
-                    f"the files of '{source}' must hold all of every tensor; of {key!r} they hold "
-                    f"{self._filled.get(key, 0)} of {tensor.numel()} elements. Is a file missing?"
+                    f"the files of '{source}' must hold all of every tensor, once; of {key!r} they "
+                    f"hold {held} of {tensor.numel()} elements. Is a file missing, or there twice?"
                 )
         return self._tensors

@@ -24,10 +24,12 @@ from flora_dist.checkpoint.boxes import Boxes
 from flora_dist.checkpoint.contents import Held, gather, others_of
 from flora_dist.checkpoint.engine_facts import ENGINE, EngineFacts, facts_in, scale_of
 from flora_dist.checkpoint.fitting import FittedFlora, fit
-from flora_dist.checkpoint.folder import Json, Manifest, tag_of
+from flora_dist.checkpoint.folder import Json, Manifest
 from flora_dist.checkpoint.loading import Loaded, read
-from flora_dist.checkpoint.plain import from_json, to_json
-from flora_dist.checkpoint.saving import Target, write
+from flora_dist.checkpoint.plain import check_like, from_json, to_json
+from flora_dist.checkpoint.saving import write
+from flora_dist.checkpoint.target import target_of
+from flora_dist.checkpoint.together import agreed
 from flora_dist.integrations.deepspeed import attach
 from flora_dist.integrations.deepspeed_steps import TESTED
 from flora_dist.layouts.flat import cut_each
@@ -67,22 +69,16 @@ def save_checkpoint(
             tag, or a disk, that cannot be written to. Older checkpoints stand.
     """
     flora = attach(engine)
-    _check_between_steps(engine, "saved")
-    own = dict(extra or {})
-    if ENGINE in own:
-        raise ValueError(
-            f"extra must leave the name {ENGINE!r} to the engine; it has it. Rename yours."
-        )
-    own[ENGINE] = _facts_of(engine).as_json()
-    step = int(engine.global_steps)
-    target = Target(
-        folder=Path(folder),
-        tag=tag_of(step) if tag is None else tag,
-        step=step,
-        extra=own,
-        keep=keep,
-    )
-    return write(gather(flora, _others_of(engine, flora)), target)
+    with agreed():
+        _check_between_steps(engine, "saved")
+        target = target_of(folder, step=engine.global_steps, extra=extra, keep=keep, tag=tag)
+        if ENGINE in target.extra:
+            raise ValueError(
+                f"extra must leave the name {ENGINE!r} to the engine; it has it. Rename yours."
+            )
+        own = {**target.extra, ENGINE: _facts_of(engine).as_json()}
+        contents = gather(flora, _others_of(engine, flora))
+    return write(contents, replace(target, extra=own))
 
 
 def load_checkpoint(engine: DeepSpeedEngine, path: str | Path) -> Loaded:
@@ -105,8 +101,9 @@ def load_checkpoint(engine: DeepSpeedEngine, path: str | Path) -> Loaded:
             model, seed or scheduler. The running state is as it was then.
     """
     flora = attach(engine)
-    _check_between_steps(engine, "loaded")
-    _check_names(engine.optimizer)
+    with agreed():
+        _check_between_steps(engine, "loaded")
+        _check_names(engine.optimizer)
     loaded = read(Path(path), lambda manifest: _fit(manifest, engine, flora))
     flora.check_consistency()
     return replace(loaded, extra={k: v for k, v in loaded.extra.items() if k != ENGINE})
@@ -285,6 +282,7 @@ def _scheduler_state(engine: DeepSpeedEngine, saved: Json) -> dict[str, Any] | N
             f"{type(scheduler).__name__} has {sorted(now)}. Configure the scheduler as the run "
             "that saved it."
         )
+    check_like(saved, now, f"the state of {type(scheduler).__name__}")
     return {name: from_json(saved[name], value) for name, value in now.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -146,6 +147,15 @@ def config_of(group: Mapping[str, Any]) -> FloraConfig:
     return FloraConfig(**{knob: group[knob] for knob in KNOBS})
 
 
+def check_settings(group: Mapping[str, Any]) -> FloraConfig:
+    """Refuse any setting of a group that cannot be right; those of ``config_of``."""
+    config = config_of(group)
+    for name in ("lr", "weight_decay"):
+        check_rate(name, group[name])
+    check_bool("maximize", group["maximize"])
+    return config
+
+
 def check_rate(name: str, value: Any) -> None:
     """Refuse a negative, infinite or NaN ``lr`` or ``weight_decay``; tensors pass unread."""
     if isinstance(value, (int, float)):
@@ -219,7 +229,8 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value < high:
+    # An int may be below infinity and above all floats.
+    if not is_number or not low <= value < high or value > sys.float_info.max:
         raise ValueError(
             f"{name} must be a number in [{low:g}, {high:g}); got {value!r}. "
             "Pass a finite number in that range."

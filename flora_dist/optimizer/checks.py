@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.optim.config import check_bool, check_group_keys, check_rate, config_of
+from flora_dist.optim.config import check_group_keys, check_settings
 from flora_dist.optim.spec import geometry_of
 from flora_dist.optimizer import naming
 from flora_dist.optimizer.gradients import Gradients
@@ -111,10 +111,7 @@ def check_keys(group: Group, defaults: Group) -> None:
 
 def check_group(group: Group) -> None:
     """Refuse settings and shapes that cannot be right, and warn of a transfer that amplifies."""
-    config = config_of(group)
-    check_bool("maximize", group["maximize"])
-    for name in ("lr", "weight_decay"):
-        check_rate(name, group[name])
+    config = check_settings(group)
     names = naming.names_of([group])
     unstable = 0
     for name, tensor in zip(names, naming.tensors_of(group), strict=True):

@@ -38,7 +38,7 @@ class Save:
             partial,
             folders.Manifest(step=self.step, files=files, tensors={}, facts={"is": self.content}),
         )
-        folders.publish(folder, self.tag, self.keep)
+        folders.publish(partial, self.tag, self.keep)
 
 
 def content_of(checkpoint: Path) -> str:

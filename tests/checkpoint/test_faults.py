@@ -64,13 +64,13 @@ def test_faults_tell_of_files_that_are_not_hashed() -> None:
 
 
 def test_faults_tell_of_a_latest_that_names_no_digest() -> None:
-    original = folders._pointer
+    original = folders.read_pointer
 
     def without_digest(folder: Path) -> Any:
         found = original(folder)
         return found and replace(found, digest="")
 
-    with patch.object(folders, "_pointer", without_digest):
+    with patch.object(folders, "read_pointer", without_digest):
         verdicts = strike(16, seed=3, kinds=("swap",))
     assert WRONG in {v.found for v in verdicts if tag_of(NEWEST) in v.what}
 
