@@ -30,6 +30,7 @@ from flora_dist.comm.routes import Route
 from flora_dist.integrations.attach import Handle
 from flora_dist.integrations.deepspeed_config import GradientRequest, gradient_request, refusal
 from flora_dist.integrations.deepspeed_steps import TESTED, Sketched, join
+from flora_dist.integrations.deepspeed_zero_grad import drop_with_zero_grad, names_needed
 from flora_dist.integrations.flows import geometry_for
 from flora_dist.integrations.gradient_report import GradientReport
 from flora_dist.integrations.sources import Host, Source, nothing
@@ -99,7 +100,8 @@ def _names_needed(engine: DeepSpeedEngine) -> tuple[str, ...]:
         return ()
     is_third = type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3
     norm = "_get_norm_groups" if is_third else "scaled_global_norm"
-    return (norm, "unscale_and_clip_grads", "ipg_buckets", "register_grad_acc_post_hook")
+    steps = (norm, "unscale_and_clip_grads", "register_grad_acc_post_hook")
+    return (*steps, *names_needed(engine.optimizer))
 
 
 def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, str]) -> None:
@@ -120,7 +122,9 @@ def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, 
     asked = (request.level, request.gradient_rank, request.wire_dtype)
     handle = _handles[flora] = Handle(engine.module, flora, slots, sizes, host, asked)
     if engine.optimizer is not flora:
-        join(engine.optimizer, Sketched(handle.gradients, slots))
+        sketched = Sketched(handle.gradients, slots)
+        join(engine.optimizer, sketched)
+        drop_with_zero_grad(engine, flora, sketched)
     # What had come in before is of another run.
     flora.register_load_state_dict_post_hook(lambda _: handle.gradients.forget())
 

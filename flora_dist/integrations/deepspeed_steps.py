@@ -9,7 +9,8 @@ full gradients are scaled by, and what a step leaves, made or skipped, is droppe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -33,12 +34,23 @@ class Sketched:
         """``slots``: of the gradients' parameters."""
         self.gradients = gradients
         self._slots = [slot for slot in slots if slot.part.name in gradients.flows]
+        self.is_stepping = False
+        """Whether DeepSpeed is in a step: what it clears there is its own business."""
         self.begin()
 
     def begin(self) -> None:
         """Nothing is known of the coming step."""
         self._norm: Tensor | None = None
         self._is_scaled = False
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """While a step is made; steps of an engine hold those of its optimizer."""
+        before, self.is_stepping = self.is_stepping, True
+        try:
+            yield
+        finally:
+            self.is_stepping = before
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -88,7 +100,8 @@ def join(optimizer: Any, sketched: Sketched) -> None:
 
     def step_and_forget(*arguments: Any, **more: Any) -> Any:
         sketched.begin()
-        result = step(*arguments, **more)
+        with sketched.stepping():
+            result = step(*arguments, **more)
         sketched.end(optimizer)
         return result
 

@@ -188,6 +188,11 @@ class Gradients:
         """Call this whenever a cycle has ended: the basis is another one from here on."""
         self._forgetting.append(call)
 
+    def drop(self) -> None:
+        """As ``zero_grad()`` of parameters that show no gradient; nothing where nothing came in."""
+        if self.is_open or self._mean is not None:
+            self.forget()
+
     def forget(self) -> None:
         """End the cycle, stepped or not: what came in is dropped."""
         for flow in self.flows.values():
