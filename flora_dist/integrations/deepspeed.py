@@ -7,7 +7,8 @@ engine that the map built from them still holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -24,7 +25,7 @@ from flora_dist.comm.groups import GroupReducer
 from flora_dist.integrations.deepspeed_config import check_features, check_flora_block, refusal
 from flora_dist.integrations.deepspeed_gradients import check_compressible, sketch_gradients
 from flora_dist.integrations.spans import Partition, check_partitions
-from flora_dist.layouts.flat import FlatLayout, cut_each, cut_line
+from flora_dist.layouts.flat import FlatLayout, Span, cut_each, cut_line
 from flora_dist.layouts.replicated import NamedLayout
 from flora_dist.optimizer.flora import Flora
 from flora_dist.sketch.keys import canonical_name
@@ -124,20 +125,22 @@ def _tensor_parallel_size(mpu: Any) -> int:
 # ---- where parameters are
 
 
-def _named(groups: Sequence[dict[str, Any]], names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
+Named = tuple[str, Tensor, Tensor]
+"""A name, the tensor that is stepped, and the model's parameter, which may be frozen on the way."""
+
+
+def _named(groups: Sequence[dict[str, Any]], names: dict[int, str]) -> Iterator[Named]:
     for group in groups:
         for parameter in group["params"]:
-            yield names[id(parameter)], parameter
+            yield names[id(parameter)], parameter, parameter
 
 
-def _named_copies(
-    optimizer: FP16_UnfusedOptimizer, names: dict[int, str]
-) -> Iterator[tuple[str, Tensor]]:
+def _named_copies(optimizer: FP16_UnfusedOptimizer, names: dict[int, str]) -> Iterator[Named]:
     """Stage 0 in low precision steps whole fp32 copies."""
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
     for parameters, copies in groups:
         for parameter, copy in zip(parameters, copies, strict=True):
-            yield names[id(parameter)], copy
+            yield names[id(parameter)], copy, parameter
 
 
 def _partitions_of(optimizer: Any, names: dict[int, str]) -> list[Partition]:
@@ -164,12 +167,15 @@ def _partitions_of_stage_1_and_2(
             flat=optimizer.single_partition_of_fp32_groups[index],
             param_group=index,
             process_group=group,
-            spans=cut_line(
-                [(names[id(p)], tuple(p.shape)) for p in parameters],
-                offsets=optimizer.round_robin_bit16_offsets[index],
-                size=int(optimizer.partition_size[index]),
-                rank=dist.get_rank(group),
-                world_size=dist.get_world_size(group),
+            spans=_of_model(
+                parameters,
+                cut_line(
+                    [(names[id(p)], tuple(p.shape)) for p in parameters],
+                    offsets=optimizer.round_robin_bit16_offsets[index],
+                    size=int(optimizer.partition_size[index]),
+                    rank=dist.get_rank(group),
+                    world_size=dist.get_world_size(group),
+                ),
             ),
             weights=[_whole(p) for p in parameters],
         )
@@ -185,12 +191,15 @@ def _partitions_of_bf16(optimizer: BF16_Optimizer, names: dict[int, str]) -> Ite
             flat=flat,
             param_group=index,
             process_group=group,
-            spans=cut_line(
-                [(names[id(p)], tuple(p.shape)) for p in parameters],
-                offsets=[sum(sizes[:i]) for i in range(len(sizes))],
-                size=flat.numel(),
-                rank=dist.get_rank(group),
-                world_size=dist.get_world_size(group),
+            spans=_of_model(
+                parameters,
+                cut_line(
+                    [(names[id(p)], tuple(p.shape)) for p in parameters],
+                    offsets=[sum(sizes[:i]) for i in range(len(sizes))],
+                    size=flat.numel(),
+                    rank=dist.get_rank(group),
+                    world_size=dist.get_world_size(group),
+                ),
             ),
             weights=[_whole(p) for p in parameters],
         )
@@ -211,13 +220,22 @@ def _partitions_of_stage_3(
             flat=optimizer.fp32_partitioned_groups_flat[index],
             param_group=optimizer.sub_group_to_group_id[index],
             process_group=group,
-            spans=cut_each(
-                [(names[id(p)], tuple(p.ds_shape)) for p in parameters],
-                sizes=[p.partition_numel() for p in parameters],
-                world_size=dist.get_world_size(group),
+            spans=_of_model(
+                parameters,
+                cut_each(
+                    [(names[id(p)], tuple(p.ds_shape)) for p in parameters],
+                    sizes=[p.partition_numel() for p in parameters],
+                    world_size=dist.get_world_size(group),
+                ),
             ),
             weights=[_shard(p) for p in parameters],
         )
+
+
+def _of_model(parameters: Sequence[Tensor], spans: Iterable[Span]) -> tuple[Span, ...]:
+    """DeepSpeed steps zeros where a parameter has no gradient; of a frozen one nothing may move."""
+    pairs = zip(parameters, spans, strict=True)
+    return tuple(replace(span, model=parameter) for parameter, span in pairs)
 
 
 def _whole(parameter: nn.Parameter) -> Callable[[int, int], Tensor]:

@@ -122,11 +122,12 @@ def _reader(view: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def _layouts(units: Iterable[_Unit]) -> tuple[Layout, Layout]:
-    flat, whole = FlatLayout(), list[tuple[str, Tensor]]()
+    flat, whole = FlatLayout(), list[tuple[str, Tensor, Tensor]]()
     reducers: dict[tuple[int, ...], GroupReducer] = {}
     for unit in units:
         if unit.group is None:
-            whole += [(span.name, view) for span, view in zip(unit.spans, unit.views, strict=True)]
+            pairs = zip(unit.spans, unit.views, strict=True)
+            whole += [(span.name, view, view) for span, view in pairs]
             continue
         # HYBRID_SHARD may make groups for every unit; of the same ranks, one message serves all.
         ranks = tuple(dist.get_process_group_ranks(unit.group))

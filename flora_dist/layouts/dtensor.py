@@ -48,6 +48,10 @@ class DTensorPart:
         return tuple(self.tensor.shape)
 
     @property
+    def trains(self) -> bool:
+        return self.tensor.requires_grad
+
+    @property
     def splits_matrices(self) -> bool:
         by_matrix = is_batch(self.shape)
         return any(

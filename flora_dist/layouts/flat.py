@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Span:
     """Each rank's elements of the row-major parameter, in the order of ranks; empty if none."""
     offset: int
     """Of this rank's first element in its flat tensor."""
+    model: Tensor | None = field(default=None, compare=False, repr=False)
+    """The model's own parameter, which may be frozen alone; None: the flat tensor speaks for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -57,6 +59,11 @@ class FlatPart:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.span.shape
+
+    @property
+    def trains(self) -> bool:
+        model = self.flat if self.span.model is None else self.span.model
+        return model.requires_grad
 
     @property
     def matrices(self) -> Interval:

@@ -21,6 +21,12 @@ class ReplicatedPart:
 
     tensor: Tensor
     name: str
+    model: Tensor
+    """The model's own parameter: ``tensor``, or what an engine keeps a copy of."""
+
+    @property
+    def trains(self) -> bool:
+        return self.model.requires_grad
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,7 +78,7 @@ class ReplicatedLayout:
         return type(tensor) in {Tensor, torch.nn.Parameter}
 
     def parts(self, tensor: Tensor, name: str) -> tuple[Part, ...]:
-        return (ReplicatedPart(tensor, name),)
+        return (ReplicatedPart(tensor, name, tensor),)
 
     def state_of(self, state: dict[str, Any], part: Part) -> dict[str, Any]:
         del part
@@ -82,8 +88,9 @@ class ReplicatedLayout:
 class NamedLayout:
     """Whole plain tensors that an engine put in place of parameters, by the names of those."""
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        self._parts = {id(tensor): ReplicatedPart(tensor, name) for name, tensor in named}
+    def __init__(self, named: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+        """``named``: name, tensor, and the model's parameter, which may be the same."""
+        self._parts = {id(t): ReplicatedPart(t, name, model) for name, t, model in named}
 
     def claims(self, tensor: Tensor) -> bool:
         return id(tensor) in self._parts

@@ -57,6 +57,10 @@ class Part(Protocol):
         """What of it is here, in the memory order of ``weight``; empty if nothing is."""
 
     @property
+    def trains(self) -> bool:
+        """Whether the model's parameter requires a gradient now; equal on all ranks."""
+
+    @property
     def matrices(self) -> Interval:
         """Matrices of the batch whose statistics are here: all that any tile touches."""
 

@@ -44,13 +44,14 @@ def check_not_captured() -> None:
 
 
 def takes_part(slot: Slot) -> bool:
-    """Whether a parameter has a place in the step, and in its message."""
+    """Whether a parameter has a place in the step, and in its message.
+
+    One rule on every layout, on which ranks agree: what requires no gradient now is not stepped.
+    A gradient that was left over before it was frozen may be there on some ranks alone.
+    """
     if 0 in slot.part.shape:  # nothing to step, and means over no rows
         return False
-    # Ranks must agree on who is in a message: with peers, a gradient left over on one rank does
-    # not count.
-    is_local = slot.part.reducer is None
-    return slot.tensor.requires_grad or (is_local and slot.tensor.grad is not None)
+    return slot.part.trains
 
 
 def check_gradient(slot: Slot, sketched: Gradients | None) -> None:

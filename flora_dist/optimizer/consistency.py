@@ -171,7 +171,7 @@ def _fields(by_name: Mapping[str, Slot], optimizer: Compared) -> dict[str, Field
     states = {n: s.own_state(optimizer.state.get(s.tensor, {})) for n, s in by_name.items()}
     return {
         "names": {
-            name: {"shape": str(slot.part.shape), "requires_grad": slot.tensor.requires_grad}
+            name: {"shape": str(slot.part.shape), "requires_grad": slot.part.trains}
             for name, slot in by_name.items()
         },
         "seed": {name: {"seed": slot.group["seed"]} for name, slot in by_name.items()},

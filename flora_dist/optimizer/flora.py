@@ -79,8 +79,9 @@ class Flora(torch.optim.Optimizer):
         check_every: steps from one ``check_consistency()`` to the next; None: only where gradients,
             ZeRO or FSDP1 are attached and where a checkpoint is loaded. One for all groups.
 
-    Each setting may stand in a parameter group. A parameter without gradient is skipped; if only
-    some ranks have one, the others count as zero.
+    Each setting may stand in a parameter group. A parameter without gradient is skipped, and one
+    that is frozen at the step, whatever its ``.grad``; if only some ranks have a gradient, the
+    others count as zero. Under ZeRO a parameter that a step did not use has a gradient of zeros.
 
     >>> import torch
     >>> model = torch.nn.Linear(64, 64)

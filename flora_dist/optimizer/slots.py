@@ -58,7 +58,7 @@ class Slot:
         part = self.part
         self._geometry = geometry_of(part.name, part.shape, config)
         self._entries = state_tensors(self._geometry, config)
-        if self.tensor.requires_grad:
+        if part.trains:
             check_compressed(part.name, self._geometry, config)
         if self.has_state(state):
             check_state(self, self.own_state(state), config)

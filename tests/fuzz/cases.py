@@ -52,6 +52,8 @@ class Moment:
 
     missing: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Parameters without a gradient, and on which ranks."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters that are frozen after their gradients have come, and thawed after the step."""
     kinds: dict[str, str] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     """lr of each group."""
@@ -215,6 +217,7 @@ def _moment(
         poison = (dealer.choice(full).name, dealer.choice([float("nan"), float("inf")]))
     return Moment(
         missing=_missing(dealer, step, here, layout),
+        frozen=_frozen(dealer, here, layout),
         kinds=kinds,
         rates=tuple(0.0 if is_still else rate for rate in base),
         round_trip=dealer.choice(trips) if dealer.random() < 0.2 else "",
@@ -230,13 +233,26 @@ def _missing(
     What no axis of a mesh cuts is whole on every rank, so its gradient is there on all or on none.
     """
     everyone = (0,) if layout == WHOLE else (0, 1)
-    units: dict[object, list[Parameter]] = {}
-    for parameter in here:
-        key = parameter.group if layout == "flat" else parameter.name
-        units.setdefault(key, []).append(parameter)
     missing = {}
-    for unit in list(units.values())[0 if step else 1 :]:
+    for unit in _units(here, layout)[0 if step else 1 :]:
         choices = [everyone] if layout == WHOLE or not unit[0].shape else [everyone, (0,), (1,)]
         if dealer.random() < 0.2:
             missing.update(dict.fromkeys((p.name for p in unit), dealer.choice(choices)))
     return missing
+
+
+def _frozen(dealer: random.Random, here: Sequence[Parameter], layout: str) -> frozenset[str]:
+    """The first unit trains, so that a run begins with something."""
+    if dealer.random() < 0.8:
+        return frozenset()
+    units = [unit for unit in _units(here, layout)[1:] if dealer.random() < 0.5]
+    return frozenset(parameter.name for unit in units for parameter in unit)
+
+
+def _units(here: Sequence[Parameter], layout: str) -> list[list[Parameter]]:
+    """Parameters that have a tensor for the optimizer in common."""
+    units: dict[object, list[Parameter]] = {}
+    for parameter in here:
+        key = parameter.group if layout == "flat" else parameter.name
+        units.setdefault(key, []).append(parameter)
+    return list(units.values())

@@ -35,6 +35,9 @@ class Holder(Protocol):
     def give(self, name: str, gradient: Tensor | None, missing: tuple[int, ...]) -> None:
         """Set a parameter's gradient, None on some ranks."""
 
+    def stepped(self, name: str) -> nn.Parameter:
+        """The tensor of the optimizer that holds a parameter."""
+
     def without(self, name: str, gradient: Tensor, missing: tuple[int, ...]) -> Tensor:
         """The whole gradient that all ranks together have then."""
 
@@ -67,6 +70,9 @@ class Whole:
         if gradient is not None and not missing:
             # As its parameter lies: autograd does so, and strides must not matter.
             parameter.grad = torch.empty_like(parameter.detach()).copy_(gradient)
+
+    def stepped(self, name: str) -> nn.Parameter:
+        return self.parameters[name]
 
     def without(self, name: str, gradient: Tensor, missing: tuple[int, ...]) -> Tensor:
         raise AssertionError(f"one process has a gradient or not: {name}, {missing}, {gradient}")
@@ -132,6 +138,9 @@ class Boxes:
         is_here = gradient is not None and dist.get_rank() not in missing
         self.parameters[name].grad = self._place(name, gradient.clone()) if is_here else None
 
+    def stepped(self, name: str) -> nn.Parameter:
+        return self.parameters[name]
+
     def without(self, name: str, gradient: Tensor, missing: tuple[int, ...]) -> Tensor:
         gradient, placement = gradient.clone(), self.placements[name]
         if isinstance(placement, Shard):
@@ -190,6 +199,9 @@ class Lines:
             flat.grad = torch.zeros_like(flat)
         place, (start, stop) = self._own(name)
         flat.grad[place].copy_(gradient.flatten()[start:stop])
+
+    def stepped(self, name: str) -> nn.Parameter:
+        return self.flats[self.places[name][0]]
 
     def without(self, name: str, gradient: Tensor, missing: tuple[int, ...]) -> Tensor:
         gradient = gradient.clone()

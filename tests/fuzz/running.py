@@ -47,10 +47,12 @@ def _run(case: Case) -> list[str]:
         if moment.round_trip:
             optimizer = _replaced(case, holder, optimizer, step, moment.round_trip)
         gradients = _set_gradients(case, holder, step, moment)
+        _freeze(case, holder, moment.frozen)
         for group, rate in zip(optimizer.param_groups, moment.rates, strict=False):
             _set(group, "lr", rate)
         judge.step(gradients, moment.rates)
         optimizer.step()
+        _freeze(case, holder, frozenset())
         if wrong := _wrongs(judge, holder, optimizer):
             return [f"step {step}: {each}" for each in wrong]
         _follow(judge, holder, optimizer)
@@ -108,8 +110,13 @@ def _set_gradients(case: Case, holder: Holder, step: int, moment: Moment) -> Gra
         is_anywhere = len(missing) < case.ranks
         if missing and is_anywhere:
             gradient = holder.without(name, gradient, missing)
-        whole[name] = gradient if is_anywhere else None
+        whole[name] = gradient if is_anywhere and name not in moment.frozen else None
     return whole
+
+
+def _freeze(case: Case, holder: Holder, names: frozenset[str]) -> None:
+    for parameter in case.parameters:
+        holder.stepped(parameter.name).requires_grad_(parameter.name not in names)
 
 
 def _wrongs(judge: Judge, holder: Holder, optimizer: Flora) -> list[str]:

@@ -45,6 +45,7 @@ def test_the_cases_meet_every_choice_and_are_dealt_alike_every_time() -> None:
     assert {moment.round_trip for moment in moments} == {"", *ROUND_TRIPS}
     assert any(moment.poison for moment in moments)
     assert any(moment.missing for moment in moments)
+    assert any(moment.frozen for moment in moments)
     assert any(0.0 in moment.rates for moment in moments)
     parameters = [parameter for case in cases for parameter in case.parameters]
     assert {len(parameter.shape) for parameter in parameters} == set(range(6))

@@ -211,6 +211,23 @@ def test_a_parameter_may_be_frozen_and_thawed_mid_run() -> None:
     assert distances(start, dict(reference.weights), runs.values(parameters))[1] < TOLERANCE
 
 
+def test_a_parameter_frozen_after_backward_is_not_stepped() -> None:
+    """FSDP2 left it alone, one process and DDP stepped it by the gradient that was still there."""
+    parameters = runs.build()
+    start = runs.values(parameters)
+    optimizer = Flora(parameters.items(), **runs.SETTINGS, weight_decay=0.1)
+    runs.train(optimizer, parameters, range(1))
+    expected = {name: weight.clone() for name, weight in runs.values(parameters).items()}
+    for name in ("experts", "bias"):
+        runs.set_gradients({name: parameters[name]}, 1)
+        parameters[name].requires_grad_(False)
+    optimizer.step()
+    for name in ("experts", "bias"):
+        assert torch.equal(parameters[name], expected[name])
+        assert not torch.equal(parameters[name], start[name])
+        assert optimizer.state[parameters[name]]["step"] == 1
+
+
 def test_a_parameter_frozen_from_the_start_gets_state_when_it_trains() -> None:
     parameters = runs.build()
     parameters["wide"].requires_grad_(False)

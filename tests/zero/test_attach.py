@@ -160,3 +160,31 @@ def without_optimizer(stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_engine_without_optimizer_is_a_type_error(stage: int) -> None:
     launched_pool_of(2)(without_optimizer, stage)
+
+
+def frozen_on_the_way(stage: int, blocks: dict[str, Any]) -> None:
+    engine, flora = start(config_of(stage, **blocks))
+    frozen = engine.module.up.weight
+    train(engine, range(2))
+    before = weights(engine)
+    frozen.requires_grad_(False)
+    assert "up.weight" not in {row.name for row in flora.report().rows}
+    train(engine, range(2, 5))
+    after = weights(engine)
+    still = [name for name in after if torch.equal(after[name], before[name])]
+    assert still == ["up.weight"], still
+    frozen.requires_grad_(True)
+    train(engine, range(5, 7))
+    assert not torch.equal(weights(engine)["up.weight"], after["up.weight"])
+    assert counts(flora) == {4, 7}
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("stage", "blocks"),
+    [(0, {}), (0, BF16), (1, {}), (2, {}), (2, BF16), (3, {})],
+    ids=["0", "0 in bf16", "1", "2", "2 in bf16", "3"],
+)
+def test_a_parameter_frozen_on_the_way_stands_still(stage: int, blocks: dict[str, Any]) -> None:
+    """DeepSpeed's gradients of zeros moved it on by its momentum and weight decay."""
+    launched_pool_of(2)(frozen_on_the_way, stage, blocks)
