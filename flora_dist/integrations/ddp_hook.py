@@ -24,8 +24,8 @@ from flora_dist.integrations.ddp_bucket import Member, Part, in_place_of, member
 from flora_dist.integrations.flows import WIRE_DTYPES, check_request
 from flora_dist.integrations.gradient_report import GradientReport
 from flora_dist.optim.arithmetic import exact_products
+from flora_dist.optim.batch import arithmetic_dtype
 from flora_dist.optim.config import FloraConfig
-from flora_dist.optim.job import arithmetic_dtype
 from flora_dist.optimizer import naming
 
 _SAVED = ("seed", "rank", "block", "sketch")

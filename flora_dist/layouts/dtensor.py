@@ -68,6 +68,9 @@ class DTensorPart:
     def weight(self) -> Tensor:
         return _local(self.tensor)
 
+    def address(self) -> int:
+        return self.tensor._local_tensor.data_ptr()
+
     def gradient(self) -> Tensor | None:
         gradient = self.tensor.grad
         if gradient is None:

@@ -83,6 +83,9 @@ class FlatPart:
     def weight(self) -> Tensor:
         return self._own(self.flat.detach())
 
+    def address(self) -> int:
+        return self.flat.data_ptr()
+
     def gradient(self) -> Tensor | None:
         return None if self.flat.grad is None else self._own(self.flat.grad)
 

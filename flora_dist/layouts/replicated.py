@@ -58,6 +58,9 @@ class ReplicatedPart:
     def weight(self) -> Tensor:
         return self.tensor.detach()
 
+    def address(self) -> int:
+        return self.tensor.data_ptr()
+
     def gradient(self) -> Tensor | None:
         return self.tensor.grad
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step of a matrix, or of a batch of them, from whatever tiles this rank holds.
+"""The step of a batch of matrices, from whatever tiles this rank holds.
 
     R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
     X = G / sqrt(R C / mean(R));  U from the rule;  W <- (1 - lr wd) W - lr U / max(1, RMS(U)/clip)
@@ -10,288 +10,379 @@ column sums. The same holds for <X, M A>. Rows that several ranks hold pieces of
 after message 1; their share of RMS, and the sketches of their cut blocks, are message 2. The strict
 rule's RMS follows from the momentum alone, which cut blocks have after that: message 3.
 
-Shape suffixes: E matrices (of the batch; H: those this rank touches), N rows, M columns, W columns
-of a piece, K blocks of a piece, R rank.
+Shape suffixes: E matrices of a piece, H all that are here, S all that are summed, P parameters,
+N rows, M columns, W columns of a piece, K blocks of a piece, R rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from flora_dist.optim.basis import Basis, DenseBasis
+from flora_dist.optim.batch import Batch, Moment
 from flora_dist.optim.cut_blocks import CutBlocks
-from flora_dist.optim.job import Job, arithmetic_dtype
+from flora_dist.optim.momentum_rules import Squares, rule_of
 from flora_dist.optim.part import Terms
-from flora_dist.optim.pieces import (
-    Piece,
-    as_batches,
-    build_pieces,
-    write_momentum_,
-    write_weight_,
-)
-from flora_dist.optim.rules import Squares, rule_of
-from flora_dist.tiles import Tile
+from flora_dist.optim.pieces import Piece, as_batches, build_pieces, read_gradient
+from flora_dist.optim.writer import Writer, copy_to_, joined
+from flora_dist.sketch.ops import Blocks
 
 
-class MatrixUpdate:
-    """One matrix parameter's step; see the module's docstring."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one look at the gradients tells."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self._weight = job.part.weight()
-        self._dtype = arithmetic_dtype(self._weight.dtype)
-        self._rule = rule_of(job.config, job.geometry)
-        self._basis: Basis = DenseBasis()
-        if job.sketches is not None and self._rule is not None:
-            self._basis = job.sketches.change(
-                int(job.state["window"]), job.window, dtype=self._dtype, device=self._weight.device
-            )
-        is_sketched = job.sketches is not None
-        self._cut_blocks = CutBlocks(job.geometry, job.cuts) if is_sketched else None
-        # Where every matrix is whole on its rank, sums stay here and cover what is here.
-        first, last = job.part.matrices
-        self._first = 0 if job.part.splits_matrices else first
-        self._summed = job.geometry.num_matrices if job.part.splits_matrices else last - first
-        self._held = slice(first - self._first, last - self._first)
-        self._new_rows: dict[Tile, Tensor] = {}
+    terms: Terms
+    rows: Mapping[int, Tensor]
+    """The new R (E, N) of each piece of whole rows, by its place among the pieces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """The normalisation, known from message 1."""
+
+    rows: Mapping[int, Tensor]
+    """The new R (E, N) of every piece."""
+    column_HM: Tensor
+    """The new C."""
+    factor_HM: Tensor
+    """sqrt(mean(R) / C)."""
+    squares: Squares
+    """Sums over whole rows."""
+    weight_H: Tensor | None
+    """|W|^2 where lr scales with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coupled:
+    """The normalisation, and what of cut rows and blocks must be summed still."""
+
+    terms: Terms
+    settled: Settled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tallied:
+    """The same with the sums of message 2, and what the strict rule must sum still."""
+
+    terms: Terms
+    settled: Settled
+    sums: Terms
+
+
+class MatrixPhases:
+    """``Phases`` of a batch of matrices in torch's operators; see the module's docstring."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._rule = rule_of(batch.config, batch.geometry)
+        is_sketched = batch.geometry.rank is not None and self._rule is not None
+        self._cut_blocks = CutBlocks(batch.geometry, batch.cuts) if is_sketched else None
+        weights = self._weights()
+        # Channels-last convolutions are no matrices where they lie: copied there and back.
+        self._is_copied = any(
+            own and own[0].data_ptr() != member.weight.data_ptr()
+            for own, member in zip(weights, batch.members, strict=True)
+        )
+        self._pieces = build_pieces(batch, weights)
+        clips = batch.config.clip is not None
+        self._asks_update = clips and self._rule is not None and self._rule.asks_update
+        self._knows_sums_early = clips and not self._asks_update
+        self._asks_history = (
+            self._knows_sums_early and self._rule is not None and self._rule.asks_history
+        )
 
     # ---- message 1
 
-    def measure(self) -> Terms:
+    def measure(self, now: Moment) -> Measured:
         """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
-        job, num_columns = self.job, self.job.geometry.num_columns
-        terms = {"columns": self._zeros(self._summed, num_columns)}
-        if self._sums_known_early():
+        batch = self._batch
+        self._refresh_copies()
+        terms, rows = self._empty_terms(now), {}
+        for index, piece in enumerate(self._pieces):
+            gradient_ENW = read_gradient(batch, now, piece)
+            square_ENW = gradient_ENW.square()
+            row_EN = None
+            if not self._is_cut(piece):
+                row_EN = rows[index] = self._advance_row(piece, square_ENW.sum(2), now)
+            self._add_sums_(terms, piece, square_ENW, row_EN)
+            if "history" in terms:
+                self._add_history_(terms, piece, gradient_ENW, row_EN, now)
+            if "weight" in terms:
+                weight_ENW = joined(piece.weights).to(batch.dtype)
+                terms["weight"][self._summed(piece)] += _square_sum(weight_ENW)
+        return Measured(terms=terms, rows=rows)
+
+    def is_finite(self, measured: Measured) -> Tensor:
+        """Whether this rank's gradients are (): NaN, inf and overflow reach their squares."""
+        return measured.terms["columns"].sum().isfinite()
+
+    def is_zero(self, measured: Measured) -> Tensor:
+        """Whether this rank's gradients are all zeros ()."""
+        return ~measured.terms["columns"].any()
+
+    def _empty_terms(self, now: Moment) -> Terms:
+        batch, members = self._batch, len(self._batch.members)
+        summed = members * batch.matrices_summed
+        terms = {
+            "presence": self._zeros(members) + float(not now.is_missing),
+            "columns": self._zeros(summed, batch.geometry.num_columns),
+        }
+        if self._knows_sums_early:
             terms["squares"] = torch.zeros_like(terms["columns"])
-            if self._asks_history():
-                terms["cross"] = torch.zeros_like(terms["columns"])
-                terms["history"] = self._zeros(self._summed)
-        if job.config.scale_parameter:
-            terms["weight"] = self._zeros(self._summed)
-        if job.cuts.rows_anywhere:
-            terms["rows"] = self._zeros(len(job.cuts.rows))
-        for piece in build_pieces(job, self._batches()):
-            self._measure_piece(piece, terms)
-        self._own = terms
-        presence = self._zeros(1) + float(job.gradient is not None)
-        return {"presence": presence, **(terms if job.part.splits_matrices else {})}
+        if self._asks_history:
+            terms["cross"] = torch.zeros_like(terms["columns"])
+            terms["history"] = self._zeros(summed)
+        if batch.config.scale_parameter:
+            terms["weight"] = self._zeros(summed)
+        if batch.cuts.rows_anywhere:
+            terms["rows"] = self._zeros(members, len(batch.cuts.rows))
+        return terms
 
-    def is_finite(self) -> Tensor:
-        """Whether this rank's gradient is (), after ``measure``: NaN and inf reach its squares."""
-        return self._own["columns"].sum().isfinite()
+    def _add_sums_(
+        self, terms: Terms, piece: Piece, square_ENW: Tensor, row_EN: Tensor | None
+    ) -> None:
+        summed = self._summed(piece)
+        if row_EN is None:
+            terms["columns"][summed, slice(*piece.tile.columns)] += square_ENW.sum(1)
+            terms["rows"][piece.members, self._row_slots(piece)] += square_ENW.sum(2)
+        elif "squares" not in terms:
+            terms["columns"][summed] += square_ENW.sum(1)
+        else:
+            # columns: sum_i G^2; squares: sum_i G^2 / R_i: one pass over the squares for both
+            scales_E2N = torch.stack([torch.ones_like(row_EN), 1 / row_EN], dim=1)
+            sums_E2M = scales_E2N @ square_ENW
+            terms["columns"][summed] += sums_E2M[:, 0]
+            terms["squares"][summed] += sums_E2M[:, 1]
 
-    def is_zero(self) -> Tensor:
-        """Whether this rank's gradient is all zeros (), after ``measure``."""
-        return ~self._own["columns"].any()
-
-    def _measure_piece(self, piece: Piece, terms: Terms) -> None:
-        matrices, columns = self._matrices(piece.tile), slice(*piece.tile.columns)
-        gradient_ENW = piece.read_gradient(self._dtype, self.job.sign)
-        square_ENW = gradient_ENW.square()
-        old_ENW = None
-        if "history" in terms:
-            assert piece.momentum is not None
-            old_ENW = self._basis.read(piece.momentum.to(self._dtype), piece.tile)
-            terms["history"][matrices] += old_ENW.square().sum((1, 2))
-        if "weight" in terms:
-            weight_ENW = piece.weight_ENW.to(self._dtype)
-            terms["weight"][matrices] += weight_ENW.square().sum((1, 2))
-        if self._is_cut(piece.tile):
-            terms["columns"][matrices, columns] += square_ENW.sum(1)
-            terms["rows"][self._row_slots(piece.tile)] += square_ENW.sum((0, 2))
-            return
-        row_EN = self._new_rows[piece.tile] = self._advance_row(piece, square_ENW.sum(2))
-        if "squares" not in terms:
-            terms["columns"][matrices] += square_ENW.sum(1)
-            return
-        # columns: sum_i G^2; squares: sum_i G^2 / R_i: one pass over the squares for both
-        scales_E2N = torch.stack([torch.ones_like(row_EN), 1 / row_EN], dim=1)
-        sums_E2M = scales_E2N @ square_ENW
-        terms["columns"][matrices] += sums_E2M[:, 0]
-        terms["squares"][matrices] += sums_E2M[:, 1]
-        if old_ENW is not None:
+    def _add_history_(
+        self, terms: Terms, piece: Piece, gradient_ENW: Tensor, row_EN: Tensor | None, now: Moment
+    ) -> None:
+        old_ENW = now.basis.read(self._momentum(piece), piece.place)
+        terms["history"][self._summed(piece)] += _square_sum(old_ENW)
+        if row_EN is not None:
             # cross: sum_i G (M A) / sqrt(R_i)
-            product_ENM = gradient_ENW * old_ENW
-            terms["cross"][matrices] += (row_EN.rsqrt().unsqueeze(1) @ product_ENM).squeeze(1)
+            cross_E1M = row_EN.rsqrt().unsqueeze(1) @ (gradient_ENW * old_ENW)
+            terms["cross"][self._summed(piece)] += cross_E1M.squeeze(1)
 
     # ---- between the messages
 
-    def couple(self, totals: Terms) -> Terms:
-        """Normalisation is known now; what cut rows, cut blocks and the strict rule still need."""
-        self._totals = {**self._own, **totals}
-        self._settle()
-        job = self.job
-        terms: Terms = {}
-        if job.cuts.rows_anywhere and self._sums_known_early():
-            terms["squares"] = self._zeros(self._summed)
-            if self._asks_history():
-                terms["cross"] = self._zeros(self._summed)
-        if self._cut_blocks is not None and self._rule is not None and job.cuts.blocks_anywhere:
-            assert job.geometry.rank is not None
-            terms["blocks"] = self._zeros(len(job.cuts.blocks), job.geometry.rank)
+    def couple(self, now: Moment, measured: Measured, totals: Terms) -> Coupled:
+        """Normalisation is known now; what cut rows and cut blocks still need."""
+        settled = self._settle(now, measured, totals)
+        terms = self._empty_terms_of_cuts()
         if terms:
-            for piece in build_pieces(job, self._batches()):
-                if self._is_cut(piece.tile):
-                    self._couple_piece(piece, terms)
-        self._own = terms
-        return terms if job.part.splits_matrices else {}
+            for index, piece in enumerate(self._pieces):
+                if self._is_cut(piece):
+                    self._couple_piece(index, piece, settled, terms, now)
+        return Coupled(terms=terms, settled=settled)
 
-    def _settle(self) -> None:
-        """C, X's column factor sqrt(mean(R) / C), R of cut rows, and the sums over whole rows."""
-        job, size, totals = self.job, self.job.geometry, self._totals
-        column_HM = job.local("column").view(-1, size.num_columns)
-        mean_HM = totals["columns"][self._held] / size.num_rows + job.config.eps
-        self._new_column_HM = job.beta2 * column_HM + (1 - job.beta2) * mean_HM
+    def _settle(self, now: Moment, measured: Measured, totals: Terms) -> Settled:
+        held, size = self._batch.held, self._batch.geometry
+        # C <- b2 C + (1-b2) colmean(G^2 + eps)
+        mean_HM = totals["columns"][held] / size.num_rows + self._batch.config.eps
+        column_HM = now.beta2 * joined(self._columns()) + (1 - now.beta2) * mean_HM
         # mean(R) = mean(C): both are the moving mean of all of G^2 + eps
-        mean_H1 = self._new_column_HM.mean(1, keepdim=True)
+        mean_H1 = column_HM.mean(1, keepdim=True)
         # Roots first: their quotient would overflow for a large gradient beside an empty column.
-        self._column_factor_HM = mean_H1.sqrt() * self._new_column_HM.rsqrt()
-        zeros_H = self._zeros(self._new_column_HM.shape[0])
-        self._squares = Squares(x2=zeros_H, cross=zeros_H, history=zeros_H)
-        if "squares" in totals:
-            # |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
-            factor_HM = self._column_factor_HM
-            x2_H = (totals["squares"][self._held] * factor_HM * factor_HM).sum(1)
-            self._squares = Squares(x2=x2_H, cross=zeros_H, history=zeros_H)
-            if "cross" in totals:
-                cross_H = (totals["cross"][self._held] * factor_HM).sum(1)
-                history_H = totals["history"][self._held]
-                self._squares = Squares(x2=x2_H, cross=cross_H, history=history_H)
+        factor_HM = mean_H1.sqrt() * column_HM.rsqrt()
+        rows = dict(measured.rows)
+        for index, piece in enumerate(self._pieces):
+            if self._is_cut(piece):
+                sums_EN = totals["rows"][piece.members, self._row_slots(piece)]
+                rows[index] = self._advance_row(piece, sums_EN, now)
+        return Settled(
+            rows=rows,
+            column_HM=column_HM,
+            factor_HM=factor_HM,
+            squares=self._squares_of_whole_rows(totals, factor_HM),
+            weight_H=totals["weight"][held] if "weight" in totals else None,
+        )
 
-    def _couple_piece(self, piece: Piece, terms: Terms) -> None:
-        matrices = self._matrices(piece.tile)
-        x_ENW = self._normalise(piece)
+    def _squares_of_whole_rows(self, totals: Terms, factor_HM: Tensor) -> Squares:
+        held, zeros_H = self._batch.held, self._zeros(factor_HM.shape[0])
+        if "squares" not in totals:
+            return Squares(x2=zeros_H, cross=zeros_H, history=zeros_H)
+        # |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
+        x2_H = (totals["squares"][held] * factor_HM * factor_HM).sum(1)
+        if "cross" not in totals:
+            return Squares(x2=x2_H, cross=zeros_H, history=zeros_H)
+        cross_H = (totals["cross"][held] * factor_HM).sum(1)
+        return Squares(x2=x2_H, cross=cross_H, history=totals["history"][held])
+
+    def _empty_terms_of_cuts(self) -> Terms:
+        batch, members = self._batch, len(self._batch.members)
+        terms: Terms = {}
+        if batch.cuts.rows_anywhere and self._knows_sums_early:
+            terms["squares"] = self._zeros(members * batch.matrices_summed)
+            if self._asks_history:
+                terms["cross"] = torch.zeros_like(terms["squares"])
+        if self._cut_blocks is not None and batch.cuts.blocks_anywhere:
+            assert batch.geometry.rank is not None
+            terms["blocks"] = self._zeros(members, len(batch.cuts.blocks), batch.geometry.rank)
+        return terms
+
+    def _couple_piece(
+        self, index: int, piece: Piece, settled: Settled, terms: Terms, now: Moment
+    ) -> None:
+        x = self._normalise(index, piece, settled, now, None)
         if "squares" in terms:
-            terms["squares"][matrices] += x_ENW.square().sum((1, 2))
-            if "cross" in terms:
-                assert piece.momentum is not None
-                old_ENW = self._basis.read(piece.momentum.to(self._dtype), piece.tile)
-                terms["cross"][matrices] += (x_ENW * old_ENW).sum((1, 2))
+            terms["squares"][self._summed(piece)] += _square_sum(x.elements_ENW)
+        if "cross" in terms:
+            old_ENW = now.basis.read(self._momentum(piece), piece.place)
+            terms["cross"][self._summed(piece)] += _sum(x.elements_ENW * old_ENW)
         if "blocks" in terms:
             assert self._cut_blocks is not None
-            compressed = self._basis.compress(x_ENW, piece.tile)
-            self._cut_blocks.add_partial_(terms["blocks"], compressed, piece.tile)
+            compressed = now.basis.compress(x, piece.place)
+            self._cut_blocks.add_partial_(terms["blocks"][piece.members], compressed, piece.tile)
 
-    def tally(self, totals: Terms) -> Terms:
+    def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
         """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
-        self._coupled = {**self._own, **totals}
         terms: Terms = {}
-        if self._asks_update():
-            ones_E11 = torch.ones(1, 1, 1, dtype=self._dtype, device=self._weight.device)
-            terms["update"] = self._zeros(self._summed)
-            for piece in build_pieces(self.job, self._batches()):
-                update_ENW, _ = self._advance(piece, ones_E11)
-                terms["update"][self._matrices(piece.tile)] += update_ENW.square().sum((1, 2))
-        self._own = terms
-        return terms if self.job.part.splits_matrices else {}
+        known = Tallied(terms=terms, settled=coupled.settled, sums=totals)
+        if self._asks_update:
+            terms["update"] = self._zeros(len(self._batch.members) * self._batch.matrices_summed)
+            for index, piece in enumerate(self._pieces):
+                update_ENW, _ = self._advance(index, piece, known, now, None)
+                terms["update"][self._summed(piece)] += _square_sum(update_ENW)
+        return known
 
     # ---- the step itself
 
-    def finish(self, totals: Terms) -> None:
-        """Clip, update weights and state, count the step."""
-        job, num_elements = self.job, self.job.geometry.num_rows * self.job.geometry.num_columns
-        tallied = {**self._own, **totals}
-        factor_H = job.clip_factor(self._square_sum(tallied), num_elements)
-        scales = "weight" in self._totals
-        weight_H = self._totals["weight"][self._held] if scales else None
-        rate_H = job.rate(weight_H, num_elements) * torch.ones_like(factor_H)
-        weights = self._batches()
-        for piece in build_pieces(job, weights):
-            here = self._here(piece.tile)
-            update_ENW, momentum = self._advance(piece, factor_H[here].view(-1, 1, 1))
+    def finish(self, now: Moment, tallied: Tallied, totals: Terms) -> None:
+        """Clip, update weights and state."""
+        settled, writer = tallied.settled, Writer(batch=self._batch, now=now)
+        clips_input = self._rule is None or self._rule.clips_input
+        square_sum_H = self._square_sum(tallied, totals)
+        factor_H = now.clip_factor(square_sum_H, self._batch)
+        rate = now.rate(settled.weight_H, self._batch)
+        for index, piece in enumerate(self._pieces):
+            here = piece.place.matrices
+            update_ENW, momentum = self._advance(
+                index, piece, tallied, now, factor_H[here] if clips_input else None
+            )
             if momentum is not None:
-                write_momentum_(job, piece, momentum)
-            write_weight_(job, piece, update_ENW * rate_H[here].view(-1, 1, 1))
-            piece.row_EN.copy_(self._row_of(piece))
-        if weights and weights[0].data_ptr() != self._weight.data_ptr():
-            self._weight.copy_(weights[0].view(self._weight.shape))
-        job.local("column").view(-1, job.geometry.num_columns).copy_(self._new_column_HM)
-        job.count_step()
+                writer.write_momentum_(
+                    piece.momenta, momentum, members=piece.members, tile=piece.tile
+                )
+            own_rate = rate if settled.weight_H is None else _at(rate, here)
+            writer.step_weights_(
+                piece.weights,
+                update_ENW,
+                own_rate if clips_input else own_rate * factor_H[here],
+                members=piece.members,
+                tile=piece.tile,
+            )
+            copy_to_(piece.rows, settled.rows[index])
+        self._write_copies_()
+        copy_to_(self._columns(), settled.column_HM)
 
-    def _square_sum(self, tallied: Terms) -> Tensor:
+    def _square_sum(self, tallied: Tallied, totals: Terms) -> Tensor:
         """Squared norm (H,) of what is clipped, over all ranks."""
-        if self.job.config.clip is None:
-            return self._zeros(self._held.stop - self._held.start)
-        if self._asks_update():
-            return tallied["update"][self._held]
-        squares = self._squares
-        if "squares" in self._coupled:
-            cross = self._coupled.get("cross")
+        held, squares, sums = self._batch.held, tallied.settled.squares, tallied.sums
+        if self._asks_update:
+            return totals["update"][held]
+        if "squares" in sums:
+            cross_H = sums["cross"][held] if "cross" in sums else torch.zeros_like(squares.cross)
             squares = Squares(
-                x2=squares.x2 + self._coupled["squares"][self._held],
-                cross=squares.cross + (0.0 if cross is None else cross[self._held]),
+                x2=squares.x2 + sums["squares"][held],
+                cross=squares.cross + cross_H,
                 history=squares.history,
             )
-        return squares.x2 if self._rule is None else self._rule.square_sum(squares)
+        if self._rule is None or not self._knows_sums_early:
+            return squares.x2
+        return self._rule.square_sum(squares)
 
-    def _advance(self, piece: Piece, factor_E11: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The clipped update of a piece, and its new momentum."""
-        x_ENW = self._normalise(piece)
+    def _advance(
+        self, index: int, piece: Piece, tallied: Tallied, now: Moment, factor_E: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The update of a piece, from X times ``factor``, and its new momentum."""
+        x = self._normalise(index, piece, tallied.settled, now, factor_E)
         if self._rule is None:
-            return x_ENW * factor_E11, None
-        if self._rule.clips_input:
-            x_ENW = x_ENW * factor_E11
-        compressed = self._basis.compress(x_ENW, piece.tile)
-        if self._cut_blocks is not None and "blocks" in self._coupled:
-            factor = factor_E11 if self._rule.clips_input else None
-            self._cut_blocks.fill_(compressed, self._coupled["blocks"], piece.tile, factor)
-        assert piece.momentum is not None
-        update_ENW, momentum = self._rule.advance(
-            x_ENW, compressed, piece.momentum.to(self._dtype), self._basis, piece.tile
-        )
-        return (update_ENW if self._rule.clips_input else update_ENW * factor_E11), momentum
+            return x.elements_ENW, None
+        compressed = now.basis.compress(x, piece.place)
+        if self._cut_blocks is not None and "blocks" in tallied.sums:
+            whole_PSR = tallied.sums["blocks"][piece.members]
+            self._cut_blocks.fill_(compressed, whole_PSR, piece.tile, factor_E)
+        momentum = self._momentum(piece)
+        return self._rule.advance(x, compressed, momentum, now.basis, piece.place)
 
-    def _normalise(self, piece: Piece) -> Tensor:
-        # X = G / sqrt(R C / mean(R))
-        factor_EW = self._column_factor_HM[self._here(piece.tile), slice(*piece.tile.columns)]
-        gradient_ENW = piece.read_gradient(self._dtype, self.job.sign)
-        return gradient_ENW * self._row_of(piece).rsqrt().unsqueeze(2) * factor_EW.unsqueeze(1)
+    def _normalise(
+        self, index: int, piece: Piece, settled: Settled, now: Moment, factor_E: Tensor | None
+    ) -> Blocks:
+        # X = G / sqrt(R C / mean(R)), times the clip where X is what is clipped
+        gradient_ENW = read_gradient(self._batch, now, piece)
+        scale_EN = settled.rows[index].rsqrt()
+        if factor_E is not None:
+            scale_EN = scale_EN * factor_E.unsqueeze(1)
+        factor_EW = settled.factor_HM[piece.place.matrices, slice(*piece.tile.columns)]
+        x = now.basis.room(gradient_ENW, piece.place)
+        torch.mul(gradient_ENW, scale_EN.unsqueeze(2), out=x.elements_ENW)
+        x.elements_ENW.mul_(factor_EW.unsqueeze(1))
+        return x
 
-    def _row_of(self, piece: Piece) -> Tensor:
-        """The new R of a piece; that of cut rows follows from message 1."""
-        if self._is_cut(piece.tile):
-            sums_EN = self._totals["rows"][self._row_slots(piece.tile)].unsqueeze(0)
-            return self._advance_row(piece, sums_EN)
-        return self._new_rows[piece.tile]
-
-    def _advance_row(self, piece: Piece, square_sum_EN: Tensor) -> Tensor:
+    def _advance_row(self, piece: Piece, square_sum_EN: Tensor, now: Moment) -> Tensor:
         # R <- b2 R + (1-b2) rowmean(G^2 + eps)
-        job = self.job
-        mean_EN = square_sum_EN / job.geometry.num_columns + job.config.eps
-        return job.beta2 * piece.row_EN + (1 - job.beta2) * mean_EN
+        mean_EN = square_sum_EN / self._batch.geometry.num_columns + self._batch.config.eps
+        return now.beta2 * joined(piece.rows) + (1 - now.beta2) * mean_EN
 
     # ---- what is here
 
-    def _batches(self) -> list[Tensor]:
-        part = self.job.part
-        return as_batches(self._weight, part.tiles, shape=part.shape)
+    def _weights(self) -> list[list[Tensor]]:
+        shape = self._batch.geometry.shape
+        return [as_batches(m.weight, m.tiles, shape=shape) for m in self._batch.members]
 
-    def _matrices(self, tile: Tile) -> slice:
-        """A tile's matrices among those that are summed."""
-        return slice(*(matrix - self._first for matrix in tile.matrices))
+    def _refresh_copies(self) -> None:
+        if self._is_copied:
+            self._pieces = build_pieces(self._batch, self._weights())
 
-    def _here(self, tile: Tile) -> slice:
-        """A tile's matrices among those that are here."""
-        return slice(*(matrix - self.job.part.matrices[0] for matrix in tile.matrices))
+    def _write_copies_(self) -> None:
+        if not self._is_copied:
+            return
+        (member,) = self._batch.members
+        written = joined([weight.flatten(0, 1) for p in self._pieces for weight in p.weights])
+        member.weight.copy_(written.view(member.weight.shape))
+        self._pieces = []  # gives the copies' memory back
 
-    def _is_cut(self, tile: Tile) -> bool:
-        return tile.columns != (0, self.job.geometry.num_columns)
+    def _columns(self) -> list[Tensor]:
+        columns = self._batch.geometry.num_columns
+        return [member.local["column"].view(-1, columns) for member in self._batch.members]
 
-    def _row_slots(self, tile: Tile) -> slice:
-        line = tile.matrices[0] * self.job.geometry.num_rows + tile.rows[0]
-        start = self.job.cuts.row_slot(line)
+    def _momentum(self, piece: Piece) -> Tensor:
+        return joined(piece.momenta).to(self._batch.dtype)
+
+    def _summed(self, piece: Piece) -> slice:
+        """A piece's matrices among those that are summed."""
+        here, start = piece.place.matrices, self._batch.held.start
+        return slice(here.start + start, here.stop + start)
+
+    def _is_cut(self, piece: Piece) -> bool:
+        return piece.tile.columns != (0, self._batch.geometry.num_columns)
+
+    def _row_slots(self, piece: Piece) -> slice:
+        tile = piece.tile
+        line = tile.matrices[0] * self._batch.geometry.num_rows + tile.rows[0]
+        start = self._batch.cuts.row_slot(line)
         return slice(start, start + tile.sizes[1])
 
-    def _asks_update(self) -> bool:
-        clips = self.job.config.clip is not None
-        return clips and self._rule is not None and self._rule.asks_update
-
-    def _sums_known_early(self) -> bool:
-        return self.job.config.clip is not None and not self._asks_update()
-
-    def _asks_history(self) -> bool:
-        return self._rule is not None and self._rule.asks_history
-
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self._dtype, device=self._weight.device)
+        return torch.zeros(shape, dtype=self._batch.dtype, device=self._batch.device)
+
+
+# Rows first: a sum over a whole piece would be cut among threads where it is one number, and not
+# where there are several, so that bits would depend on what is stepped together.
+
+
+def _sum(x_ENW: Tensor) -> Tensor:
+    return x_ENW.sum(2).sum(1)
+
+
+def _square_sum(x_ENW: Tensor) -> Tensor:
+    return _sum(x_ENW.square())
+
+
+def _at(rate: float | Tensor, here: slice) -> float | Tensor:
+    return rate[here] if isinstance(rate, Tensor) else rate

@@ -82,6 +82,9 @@ class Part(Protocol):
     def weight(self) -> Tensor:
         """The local elements, sharing memory with the parameter."""
 
+    def address(self) -> int:
+        """Where the memory of the local elements begins; another number once it is replaced."""
+
     def gradient(self) -> Tensor | None:
         """The local elements of the gradient, shaped like ``weight``; None if there is none."""
 

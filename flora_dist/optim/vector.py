@@ -1,104 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step of a parameter of at most one dimension: nothing factored, nothing compressed."""
+"""The step of a batch of parameters of at most one dimension: nothing factored or compressed.
+
+    V <- b2 V + (1-b2) (G^2 + eps);  X = G / sqrt(V);  U and M from the rule, where A = I
+
+Shape suffixes: E parameters, N = 1, W elements here.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flora_dist.optim.gradient import SketchedGradient
-from flora_dist.optim.job import Job, arithmetic_dtype
+from flora_dist.optim.basis import Place
+from flora_dist.optim.batch import Batch, Moment
+from flora_dist.optim.momentum_rules import rule_of
 from flora_dist.optim.part import Terms
 from flora_dist.optim.spec import VECTOR_EPS
-from flora_dist.sketch.keys import Purpose
+from flora_dist.optim.writer import Writer, copy_to_, joined
+from flora_dist.sketch.ops import Blocks
 
 
-class VectorUpdate:
-    """V <- b2 V + (1-b2) (G^2 + eps);  X = G / sqrt(V);  M <- b M + (1-b) X;  U = M, or X."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one look at the gradients tells: all of the step but the clip."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self._weight = job.part.weight().reshape(-1)
-        self._dtype = arithmetic_dtype(self._weight.dtype)
-        assert not isinstance(job.gradient, SketchedGradient), job.part.name  # vectors are dense
-        self._gradient = job.gradient
+    terms: Terms
+    second_ENW: Tensor
+    """The new V."""
+    x_ENW: Tensor
+    """X, or U where that is what is clipped."""
+    momentum_ENW: Tensor | None
+    """The new M, where X is not clipped before the rule."""
 
-    def measure(self) -> Terms:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summed:
+    """The same with the sums of message 1; vectors have no other message."""
+
+    terms: Terms
+    measured: Measured
+    sums: Terms
+
+
+class VectorPhases:
+    """``Phases`` of a batch of vectors in torch's operators; see the module's docstring."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._rule = rule_of(batch.config, batch.geometry)
+        self._clips_input = self._rule is None or self._rule.clips_input
+        members = batch.members
+        self._weights = [member.weight.view(1, 1, -1) for member in members]
+        self._seconds = [member.local["second"].view(1, 1, -1) for member in members]
+        self._momenta = [
+            member.local["momentum"].view(1, 1, -1)
+            for member in members
+            if "momentum" in member.local
+        ]
+        place = slice(0, len(members))
+        self._place = Place(matrices=place, columns=(0, self._weights[0].shape[2]))
+
+    def measure(self, now: Moment) -> Measured:
         """The squared norms of what is clipped, and of the weight where lr scales with it."""
-        terms = {"presence": self._number(0.0 if self._gradient is None else 1.0)}
-        self._second, self._x = self._normalise()
-        self._update = self._x
-        if self.job.config.momentum in {"flora", "flora_strict"}:
-            self._update = self._blended(self._x)
-        terms["update"] = self._update.square().sum().reshape(1)
-        if self.job.config.scale_parameter:
-            terms["weight"] = self._weight.to(self._dtype).square().sum().reshape(1)
-        return terms
+        gradient_ENW = self._read(now)
+        # V <- b2 V + (1-b2) (G^2 + eps)
+        eps = max(self._batch.config.eps, VECTOR_EPS)
+        second_ENW = now.beta2 * joined(self._seconds)
+        second_ENW += (1 - now.beta2) * (gradient_ENW.square() + eps)
+        # what is clipped: X = G / sqrt(V), or U from it
+        x_ENW, momentum_ENW = gradient_ENW * second_ENW.rsqrt(), None
+        if not self._clips_input:
+            x_ENW, momentum_ENW = self._advance(x_ENW, now)
+        terms = {
+            "presence": x_ENW.new_full((x_ENW.shape[0],), float(not now.is_missing)),
+            "update": _square_sums(x_ENW),
+        }
+        if self._batch.config.scale_parameter:
+            terms["weight"] = _square_sums(joined(self._weights).to(self._batch.dtype))
+        return Measured(terms=terms, second_ENW=second_ENW, x_ENW=x_ENW, momentum_ENW=momentum_ENW)
 
-    def is_finite(self) -> Tensor:
-        """Whether this rank's gradient is (), after ``measure``: NaN and inf reach X."""
-        return self._x.sum().isfinite()
+    def is_finite(self, measured: Measured) -> Tensor:
+        """Whether this rank's gradients are (): NaN, inf and overflow reach V."""
+        return measured.second_ENW.sum().isfinite()
 
-    def is_zero(self) -> Tensor:
-        """Whether this rank's gradient is all zeros (), after ``measure``."""
-        return ~self._x.any()
+    def is_zero(self, measured: Measured) -> Tensor:
+        """Whether this rank's gradients are all zeros ()."""
+        return ~measured.x_ENW.any()
 
-    def couple(self, totals: Terms) -> Terms:
+    def couple(self, now: Moment, measured: Measured, totals: Terms) -> Summed:
         """No second message: nothing of a vector is shared but norms."""
-        self._totals = totals
-        return {}
+        del now
+        return Summed(terms={}, measured=measured, sums=totals)
 
-    def tally(self, totals: Terms) -> Terms:
+    def tally(self, now: Moment, coupled: Summed, totals: Terms) -> Summed:
         """Nor a third."""
+        del now, totals
+        return coupled
+
+    def finish(self, now: Moment, tallied: Summed, totals: Terms) -> None:
+        """Clip, update weights and state."""
         del totals
-        return {}
+        batch, measured, sums = self._batch, tallied.measured, tallied.sums
+        update_ENW, momentum_ENW = measured.x_ENW, measured.momentum_ENW
+        update_ENW.mul_(now.clip_factor(sums["update"], batch).view(-1, 1, 1))
+        if self._clips_input:
+            update_ENW, momentum_ENW = self._advance(update_ENW, now)
+        writer, rate = Writer(batch=batch, now=now), now.rate(sums.get("weight"), batch)
+        everyone = slice(0, len(batch.members))
+        for tile in batch.members[0].tiles:  # none where the shard is empty, else one
+            writer.step_weights_(self._weights, update_ENW, rate, members=everyone, tile=tile)
+            copy_to_(self._seconds, measured.second_ENW)
+            if momentum_ENW is not None:
+                writer.write_momentum_(self._momenta, momentum_ENW, members=everyone, tile=tile)
 
-    def finish(self, totals: Terms) -> None:
-        """Clip, add, write."""
-        del totals
-        job, num_elements = self.job, self.job.geometry.num_columns
-        factor = job.clip_factor(self._totals["update"], num_elements)
-        update = self._update * factor
-        momentum = update
-        if job.config.momentum == "blend":  # clips X, then adds
-            update = momentum = self._blended(update)
-        elif job.config.momentum != "none":
-            momentum = self._update
-        rate = job.rate(self._totals.get("weight"), num_elements)
-        weight = self._weight.to(self._dtype)
-        weight = weight * (1 - job.lr * job.weight_decay) - rate * update
-        self._write_(self._weight, weight, Purpose.ROUND_WEIGHT)
-        job.local("second").view(-1).copy_(self._second)
-        if job.config.momentum != "none":
-            self._write_(job.local("momentum").view(-1), momentum, Purpose.ROUND_MOMENTUM)
-        job.count_step()
+    def _advance(self, x_ENW: Tensor, now: Moment) -> tuple[Tensor, Tensor | None]:
+        if self._rule is None:
+            return x_ENW, None
+        momentum_ENW = joined(self._momenta).to(x_ENW.dtype)
+        x = Blocks(elements_ENW=x_ENW, whole_ENM=x_ENW)
+        return self._rule.advance(x, x_ENW, momentum_ENW, now.basis, self._place)
 
-    def _normalise(self) -> tuple[Tensor, Tensor]:
-        """The new V and X = G / sqrt(V)."""
-        job = self.job
-        eps = max(job.config.eps, VECTOR_EPS)
-        gradient = torch.zeros_like(self._weight, dtype=self._dtype)
-        if self._gradient is not None:
-            gradient = self._gradient.reshape(-1).to(self._dtype) * job.sign
-        second = job.local("second").view(-1)
-        second = job.beta2 * second + (1 - job.beta2) * (gradient.square() + eps)
-        return second, gradient * second.rsqrt()
+    def _read(self, now: Moment) -> Tensor:
+        """G (E, 1, W), in the arithmetic's dtype, times the sign."""
+        found = [each for each in now.gradients if isinstance(each, Tensor)]
+        if not found:
+            return torch.zeros_like(joined(self._weights), dtype=self._batch.dtype)
+        gradient_ENW = joined([each.reshape(1, 1, -1) for each in found]).to(self._batch.dtype)
+        return gradient_ENW if self._batch.sign > 0 else -gradient_ENW
 
-    def _number(self, value: float) -> Tensor:
-        return torch.full((1,), value, dtype=self._dtype, device=self._weight.device)
 
-    def _write_(self, target: Tensor, value: Tensor, purpose: Purpose) -> None:
-        for tile in self.job.part.tiles:  # none where the shard is empty, else one
-            self.job.store.write_(
-                target.view(tile.sizes),
-                value.view(tile.sizes),
-                purpose=purpose,
-                tile=tile,
-                columns=tile.columns,
-                num_columns=self.job.geometry.num_columns,
-            )
-
-    def _blended(self, x: Tensor) -> Tensor:
-        # M <- b M + (1-b) X
-        beta = self.job.config.beta1
-        return beta * self.job.local("momentum").view(-1).to(self._dtype) + (1 - beta) * x
+def _square_sums(x_ENW: Tensor) -> Tensor:
+    return x_ENW.square().sum(2).view(-1)

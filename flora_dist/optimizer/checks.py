@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.config import check_group_keys, check_settings
+from flora_dist.optim.gradient import Gradient
 from flora_dist.optim.spec import geometry_of
 from flora_dist.optimizer import naming
 from flora_dist.optimizer.gradients import Gradients
 from flora_dist.optimizer.slots import Group, Slot, check_compressed, check_level
 from flora_dist.optimizer.stand_in import stands_in
-from flora_dist.optimizer.stepping import Gradient
 from flora_dist.sketch.matrices import smallest_stable_kappa
 
 # Keys that torch itself and its schedulers write into groups.

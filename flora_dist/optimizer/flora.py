@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from flora_dist.comm.groups import Peers, process_rank
 from flora_dist.optim.arithmetic import exact_products
 from flora_dist.optim.config import KNOBS, config_of
+from flora_dist.optim.gradient import Gradient
 from flora_dist.optim.part import Layout
 from flora_dist.optim.spec import LEVELS
 from flora_dist.optimizer import consistency, loading, naming
@@ -31,7 +33,7 @@ from flora_dist.optimizer.norms import clip_factor, global_norm, scale_
 from flora_dist.optimizer.report import Report
 from flora_dist.optimizer.roster import Roster
 from flora_dist.optimizer.slots import Slot
-from flora_dist.optimizer.stepping import Gradient, run_step
+from flora_dist.optimizer.stepping import run_step
 
 
 class Flora(torch.optim.Optimizer):
@@ -190,14 +192,17 @@ class Flora(torch.optim.Optimizer):
         with torch.no_grad():
             if self._roster.is_rehearsal(self.param_groups, self.state):
                 return loss
-            slots = self._ready_slots()
-            self.announce()
+            slots = self._present_slots()
             # torch's DCP, which asks for state by a step on zeros, does not know ZeRO; and one
             # group's zeros there say nothing of the others.
             alone = not self._roster.is_stepped_in_turns
             with exact_products({slot.tensor.device.type for slot in slots}):
+                self._create_state(slots)
+                self.announce()
+                slots.sort(key=attrgetter("name"))
                 gradients = read_gradients(slots, self._gradients)
-                run_step(slots, gradients, self.state, may_only_create_state=alone)
+                plan = self._roster.planned(slots, gradients, self.state)
+                run_step(plan, gradients, may_only_create_state=alone)
             if self._gradients is not None and alone:
                 self._gradients.forget()
             self._rhythm.count(self, slots)
@@ -314,14 +319,12 @@ class Flora(torch.optim.Optimizer):
                 self._roster.enter(group["params"])
         self._roster.forget()
 
-    def _ready_slots(self) -> list[Slot]:
-        """Those that take part in a step, with state, in the order of their names."""
-        slots = self._present_slots()
+    def _create_state(self, slots: Sequence[Slot]) -> None:
+        """Of those that have none yet, in the order of groups."""
         check_levels(slots, self.state)
         for slot in slots:
             if not slot.has_state(self.state[slot.tensor]):
                 slot.create_state(self.state[slot.tensor])
-        return sorted(slots, key=lambda slot: slot.part.name)
 
     def _present_slots(self) -> list[Slot]:
         """Those that take part in a step, in the order of groups; their gradients are sound."""
@@ -336,7 +339,7 @@ class Flora(torch.optim.Optimizer):
                 "under DeepSpeed gradients are there inside its step alone. Call "
                 'engine.get_global_grad_norm(), or set "gradient_clipping" in the config.'
             )
-        slots = sorted(self._present_slots(), key=lambda slot: slot.part.name)
+        slots = sorted(self._present_slots(), key=attrgetter("name"))
         return slots, read_gradients(slots, self._gradients)
 
     def announce(self) -> None:

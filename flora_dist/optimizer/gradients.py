@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from flora_dist.comm.accumulator import Accumulator
-from flora_dist.comm.message import sum_terms
+from flora_dist.comm.message import Message, Sender
 from flora_dist.comm.routes import Arrived, Parcel, Route, carry
-from flora_dist.optim.basis import Sketches, draw_together
 from flora_dist.optim.cut_blocks import CutBlocks
 from flora_dist.optim.gradient import SketchedGradient
 from flora_dist.optim.part import Part, Reducer, Terms
+from flora_dist.optim.sketches import Sketches, draw_together
 from flora_dist.optim.spec import Geometry
 from flora_dist.optimizer.stand_in import stand_in_for, stands_in
 from flora_dist.tiles import Cuts, Tile
@@ -161,7 +161,11 @@ class Gradients:
                 together.setdefault(reducer, []).append((flow, cuts))
         for reducer, cut in together.items():
             partial = [_cut_sketches(flow, cuts, mean[flow.part.name]) for flow, cuts in cut]
-            totals = sum_terms(partial, [cuts for _, cuts in cut], reducer)
+            senders = [
+                Sender(kind=name, names=(name,), cuts=cuts, sends_all=True)
+                for name, cuts in ((flow.part.name, cuts) for flow, cuts in cut)
+            ]
+            totals = Message(senders, reducer).sum(partial)
             for (flow, cuts), total in zip(cut, totals, strict=True):
                 blocks = CutBlocks(flow.geometry, cuts)
                 for tile, compressed_1NKR in _by_matrix(flow, mean[flow.part.name]):
@@ -252,10 +256,10 @@ def _read(flow: Flow, kept: Arrived) -> SketchedGradient:
 
 def _cut_sketches(flow: Flow, cuts: Cuts, gradient: SketchedGradient) -> Terms:
     """What this rank has of each cut block's sketch."""
-    slots_SR = gradient.sketch_ERB.new_zeros(len(cuts.blocks), flow.accumulator.rank)
+    slots_1SR = gradient.sketch_ERB.new_zeros(1, len(cuts.blocks), flow.accumulator.rank)
     for tile, compressed_1NKR in _by_matrix(flow, gradient):
-        CutBlocks(flow.geometry, cuts).add_partial_(slots_SR, compressed_1NKR, tile)
-    return {"blocks": slots_SR}
+        CutBlocks(flow.geometry, cuts).add_partial_(slots_1SR, compressed_1NKR, tile)
+    return {"blocks": slots_1SR}
 
 
 def _by_matrix(flow: Flow, gradient: SketchedGradient) -> Iterator[tuple[Tile, Tensor]]:

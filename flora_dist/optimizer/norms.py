@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flora_dist.optim.gradient import SketchedGradient
+from flora_dist.optim.gradient import Gradient, SketchedGradient
 from flora_dist.optim.part import Reducer
 from flora_dist.optimizer.slots import Slot
-from flora_dist.optimizer.stepping import Gradient
 
 SMALLEST_NORM = 1e-6
 """Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""

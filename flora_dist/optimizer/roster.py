@@ -10,9 +10,11 @@ from torch import Tensor
 
 from flora_dist.layouts.dtensor import DTensorLayout
 from flora_dist.layouts.replicated import ReplicatedLayout
-from flora_dist.optim.config import config_of
+from flora_dist.optim.config import KNOBS, config_of
+from flora_dist.optim.gradient import Gradient
 from flora_dist.optim.part import Layout, Part
 from flora_dist.optim.spec import LEVELS
+from flora_dist.optimizer.plan import Plan, Plans, make_plan
 from flora_dist.optimizer.slots import Group, Slot, make_slots
 
 State = Mapping[Tensor, dict[str, Any]]
@@ -54,6 +56,8 @@ class Roster:
     def forget(self) -> None:
         """Drop what is derived from groups and parameters."""
         self._slots: dict[Signature, list[Slot]] = {}
+        self._settings: dict[Signature, list[tuple[Any, ...]]] = {}
+        self._plans = Plans()
 
     def present(self, groups: Sequence[Group], state: State) -> list[Slot]:
         """What stands in the groups now, configured by their settings."""
@@ -62,9 +66,23 @@ class Roster:
         signature = tuple((id(g), *map(id, g["params"])) for g in groups)
         if signature not in self._slots:
             if len(self._slots) >= MOST_SELECTIONS:
-                self._slots.clear()
+                self.forget()
             self._slots[signature] = self.fresh(groups, state)
-        return _configured(self._slots[signature], state)
+        slots, settings = self._slots[signature], [_settings_of(group) for group in groups]
+        if settings != self._settings.get(signature):
+            self._plans = Plans()
+            self._settings.pop(signature, None)  # until all have passed
+            _configured(slots, state)
+            self._settings[signature] = settings
+        return slots
+
+    def planned(self, slots: Sequence[Slot], gradients: Sequence[Gradient], state: State) -> Plan:
+        """The plan of a step of these slots, which have state; made anew where it does not hold."""
+        plan = self._plans.plan_for(slots, gradients, state)
+        if plan is None:
+            plan = make_plan(slots, gradients, state)
+            self._plans.keep(slots, gradients, plan)
+        return plan
 
     def everything(self, groups: Sequence[Group], state: State) -> list[Slot]:
         """Also of tensors that the host has taken out of the groups for now."""
@@ -114,8 +132,10 @@ class Roster:
 
         DeepSpeed's FP16_UnfusedOptimizer does, in its constructor, before anybody can attach.
         """
+        if state:
+            return False
         tensors = [tensor for group in groups for tensor in group["params"]]
-        if state or not all(map(self._is_foreign, tensors)):
+        if not all(map(self._is_foreign, tensors)):
             return False
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
@@ -149,6 +169,11 @@ def _configured(slots: list[Slot], state: State) -> list[Slot]:
     for slot in slots:
         slot.configure(configs[id(slot.group)], state.get(slot.tensor, {}))
     return slots
+
+
+def _settings_of(group: Group) -> tuple[Any, ...]:
+    """What of a group a plan is made for."""
+    return (group["maximize"], *(group[knob] for knob in KNOBS))
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:

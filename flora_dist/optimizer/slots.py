@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.optim.basis import Sketches
-from flora_dist.optim.config import FloraConfig, beta2_at
-from flora_dist.optim.gradient import SketchedGradient
-from flora_dist.optim.job import Job, arithmetic_dtype
+from flora_dist.optim.batch import arithmetic_dtype
+from flora_dist.optim.config import FloraConfig
 from flora_dist.optim.part import Layout, Part
+from flora_dist.optim.sketches import Sketches
 from flora_dist.optim.spec import (
     FORMAT_VERSION,
     LEVELS,
@@ -22,11 +21,11 @@ from flora_dist.optim.spec import (
     geometry_of,
     state_tensors,
 )
-from flora_dist.optim.store import Store
 from flora_dist.optimizer.naming import names_of, position_name
 from flora_dist.optimizer.report import ReportRow
 from flora_dist.sketch.keys import Purpose, name_key
 from flora_dist.sketch.matrices import KINDS
+from flora_dist.tiles import Cuts
 
 Group = dict[str, Any]
 
@@ -46,7 +45,7 @@ class Slot:
     ) -> None:
         """``position``: place among the parameters if they have no names, else None."""
         self.tensor, self.part, self.group, self.level = tensor, part, group, level
-        self._layout, self.position = layout, position
+        self._layout, self.position, self.name = layout, position, part.name
         self._name_key = name_key(part.name)
         self._config: FloraConfig | None = None
 
@@ -67,7 +66,7 @@ class Slot:
         self._config = config
 
     def _make_sketches(self, config: FloraConfig) -> Sketches | None:
-        if self._geometry.rank is None:
+        if self._geometry.rank is None or config.momentum == "none":
             return None
         shapes = [self.part.local_state_shape(e) for e in self._entries if e.name == "momentum"]
         return Sketches(
@@ -100,6 +99,16 @@ class Slot:
     def geometry(self) -> Geometry:
         """How the parameter is cut."""
         return self._geometry
+
+    @property
+    def cuts(self) -> Cuts:
+        """Rows and blocks of the parameter that several ranks hold pieces of."""
+        return self._cuts
+
+    @property
+    def sketches(self) -> Sketches | None:
+        """The matrices of the momentum; None where it is dense, or there is none."""
+        return self._sketches
 
     @property
     def column_shards(self) -> int | None:
@@ -150,36 +159,6 @@ class Slot:
     def next_step(self, state: dict[str, Any]) -> int:
         """The parameter's coming step, counted from 1."""
         return int(self.own_state(state).get("step", 0)) + 1
-
-    def job(self, state: dict[str, Any], gradient: Tensor | SketchedGradient | None) -> Job:
-        """This parameter at the coming step."""
-        config = self.config
-        own = self.own_state(state)
-        lr, decay = self.group["lr"], self.group["weight_decay"]
-        step = self.next_step(state)
-        store = Store(
-            seed=config.seed,
-            name_key=self._name_key,
-            step=step,
-            num_rows=self._geometry.num_rows,
-            stochastic=config.stochastic_rounding,
-        )
-        return Job(
-            part=self.part,
-            geometry=self._geometry,
-            config=config,
-            sketches=self._sketches,
-            cuts=self._cuts,
-            state=own,
-            gradient=gradient,
-            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
-            weight_decay=decay.reshape(()) if isinstance(decay, Tensor) else decay,
-            sign=-1.0 if self.group["maximize"] else 1.0,
-            step=step,
-            window=step // config.kappa,
-            beta2=beta2_at(step, config.beta2),
-            store=store,
-        )
 
     def report_row(self) -> ReportRow:
         """What is kept for the parameter on this rank, from the list of state tensors."""

@@ -7,108 +7,103 @@ have nothing to say in the second and third.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flora_dist.comm.groups import any_process
-from flora_dist.comm.message import sum_terms
-from flora_dist.optim.gradient import SketchedGradient
-from flora_dist.optim.job import Job, Update
-from flora_dist.optim.matrix import MatrixUpdate
-from flora_dist.optim.part import Reducer, Terms
-from flora_dist.optim.vector import VectorUpdate
-from flora_dist.optimizer.slots import Slot
-
-Gradient = Tensor | SketchedGradient | None
-"""This rank's elements, their sketches, or nothing."""
+from flora_dist.optim.batch import Moment, count_step, moment_of
+from flora_dist.optim.gradient import Gradient
+from flora_dist.optim.part import Terms
+from flora_dist.optimizer.plan import Plan
 
 
-def run_step(
-    slots: Sequence[Slot],
-    gradients: Sequence[Gradient],
-    state: Mapping[Tensor, dict[str, Any]],
-    *,
-    may_only_create_state: bool,
-) -> None:
-    """Update the parameters of ``slots``, which every rank gives in the same order.
+def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state: bool) -> None:
+    """Update the parameters of a plan.
 
-    ``gradients``: of each slot. ``may_only_create_state``: a first step of rate 0 on zeros does
-    not count.
+    ``gradients``: in the order of the slots that were planned. ``may_only_create_state``: a first
+    step of rate 0 on zeros does not count.
     """
-    # Without peers a missing gradient is missing everywhere; with peers it takes a place in the
-    # message, since another rank may have one.
-    pairs = zip(slots, gradients, strict=True)
-    jobs = [slot.job(state[slot.tensor], gradient) for slot, gradient in pairs]
-    jobs = [job for job in jobs if job.part.reducer is not None or job.gradient is not None]
-    updates = [_update_of(job) for job in jobs]
-    totals = _sum(updates, [update.measure() for update in updates])
-    if any(job.config.skip_nonfinite for job in jobs) and not _are_finite(updates):
+    moments = [
+        moment_of(entry.batch, [gradients[place] for place in entry.places])
+        for entry in plan.entries
+    ]
+    pairs = list(zip(plan.entries, moments, strict=True))
+    measured = [entry.phases.measure(now) for entry, now in pairs]
+    totals = plan.sum([stage.terms for stage in measured])
+    asks_finite = any(entry.batch.config.skip_nonfinite for entry in plan.entries)
+    if asks_finite and not _are_finite(plan, measured):
         return
-    if may_only_create_state and _only_creates_state(updates):
+    if may_only_create_state and _only_creates_state(plan, moments, measured):
         return
-    present = _presence(updates, totals)
-    totals = [total for total, here in zip(totals, present, strict=True) if here]
-    updates = [update for update, here in zip(updates, present, strict=True) if here]
-    coupled = [update.couple(total) for update, total in zip(updates, totals, strict=True)]
-    totals = _sum(updates, coupled)
-    tallied = [update.tally(total) for update, total in zip(updates, totals, strict=True)]
-    totals = _sum(updates, tallied)
-    for update, total in zip(updates, totals, strict=True):
-        update.finish(total)
+    absent = _absent(plan, totals)
+    if absent:
+        plan = plan.without(absent)
+        moments, measured, totals = (
+            _kept(values, absent) for values in (moments, measured, totals)
+        )
+    _apply(plan, moments, measured, totals)
 
 
-def _update_of(job: Job) -> Update:
-    return VectorUpdate(job) if job.geometry.is_vector else MatrixUpdate(job)
+def _apply(
+    plan: Plan, moments: Sequence[Moment], measured: Sequence[Any], totals: Sequence[Terms]
+) -> None:
+    """The rest of the step, once it is known that there is one."""
+    phases = [entry.phases for entry in plan.entries]
+    steps = list(zip(phases, moments, strict=True))
+    coupled = [
+        each.couple(now, stage, total)
+        for (each, now), stage, total in zip(steps, measured, totals, strict=True)
+    ]
+    totals = plan.sum([stage.terms for stage in coupled])
+    tallied = [
+        each.tally(now, stage, total)
+        for (each, now), stage, total in zip(steps, coupled, totals, strict=True)
+    ]
+    totals = plan.sum([stage.terms for stage in tallied])
+    for (each, now), stage, total in zip(steps, tallied, totals, strict=True):
+        each.finish(now, stage, total)
+    for entry, now in zip(plan.entries, moments, strict=True):
+        count_step(entry.batch, now)
 
 
-def _sum(updates: Sequence[Update], terms: Sequence[Terms]) -> list[Terms]:
-    """Sum each parameter's terms over its ranks, one message per group of ranks."""
-    places: dict[Reducer | None, list[int]] = {}
-    for index, update in enumerate(updates):
-        places.setdefault(update.job.part.reducer, []).append(index)
-    totals: list[Terms] = [{} for _ in updates]
-    for reducer, indices in places.items():
-        cuts = [updates[index].job.cuts for index in indices]
-        sums = sum_terms([terms[index] for index in indices], cuts, reducer)
-        for index, total in zip(indices, sums, strict=True):
-            totals[index] = total
-    return totals
+def _kept(values: Sequence[Any], absent: set[int]) -> list[Any]:
+    return [value for index, value in enumerate(values) if index not in absent]
 
 
-def _presence(updates: Sequence[Update], totals: Sequence[Terms]) -> list[bool]:
-    """Whether any rank has a gradient; asks the device only where this rank has none."""
-    missing = [i for i, update in enumerate(updates) if update.job.gradient is None]
-    present = [True] * len(updates)
-    if missing:
-        counts = torch.cat([totals[index]["presence"].double().cpu() for index in missing])
-        for index, count in zip(missing, counts.tolist(), strict=True):
-            present[index] = count > 0
-    return present
+def _absent(plan: Plan, totals: Sequence[Terms]) -> set[int]:
+    """Entries of which no rank has a gradient; asks the device only where this rank has none."""
+    missing = [i for i, entry in enumerate(plan.entries) if not entry.has_gradients]
+    if not missing:
+        return set()
+    counts = torch.cat([totals[index]["presence"].double().cpu() for index in missing])
+    return {i for i, count in zip(missing, counts.tolist(), strict=True) if count == 0}
 
 
-def _are_finite(updates: Sequence[Update]) -> bool:
+def _are_finite(plan: Plan, measured: Sequence[Any]) -> bool:
     """Whether all gradients are finite on all processes, which then skip or step together."""
-    return not _anywhere(updates, [~update.is_finite() for update in updates])
+    pairs = zip(plan.entries, measured, strict=True)
+    return not _anywhere(plan, [~entry.phases.is_finite(stage) for entry, stage in pairs])
 
 
-def _only_creates_state(updates: Sequence[Update]) -> bool:
+def _only_creates_state(plan: Plan, moments: Sequence[Moment], measured: Sequence[Any]) -> bool:
     """Whether this is a first step of rate 0 on gradients of zeros, which must not count.
 
     torch.distributed.checkpoint makes an optimizer create its state so when it is asked for the
     state before the first step. Looks at the device in a first step of rate 0 only.
     """
-    if not all(update.job.step == 1 and update.job.lr == 0 for update in updates):
+    if not all(now.step == 1 and now.lr == 0 for now in moments):
         return False
-    return not _anywhere(updates, [~update.is_zero() for update in updates])
+    pairs = zip(plan.entries, measured, strict=True)
+    return not _anywhere(plan, [~entry.phases.is_zero(stage) for entry, stage in pairs])
 
 
-def _anywhere(updates: Sequence[Update], flags: Sequence[Tensor]) -> bool:
+def _anywhere(plan: Plan, flags: Sequence[Tensor]) -> bool:
     """Whether a flag () is set, on any process where parameters are sharded."""
     if not flags:
         return False
     flag = torch.stack([each.to(flags[0].device) for each in flags]).any()
-    is_sharded = any(update.job.part.reducer is not None for update in updates)
+    is_sharded = any(entry.batch.reducer is not None for entry in plan.entries)
     return any_process(flag) if is_sharded else bool(flag.item())

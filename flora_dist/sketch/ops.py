@@ -13,8 +13,59 @@ All products are `bmm` over (E, N K, .): no batch dimension is broadcast, so A i
 with E = 1 it is as fast as `mm`. A^T stays a transposed view: a copy of it was half as fast on CPU.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """Elements of some rows inside whole blocks, so that products need no copy of them."""
+
+    elements_ENW: Tensor
+    """A view of `whole_ENM`, where the rows do not fill their blocks."""
+    whole_ENM: Tensor
+    """Contiguous; zeros around the elements until something is added in place."""
+
+
+def make_room(like_ENW: Tensor, block: int, *, first_column: int) -> Blocks:
+    """Memory for the elements of some rows, to be filled in, and zeros up to whole blocks.
+
+    Args:
+        like_ENW: of the same shape, dtype and device.
+        block: columns of a block.
+        first_column: column of the whole matrix at which the elements begin.
+    """
+    matrices, rows, width = like_ENW.shape
+    before = first_column % block
+    total = _blocks_touched(width, block, first_column) * block
+    whole_ENM = like_ENW.new_empty(matrices, rows, total)
+    if total == width:
+        return Blocks(elements_ENW=whole_ENM, whole_ENM=whole_ENM)
+    whole_ENM[..., :before] = 0
+    whole_ENM[..., before + width :] = 0
+    elements_ENW = whole_ENM.narrow(-1, before, width)
+    return Blocks(elements_ENW=elements_ENW, whole_ENM=whole_ENM)
+
+
+def compress_blocks(x: Blocks, sketch_ERB: Tensor) -> Tensor:
+    """Sketches each block of each row, c = blocks(x) A^T (E, N, K, R); A is (E, R, B)."""
+    matrices, rows, width = x.whole_ENM.shape
+    rank, block = sketch_ERB.shape[1:]
+    flat = x.whole_ENM.view(matrices, -1, block)
+    return torch.bmm(flat, sketch_ERB.mT).view(matrices, rows, width // block, rank)
+
+
+def add_expanded_(
+    x: Blocks, c_ENKR: Tensor, sketch_ERB: Tensor, *, keep: float, factor: float
+) -> None:
+    """X <- keep x + factor c A, in one pass over the elements; A is (E, R, B)."""
+    matrices = x.whole_ENM.shape[0]
+    rank, block = sketch_ERB.shape[1:]
+    flat = c_ENKR.reshape(matrices, -1, rank)
+    blocks = x.whole_ENM.view(matrices, -1, block)
+    blocks.baddbmm_(flat, sketch_ERB, beta=keep, alpha=factor)
 
 
 def compress(x_ENM: Tensor, sketch_ERB: Tensor, *, first_column: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from flora_dist.comm import groups
 from flora_dist.integrations import fsdp1
 from flora_dist.optim.basis import SketchedBasis
-from flora_dist.optimizer import stepping
+from flora_dist.optimizer import plan
 from flora_dist.sketch import keys
 
 
@@ -22,8 +22,8 @@ def _unsummed(*names: str) -> Callable[[Any], Callable[..., Any]]:
     """Terms of these names keep this rank's own values."""
 
     def mutate(original: Any) -> Callable[..., Any]:
-        def sum_terms(terms: Any, cuts: Any, reducer: Any) -> Any:
-            totals = original(terms, cuts, reducer)
+        def sum_terms(terms: Any, message: Any) -> Any:
+            totals = original(terms, message)
             for own, total in zip(terms, totals, strict=True):
                 total.update({name: own[name] for name in names if name in own})
             return totals
@@ -47,10 +47,10 @@ def _key_of_this_rank(original: Any) -> Callable[..., int]:
 
 
 MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "column sums": (stepping, "sum_terms", _unsummed("columns")),
-    "rms sums": (stepping, "sum_terms", _unsummed("squares", "cross", "history", "update")),
-    "cut rows": (stepping, "sum_terms", _unsummed("rows")),
-    "cut blocks": (stepping, "sum_terms", _unsummed("blocks")),
+    "column sums": (plan, "sum_terms", _unsummed("columns")),
+    "rms sums": (plan, "sum_terms", _unsummed("squares", "cross", "history", "update")),
+    "cut rows": (plan, "sum_terms", _unsummed("rows")),
+    "cut blocks": (plan, "sum_terms", _unsummed("blocks")),
     "window change": (SketchedBasis, "move", _never_moved),
     "keys": (keys, "derive_key", _key_of_this_rank),
 }

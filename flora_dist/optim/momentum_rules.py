@@ -13,10 +13,10 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from flora_dist.optim.basis import Basis
+from flora_dist.optim.basis import Basis, Place
 from flora_dist.optim.config import FloraConfig
 from flora_dist.optim.spec import Geometry
-from flora_dist.tiles import Tile
+from flora_dist.sketch.ops import Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +42,12 @@ class Rule(Protocol):
     """RMS(U) does not follow from sums known before the normalisation: a message of its own."""
 
     def advance(
-        self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
+        self, x: Blocks, compressed: Tensor, momentum: Tensor, basis: Basis, place: Place
     ) -> tuple[Tensor, Tensor]:
-        """U and the new M, from X, its sketch in the new window, and the stored M."""
+        """U and the new M, from X, its sketch in the new window, and the stored M.
+
+        U may take the memory of X; M is new, or the sketch that was given.
+        """
 
     def square_sum(self, squares: Squares) -> Tensor:
         """Squared norm (E,) of what is clipped."""
@@ -60,13 +63,13 @@ class FloraRule:
     asks_update: ClassVar[bool] = False
 
     def advance(
-        self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
+        self, x: Blocks, compressed: Tensor, momentum: Tensor, basis: Basis, place: Place
     ) -> tuple[Tensor, Tensor]:
-        b = self.beta
-        # U = (1-b) X + b M A_old
-        update_ENW = (1 - b) * x_ENW + b * basis.read(momentum, tile)
         # M <- b move(M) + (1-b) X A_new^T
-        return update_ENW, b * basis.move(momentum, tile) + (1 - b) * compressed
+        new = advanced(momentum, compressed, basis, place, beta=self.beta)
+        # U = (1-b) X + b M A_old
+        basis.mix_(x, momentum, place, beta=self.beta)
+        return x.elements_ENW, new
 
     def square_sum(self, squares: Squares) -> Tensor:
         # |(1-b) X + b M A|^2, term by term
@@ -85,12 +88,12 @@ class FloraStrictRule:
     asks_update: ClassVar[bool] = True
 
     def advance(
-        self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
+        self, x: Blocks, compressed: Tensor, momentum: Tensor, basis: Basis, place: Place
     ) -> tuple[Tensor, Tensor]:
-        del x_ENW
+        del x
         # M <- b move(M) + (1-b) X A_new^T;  U = M A_new
-        new = self.beta * basis.move(momentum, tile) + (1 - self.beta) * compressed
-        return basis.expand(new, tile), new
+        new = advanced(momentum, compressed, basis, place, beta=self.beta)
+        return basis.expand(new, place), new
 
     def square_sum(self, squares: Squares) -> Tensor:
         raise AssertionError(f"RMS(U) comes with the third message; asked from {squares}")
@@ -111,16 +114,23 @@ class BlendRule:
     asks_update: ClassVar[bool] = False
 
     def advance(
-        self, x_ENW: Tensor, compressed: Tensor, momentum: Tensor, basis: Basis, tile: Tile
+        self, x: Blocks, compressed: Tensor, momentum: Tensor, basis: Basis, place: Place
     ) -> tuple[Tensor, Tensor]:
         # M <- b move(M) + (1-b) c
-        new = self.beta * basis.move(momentum, tile) + (1 - self.beta) * compressed
+        new = advanced(momentum, compressed, basis, place, beta=self.beta)
         # U = X + gain (rank/block) (M - c) A_new
-        correction_ENW = basis.expand(new - compressed, tile)
-        return x_ENW + self.gain * basis.gain * correction_ENW, new
+        basis.correct_(x, new - compressed, place, gain=self.gain)
+        return x.elements_ENW, new
 
     def square_sum(self, squares: Squares) -> Tensor:
         return squares.x2
+
+
+def advanced(
+    momentum: Tensor, compressed: Tensor, basis: Basis, place: Place, *, beta: float
+) -> Tensor:
+    """M <- b move(M) + (1-b) c."""
+    return (1 - beta) * compressed + beta * basis.move(momentum, place)
 
 
 def rule_of(config: FloraConfig, geometry: Geometry) -> Rule | None:
