@@ -21,7 +21,7 @@ from flora_dist.optim.basis import Basis, DenseBasis
 from flora_dist.optim.config import FloraConfig, beta2_at
 from flora_dist.optim.gradient import Gradient
 from flora_dist.optim.part import Part, Reducer, Terms
-from flora_dist.optim.sketches import BatchSketches
+from flora_dist.optim.sketches import BatchSketches, Sketches
 from flora_dist.optim.spec import Geometry
 from flora_dist.tiles import Cuts, Tile
 
@@ -34,8 +34,14 @@ class Member:
     """One parameter of a batch, as plain tensors of this rank."""
 
     part: Part
+    geometry: Geometry
+    config: FloraConfig
+    group: Mapping[str, Any]
+    """The parameter group, for what changes from step to step: lr and weight_decay."""
     name_key: int
     """What its random numbers follow from."""
+    sketches: Sketches | None
+    """The matrices of the momentum; None where it is dense, or there is none."""
     tiles: tuple[Tile, ...]
     """What of the parameter is here, in the memory order of ``weight``."""
     cuts: Cuts
@@ -53,9 +59,15 @@ class Member:
     local_addresses: tuple[int, ...]
     """Of the state's tensors."""
 
-    def is_current(self) -> bool:
-        """Whether weight and state are still those that the plan was made for."""
-        state = self.state
+    @property
+    def name(self) -> str:
+        """Of the parameter, canonical."""
+        return self.part.name
+
+    def is_current(self, state: Mapping[str, Any]) -> bool:
+        """Whether weight and state, given as it is now, are those that the plan was made for."""
+        if state is not self.state:
+            return False
         for name, tensor in self.kept.items():
             if state.get(name) is not tensor:
                 return False
@@ -76,8 +88,6 @@ class Batch:
     geometry: Geometry
     """Of each member."""
     config: FloraConfig
-    group: Mapping[str, Any]
-    """The parameter group, for what changes from step to step: lr and weight_decay."""
     sign: float
     """-1 to maximize."""
     dtype: torch.dtype
@@ -202,7 +212,7 @@ class Phases(Protocol):
 
 def moment_of(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
     """A batch at its coming step."""
-    state, config = batch.members[0].state, batch.config
+    state, group, config = batch.members[0].state, batch.members[0].group, batch.config
     step, old_window = int(state["step"]) + 1, int(state["window"])
     window = step // config.kappa
     basis: Basis = DenseBasis()
@@ -210,8 +220,8 @@ def moment_of(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
         basis = batch.sketches.change(old_window, window, dtype=batch.dtype, device=batch.device)
     return Moment(
         gradients=gradients,
-        lr=_number(batch.group["lr"]),
-        weight_decay=_number(batch.group["weight_decay"]),
+        lr=_number(group["lr"]),
+        weight_decay=_number(group["weight_decay"]),
         step=step,
         window=window,
         beta2=beta2_at(step, config.beta2),

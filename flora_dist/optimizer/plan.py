@@ -12,8 +12,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from flora_dist.comm.message import Message, Sender, sum_terms
 from flora_dist.optim.batch import Batch, Member, Phases, arithmetic_dtype
 from flora_dist.optim.gradient import Gradient, SketchedGradient
@@ -22,14 +20,14 @@ from flora_dist.optim.part import Reducer, Terms
 from flora_dist.optim.pieces import work_limit
 from flora_dist.optim.sketches import BatchSketches
 from flora_dist.optim.vector import VectorPhases
-from flora_dist.optimizer.slots import Slot
 
 # Torch cuts a sum that gives one number among threads from here on, and none that gives several:
 # what is longer stands alone, so that its bits do not depend on what else is stepped.
 LONGEST_SUM = 1 << 15
 # ZeRO steps each of its groups by itself; where gradients come and go, plans are made anew.
 MOST_PLANS = 64
-State = Mapping[Tensor, dict[str, Any]]
+State = Mapping[str, Any]
+"""Of one parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,21 +37,16 @@ class Entry:
     batch: Batch
     phases: Phases
     places: tuple[int, ...]
-    """Of its members among the slots of the step."""
+    """Of its members among those that were planned."""
     sender: Sender
     has_gradients: bool
-
-    @property
-    def name(self) -> str:
-        """Of the first member."""
-        return self.sender.names[0]
 
 
 class Plan:
     """Batches of a step, in the order of their first names, and their messages."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = sorted(entries, key=lambda entry: entry.name)
+        self.entries = sorted(entries, key=lambda entry: entry.sender.names[0])
         self._messages: list[tuple[list[int], Message | None]] = []
         groups: dict[Reducer | None, list[int]] = {}
         for index, entry in enumerate(self.entries):
@@ -63,16 +56,16 @@ class Plan:
             message = None if reducer is None else Message(senders, reducer)
             self._messages.append((indices, message))
 
-    def is_current(self, slots: Sequence[Slot], state: State) -> bool:
-        """Whether weights, state and steps are still those that this was made for."""
+    def is_current(self, states: Sequence[State]) -> bool:
+        """Whether weights, state and steps are still those that this was made for.
+
+        ``states``: of each parameter as it is now, in the order that was planned.
+        """
         for entry in self.entries:
-            members = entry.batch.members
-            step, window = members[0].state["step"], members[0].state["window"]
-            for member, place in zip(members, entry.places, strict=True):
-                slot, own = slots[place], member.state
-                if slot.own_state(state.get(slot.tensor, {})) is not own:
-                    return False
-                if own["step"] != step or own["window"] != window or not member.is_current():
+            first = states[entry.places[0]]
+            for member, place in zip(entry.batch.members, entry.places, strict=True):
+                own = states[place]
+                if not member.is_current(own) or not _is_as_far(own, first):
                     return False
         return True
 
@@ -90,109 +83,81 @@ class Plan:
         return totals
 
 
+def _is_as_far(state: State, other: State) -> bool:
+    return bool(state["step"] == other["step"] and state["window"] == other["window"])
+
+
 class Plans:
-    """The last plan of each selection of slots that is stepped."""
+    """The last plan of each selection of parameters that is stepped."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[Sequence[Slot], Plan]] = {}
+        self._kept: dict[Hashable, Plan] = {}
 
-    def plan_for(
-        self, slots: Sequence[Slot], gradients: Sequence[Gradient], state: State
-    ) -> Plan | None:
+    def find(self, key: Hashable, states: Sequence[State]) -> Plan | None:
         """The plan that was kept, if it still holds."""
-        slots_then, plan = self._kept.get(_signature(slots, gradients), ((), None))
-        # Slots that a plan keeps alive cannot lend their ids to others.
-        return plan if plan is not None and plan.is_current(slots_then, state) else None
+        plan = self._kept.get(key)
+        return plan if plan is not None and plan.is_current(states) else None
 
-    def keep(self, slots: Sequence[Slot], gradients: Sequence[Gradient], plan: Plan) -> None:
+    def keep(self, key: Hashable, plan: Plan) -> None:
         """Keep a plan; the oldest goes where there are many."""
         if len(self._kept) >= MOST_PLANS:
             del self._kept[next(iter(self._kept))]
-        self._kept[_signature(slots, gradients)] = slots, plan
+        self._kept[key] = plan
 
 
-def _signature(slots: Sequence[Slot], gradients: Sequence[Gradient]) -> Hashable:
-    return tuple(map(id, slots)), tuple(map(type, gradients))
-
-
-def make_plan(slots: Sequence[Slot], gradients: Sequence[Gradient], state: State) -> Plan:
-    """Plan a step of slots that have state, given in an order that all ranks share."""
+def make_plan(members: Sequence[Member], gradients: Sequence[Gradient]) -> Plan:
+    """Plan a step of parameters that have state, given in an order that all ranks share."""
     alike: dict[Hashable, list[int]] = {}
-    members = [member_of(slot, state[slot.tensor]) for slot in slots]
-    for index, (slot, gradient) in enumerate(zip(slots, gradients, strict=True)):
-        key: Hashable = (_kind(slot, members[index]), _here(slot, members[index], gradient))
-        if not _may_stand_with_others(slot, members[index], gradient):
-            key = index
+    for index, (member, gradient) in enumerate(zip(members, gradients, strict=True)):
+        key: Hashable = index
+        if _may_stand_with_others(member, gradient):
+            key = _kind(member), _here(member, gradient)
         alike.setdefault(key, []).append(index)
-    entries = []
-    for indices in alike.values():
-        for some in _chunks(indices, [members[index] for index in indices], slots[indices[0]]):
-            has_gradients = gradients[some[0]] is not None
-            entries.append(_entry(some, slots, members, has_gradients=has_gradients))
+    entries = [
+        _entry(some, members, gradients)
+        for indices in alike.values()
+        for some in _chunks(indices, members[indices[0]])
+    ]
     return Plan(entries)
 
 
-def member_of(slot: Slot, state: dict[str, Any]) -> Member:
-    """A slot as plain tensors of this rank."""
-    part, own = slot.part, slot.own_state(state)
-    kept = {entry.name: own[entry.name] for entry in slot.entries}
-    local = {name: part.local(tensor) for name, tensor in kept.items()}
-    return Member(
-        part=part,
-        name_key=slot.name_key,
-        tiles=part.tiles,
-        cuts=slot.cuts,
-        state=own,
-        kept=kept,
-        local=local,
-        weight=part.weight(),
-        address=part.address(),
-        local_addresses=tuple(tensor.data_ptr() for tensor in local.values()),
-    )
-
-
 def _entry(
-    indices: Sequence[int], slots: Sequence[Slot], members: Sequence[Member], *, has_gradients: bool
+    indices: Sequence[int], members: Sequence[Member], gradients: Sequence[Gradient]
 ) -> Entry:
-    slot, own = slots[indices[0]], tuple(members[index] for index in indices)
-    weight = own[0].weight
-    sketches = [slots[index].sketches for index in indices]
+    own = tuple(members[index] for index in indices)
+    first, sketches = own[0], [member.sketches for member in own if member.sketches is not None]
     batch = Batch(
         members=own,
-        geometry=slot.geometry,
-        config=slot.config,
-        group=slot.group,
-        sign=-1.0 if slot.group["maximize"] else 1.0,
-        dtype=arithmetic_dtype(weight.dtype),
-        device=weight.device,
-        sketches=BatchSketches([each for each in sketches if each is not None])
-        if sketches[0] is not None
-        else None,
+        geometry=first.geometry,
+        config=first.config,
+        sign=-1.0 if first.group["maximize"] else 1.0,
+        dtype=arithmetic_dtype(first.weight.dtype),
+        device=first.weight.device,
+        sketches=BatchSketches(sketches) if sketches else None,
     )
     sender = Sender(
-        kind=_kind(slot, own[0]),
-        names=tuple(member.part.name for member in own),
-        cuts=own[0].cuts,
-        sends_all=slot.part.splits_matrices or slot.geometry.is_vector,
+        kind=_kind(first),
+        names=tuple(member.name for member in own),
+        cuts=first.cuts,
+        sends_all=first.part.splits_matrices or first.geometry.is_vector,
     )
-    phases = VectorPhases(batch) if slot.geometry.is_vector else MatrixPhases(batch)
     return Entry(
         batch=batch,
-        phases=phases,
+        phases=VectorPhases(batch) if first.geometry.is_vector else MatrixPhases(batch),
         places=tuple(indices),
         sender=sender,
-        has_gradients=has_gradients,
+        has_gradients=gradients[indices[0]] is not None,
     )
 
 
-def _kind(slot: Slot, member: Member) -> Hashable:
+def _kind(member: Member) -> Hashable:
     """What parameters of a batch, and of a stretch of a message, have in common on all ranks."""
-    part, cuts = slot.part, member.cuts
+    part, cuts = member.part, member.cuts
     return (
-        slot.geometry,
-        slot.config,
-        id(slot.group),
-        slot.group["maximize"],
+        member.geometry,
+        member.config,
+        id(member.group),
+        member.group["maximize"],
         member.weight.dtype,
         part.reducer,
         part.splits_matrices,
@@ -204,19 +169,19 @@ def _kind(slot: Slot, member: Member) -> Hashable:
     )
 
 
-def _here(slot: Slot, member: Member, gradient: Gradient) -> Hashable:
+def _here(member: Member, gradient: Gradient) -> Hashable:
     """What they have in common on this rank besides."""
     return (
         member.tiles,
-        slot.part.matrices,
+        member.part.matrices,
         member.weight.device,
         isinstance(gradient, SketchedGradient),
         tuple((name, tuple(t.shape), t.dtype) for name, t in member.local.items()),
     )
 
 
-def _may_stand_with_others(slot: Slot, member: Member, gradient: Gradient) -> bool:
-    size, tiles, part = slot.geometry, member.tiles, slot.part
+def _may_stand_with_others(member: Member, gradient: Gradient) -> bool:
+    size, tiles, part = member.geometry, member.tiles, member.part
     first, last = part.matrices
     is_cut = bool(tiles) and tiles[0].columns != (0, size.num_columns) and not size.is_vector
     shares_cuts = member.cuts.peers is not None and len(member.cuts.rows) > 0
@@ -229,16 +194,13 @@ def _may_stand_with_others(slot: Slot, member: Member, gradient: Gradient) -> bo
         and not (part.splits_matrices and last - first < size.num_matrices)
         and member.weight.is_contiguous()
         and longest < LONGEST_SUM
-        and (slot.sketches is None or slot.sketches.is_small)
+        and (member.sketches is None or member.sketches.is_small)
     )
 
 
-def _chunks(
-    indices: Sequence[int], members: Sequence[Member], slot: Slot
-) -> Sequence[Sequence[int]]:
+def _chunks(indices: Sequence[int], first: Member) -> Sequence[Sequence[int]]:
     """Vectors are stepped whole: as many together as make a piece of work. Matrices are cut."""
-    if not slot.geometry.is_vector:
+    if not first.geometry.is_vector:
         return [indices]
-    weight = members[0].weight
-    count = max(1, work_limit(weight.device) // max(1, weight.numel()))
+    count = max(1, work_limit(first.weight.device) // max(1, first.weight.numel()))
     return [indices[start : start + count] for start in range(0, len(indices), count)]

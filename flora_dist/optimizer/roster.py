@@ -78,10 +78,14 @@ class Roster:
 
     def planned(self, slots: Sequence[Slot], gradients: Sequence[Gradient], state: State) -> Plan:
         """The plan of a step of these slots, which have state; made anew where it does not hold."""
-        plan = self._plans.plan_for(slots, gradients, state)
+        states = [slot.own_state(state[slot.tensor]) for slot in slots]
+        # Slots live as long as the plans do, so their ids are not used again.
+        key = tuple(map(id, slots)), tuple(map(type, gradients))
+        plan = self._plans.find(key, states)
         if plan is None:
-            plan = make_plan(slots, gradients, state)
-            self._plans.keep(slots, gradients, plan)
+            members = [slot.member(own) for slot, own in zip(slots, states, strict=True)]
+            plan = make_plan(members, gradients)
+            self._plans.keep(key, plan)
         return plan
 
     def everything(self, groups: Sequence[Group], state: State) -> list[Slot]:

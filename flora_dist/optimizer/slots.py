@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.optim.batch import arithmetic_dtype
+from flora_dist.optim.batch import Member, arithmetic_dtype
 from flora_dist.optim.config import FloraConfig
 from flora_dist.optim.part import Layout, Part
 from flora_dist.optim.sketches import Sketches
@@ -25,7 +25,6 @@ from flora_dist.optimizer.naming import names_of, position_name
 from flora_dist.optimizer.report import ReportRow
 from flora_dist.sketch.keys import Purpose, name_key
 from flora_dist.sketch.matrices import KINDS
-from flora_dist.tiles import Cuts
 
 Group = dict[str, Any]
 
@@ -101,16 +100,6 @@ class Slot:
         return self._geometry
 
     @property
-    def cuts(self) -> Cuts:
-        """Rows and blocks of the parameter that several ranks hold pieces of."""
-        return self._cuts
-
-    @property
-    def sketches(self) -> Sketches | None:
-        """The matrices of the momentum; None where it is dense, or there is none."""
-        return self._sketches
-
-    @property
     def column_shards(self) -> int | None:
         """How many ranks cut blocks of the momentum among them; None where no block is cut so.
 
@@ -159,6 +148,28 @@ class Slot:
     def next_step(self, state: dict[str, Any]) -> int:
         """The parameter's coming step, counted from 1."""
         return int(self.own_state(state).get("step", 0)) + 1
+
+    def member(self, own: dict[str, Any]) -> Member:
+        """The parameter as a step sees it; ``own`` is its state."""
+        part = self.part
+        kept = {entry.name: own[entry.name] for entry in self._entries}
+        local = {name: part.local(tensor) for name, tensor in kept.items()}
+        return Member(
+            part=part,
+            geometry=self._geometry,
+            config=self.config,
+            group=self.group,
+            name_key=self._name_key,
+            sketches=self._sketches,
+            tiles=part.tiles,
+            cuts=self._cuts,
+            state=own,
+            kept=kept,
+            local=local,
+            weight=part.weight(),
+            address=part.address(),
+            local_addresses=tuple(tensor.data_ptr() for tensor in local.values()),
+        )
 
     def report_row(self) -> ReportRow:
         """What is kept for the parameter on this rank, from the list of state tensors."""
