@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flora_dist.optim.arithmetic import exact_products
-from flora_dist.optim.pieces import as_batches, inside, work_limit
-from flora_dist.optim.sketches import Sketches
+from flora_dist.optim.basis import Sketches
 from flora_dist.optim.spec import Geometry
+from flora_dist.optim.views import as_batches, inside, work_limit
 from flora_dist.sketch import ops
+from flora_dist.sketch.ops import exact_products
 from flora_dist.tiles import Tile, split
 
 

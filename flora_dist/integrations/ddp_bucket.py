@@ -13,11 +13,11 @@ from torch import Tensor
 
 from flora_dist.integrations.gradient_report import GradientRow
 from flora_dist.layouts.replicated import whole
+from flora_dist.optim.basis import Sketches
 from flora_dist.optim.batch import arithmetic_dtype
 from flora_dist.optim.config import FloraConfig
-from flora_dist.optim.pieces import as_batches
-from flora_dist.optim.sketches import Sketches
 from flora_dist.optim.spec import Geometry, geometry_of
+from flora_dist.optim.views import as_batches
 from flora_dist.sketch import ops
 from flora_dist.sketch.keys import Purpose, name_key
 

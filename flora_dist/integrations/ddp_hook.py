@@ -23,10 +23,10 @@ from torch.futures import Future
 from flora_dist.integrations.ddp_bucket import Member, Part, in_place_of, member_of
 from flora_dist.integrations.flows import WIRE_DTYPES, check_request
 from flora_dist.integrations.gradient_report import GradientReport
-from flora_dist.optim.arithmetic import exact_products
 from flora_dist.optim.batch import arithmetic_dtype
 from flora_dist.optim.config import FloraConfig
 from flora_dist.optimizer import naming
+from flora_dist.sketch.ops import exact_products
 
 _SAVED = ("seed", "rank", "block", "sketch")
 _full_products = threading.Lock()

@@ -14,8 +14,8 @@ from torch import Tensor
 from flora_dist.comm.accumulator import Accumulator
 from flora_dist.integrations.sources import Source
 from flora_dist.layouts.dtensor import local_of
+from flora_dist.optim.basis import Sketches
 from flora_dist.optim.batch import arithmetic_dtype
-from flora_dist.optim.sketches import Sketches
 from flora_dist.optim.spec import LEVELS, Geometry, geometry_of
 from flora_dist.optimizer.flora import Flora
 from flora_dist.optimizer.gradients import Flow

@@ -12,28 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from flora_dist.optim.basis import Basis, DenseBasis
-from flora_dist.optim.config import FloraConfig, beta2_at
+from flora_dist.optim.basis import Basis, BatchSketches, Sketches
+from flora_dist.optim.config import FloraConfig
 from flora_dist.optim.gradient import Gradient
-from flora_dist.optim.part import Part, Reducer, Terms
-from flora_dist.optim.sketches import BatchSketches, Sketches
+from flora_dist.optim.part import Layout, Part, Reducer, Terms
 from flora_dist.optim.spec import Geometry
-from flora_dist.tiles import Cuts, Tile
-
-# Floor of RMS(weight) under scale_parameter (Adafactor, arXiv 1804.04235, section 8).
-SMALLEST_SCALE = 1e-3
+from flora_dist.tiles import Cuts, Interval, Tile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Member:
     """One parameter of a batch, as plain tensors of this rank."""
 
+    name: str
+    """Canonical, equal on all ranks."""
+    tensor: Tensor
+    """What stands in the optimizer's group: the parameter, or a flat tensor that holds it."""
     part: Part
+    layout: Layout
     geometry: Geometry
     config: FloraConfig
     group: Mapping[str, Any]
@@ -44,6 +45,8 @@ class Member:
     """The matrices of the momentum; None where it is dense, or there is none."""
     tiles: tuple[Tile, ...]
     """What of the parameter is here, in the memory order of ``weight``."""
+    matrices: Interval
+    """Matrices of the batch of which something is here."""
     cuts: Cuts
     """Rows and blocks of the parameter that several ranks hold pieces of."""
     state: dict[str, Any]
@@ -59,23 +62,6 @@ class Member:
     local_addresses: tuple[int, ...]
     """Of the state's tensors."""
 
-    @property
-    def name(self) -> str:
-        """Of the parameter, canonical."""
-        return self.part.name
-
-    def is_current(self, state: Mapping[str, Any]) -> bool:
-        """Whether weight and state, given as it is now, are those that the plan was made for."""
-        if state is not self.state:
-            return False
-        for name, tensor in self.kept.items():
-            if state.get(name) is not tensor:
-                return False
-        for tensor, address in zip(self.local.values(), self.local_addresses, strict=True):
-            if tensor.data_ptr() != address:
-                return False
-        return self.part.address() == self.address
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
@@ -86,7 +72,7 @@ class Batch:
 
     members: tuple[Member, ...]
     geometry: Geometry
-    """Of each member."""
+    """Of each member, as are all facts below."""
     config: FloraConfig
     sign: float
     """-1 to maximize."""
@@ -95,44 +81,18 @@ class Batch:
     device: torch.device
     sketches: BatchSketches | None
     """None where the momentum is dense, or there is none."""
-
-    @property
-    def part(self) -> Part:
-        """The first member's; tiles, cuts and ranks of the others are like it."""
-        return self.members[0].part
-
-    @property
-    def cuts(self) -> Cuts:
-        """The first member's; of the others too."""
-        return self.members[0].cuts
-
-    @property
-    def reducer(self) -> Reducer | None:
-        """Who holds the rest of these parameters."""
-        return self.members[0].part.reducer
-
-    @property
-    def matrices_here(self) -> int:
-        """Matrices of each member that this rank holds some of."""
-        first, last = self.part.matrices
-        return last - first
-
-    @property
-    def matrices_summed(self) -> int:
-        """Matrices of each member in sums over ranks; where all are whole, those that are here."""
-        return self.geometry.num_matrices if self.part.splits_matrices else self.matrices_here
-
-    @property
-    def held(self) -> slice:
-        """Those that are here among all that are summed, of the whole batch."""
-        if len(self.members) > 1 or not self.part.splits_matrices:
-            return slice(0, len(self.members) * self.matrices_here)
-        return slice(*self.part.matrices)
-
-    @property
-    def elements_per_matrix(self) -> int:
-        """N M."""
-        return self.geometry.num_rows * self.geometry.num_columns
+    reducer: Reducer | None
+    """Who holds the rest of these parameters."""
+    sources: tuple[tuple[int, tuple[int, int, int]], ...]
+    """Where each tile begins among a member's local elements, and its E, N, W."""
+    matrices_here: int
+    """Matrices of each member that this rank holds some of."""
+    matrices_summed: int
+    """Matrices of each member in sums over ranks; where all are whole, those that are here."""
+    held: slice
+    """Those that are here among all that are summed, of the whole batch."""
+    elements_per_matrix: int
+    """N M."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,6 +101,8 @@ class Moment:
 
     gradients: Sequence[Gradient]
     """Of each member; all are dense, or all sketched, or one member has none."""
+    is_missing: bool
+    """Whether this rank has no gradient: it counts as zero."""
     lr: float | Tensor
     weight_decay: float | Tensor
     step: int
@@ -151,37 +113,6 @@ class Moment:
     """Decay of the second moment at this step."""
     basis: Basis
     """Of the momentum, before and after this step."""
-
-    @property
-    def is_missing(self) -> bool:
-        """Whether this rank has no gradient: it counts as zero."""
-        return self.gradients[0] is None
-
-    def clip_factor(self, square_sum_H: Tensor, batch: Batch) -> Tensor:
-        """1 / max(1, RMS / clip) of each matrix (H,), without a copy to the host."""
-        if batch.config.clip is None:
-            return torch.ones_like(square_sum_H)
-        # Sums over shards can round a true zero to just below it.
-        rms_H = (square_sum_H.clamp(min=0) / batch.elements_per_matrix).sqrt()
-        return 1 / (rms_H / batch.config.clip).clamp(min=1)
-
-    def rate(self, weight_square_sum_H: Tensor | None, batch: Batch) -> float | Tensor:
-        """lr; under scale_parameter times max(1e-3, RMS(weight)) of each matrix (H,)."""
-        if weight_square_sum_H is None:
-            return self.lr
-        rms_H = (weight_square_sum_H / batch.elements_per_matrix).sqrt()
-        return self.lr * rms_H.clamp(min=SMALLEST_SCALE)
-
-
-class Stage(Protocol):
-    """What a phase has found out, for the next one."""
-
-    @property
-    def terms(self) -> Terms:
-        """To be summed over the ranks: per name one row of numbers for each member."""
-
-
-T = TypeVar("T")
 
 
 class Phases(Protocol):
@@ -210,36 +141,6 @@ class Phases(Protocol):
         """From the sums of message 3 to new weights and state."""
 
 
-def moment_of(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
-    """A batch at its coming step."""
-    state, group, config = batch.members[0].state, batch.members[0].group, batch.config
-    step, old_window = int(state["step"]) + 1, int(state["window"])
-    window = step // config.kappa
-    basis: Basis = DenseBasis()
-    if batch.sketches is not None:
-        basis = batch.sketches.change(old_window, window, dtype=batch.dtype, device=batch.device)
-    return Moment(
-        gradients=gradients,
-        lr=_number(group["lr"]),
-        weight_decay=_number(group["weight_decay"]),
-        step=step,
-        window=window,
-        beta2=beta2_at(step, config.beta2),
-        basis=basis,
-    )
-
-
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """The wider of float32 and the parameter's dtype."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def count_step(batch: Batch, now: Moment) -> None:
-    """Commit the counters once a step is through."""
-    for member in batch.members:
-        member.state["step"] = now.step
-        member.state["window"] = now.window
-
-
-def _number(value: float | Tensor) -> float | Tensor:
-    return value.reshape(()) if isinstance(value, Tensor) else value

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flora_dist.optim.part import Part
-from flora_dist.optim.pieces import as_batches, carve, momentum_batches
 from flora_dist.optim.spec import Geometry, StateTensor, is_batch, matrix_sizes
+from flora_dist.optim.views import as_batches, carve, momentum_batches
 from flora_dist.tiles import Tile
 
 

@@ -188,20 +188,6 @@ def check_group_keys(keys: Collection[str], known: Collection[str]) -> None:
             )
 
 
-def beta2_at(step: int, beta2: float | None) -> float:
-    """Decay of the second moment at the ``step``-th real step, counted from 1.
-
-    None: 1 - t^-0.8 (Adafactor, arXiv 1804.04235, section 7.2). A constant: Adam's bias
-    correction written as a moving rate, beta2 (1 - beta2^(t-1)) / (1 - beta2^t).
-
-    >>> beta2_at(1, None), beta2_at(1, 0.99)
-    (0.0, 0.0)
-    """
-    if beta2 is None:
-        return float(1.0 - step**-0.8)
-    return beta2 * (1.0 - beta2 ** (step - 1)) / (1.0 - beta2**step)
-
-
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

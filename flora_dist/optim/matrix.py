@@ -23,11 +23,19 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.batch import Batch, Moment
-from flora_dist.optim.cut_blocks import CutBlocks
+from flora_dist.optim.cut_blocks import add_partial_, fill_
+from flora_dist.optim.elements import (
+    Writer,
+    clip_factor,
+    copy_to_,
+    joined,
+    rate_of,
+    read_gradient,
+)
 from flora_dist.optim.momentum_rules import Squares, rule_of
 from flora_dist.optim.part import Terms
-from flora_dist.optim.pieces import Piece, as_batches, build_pieces, read_gradient
-from flora_dist.optim.writer import Writer, copy_to_, joined
+from flora_dist.optim.pieces import Piece, build_pieces
+from flora_dist.optim.views import as_batches
 from flora_dist.sketch.ops import Blocks
 
 
@@ -79,8 +87,10 @@ class MatrixPhases:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self._rule = rule_of(batch.config, batch.geometry)
-        is_sketched = batch.geometry.rank is not None and self._rule is not None
-        self._cut_blocks = CutBlocks(batch.geometry, batch.cuts) if is_sketched else None
+        self._cuts = batch.members[0].cuts
+        self._columns = [
+            member.local["column"].view(-1, batch.geometry.num_columns) for member in batch.members
+        ]
         weights = self._weights()
         # Channels-last convolutions are no matrices where they lie: copied there and back.
         self._is_copied = any(
@@ -106,14 +116,14 @@ class MatrixPhases:
             gradient_ENW = read_gradient(batch, now, piece)
             square_ENW = gradient_ENW.square()
             row_EN = None
-            if not self._is_cut(piece):
+            if piece.cut_rows is None:
                 row_EN = rows[index] = self._advance_row(piece, square_ENW.sum(2), now)
             self._add_sums_(terms, piece, square_ENW, row_EN)
             if "history" in terms:
                 self._add_history_(terms, piece, gradient_ENW, row_EN, now)
             if "weight" in terms:
                 weight_ENW = joined(piece.weights).to(batch.dtype)
-                terms["weight"][self._summed(piece)] += _square_sum(weight_ENW)
+                terms["weight"][piece.summed] += _square_sum(weight_ENW)
         return Measured(terms=terms, rows=rows)
 
     def is_finite(self, measured: Measured) -> Tensor:
@@ -138,17 +148,17 @@ class MatrixPhases:
             terms["history"] = self._zeros(summed)
         if batch.config.scale_parameter:
             terms["weight"] = self._zeros(summed)
-        if batch.cuts.rows_anywhere:
-            terms["rows"] = self._zeros(members, len(batch.cuts.rows))
+        if self._cuts.rows_anywhere:
+            terms["rows"] = self._zeros(members, len(self._cuts.rows))
         return terms
 
     def _add_sums_(
         self, terms: Terms, piece: Piece, square_ENW: Tensor, row_EN: Tensor | None
     ) -> None:
-        summed = self._summed(piece)
+        summed = piece.summed
         if row_EN is None:
             terms["columns"][summed, slice(*piece.tile.columns)] += square_ENW.sum(1)
-            terms["rows"][piece.members, self._row_slots(piece)] += square_ENW.sum(2)
+            terms["rows"][piece.members, piece.cut_rows] += square_ENW.sum(2)
         elif "squares" not in terms:
             terms["columns"][summed] += square_ENW.sum(1)
         else:
@@ -162,11 +172,11 @@ class MatrixPhases:
         self, terms: Terms, piece: Piece, gradient_ENW: Tensor, row_EN: Tensor | None, now: Moment
     ) -> None:
         old_ENW = now.basis.read(self._momentum(piece), piece.place)
-        terms["history"][self._summed(piece)] += _square_sum(old_ENW)
+        terms["history"][piece.summed] += _square_sum(old_ENW)
         if row_EN is not None:
             # cross: sum_i G (M A) / sqrt(R_i)
             cross_E1M = row_EN.rsqrt().unsqueeze(1) @ (gradient_ENW * old_ENW)
-            terms["cross"][self._summed(piece)] += cross_E1M.squeeze(1)
+            terms["cross"][piece.summed] += cross_E1M.squeeze(1)
 
     # ---- between the messages
 
@@ -176,7 +186,7 @@ class MatrixPhases:
         terms = self._empty_terms_of_cuts()
         if terms:
             for index, piece in enumerate(self._pieces):
-                if self._is_cut(piece):
+                if piece.cut_rows is not None:
                     self._couple_piece(index, piece, settled, terms, now)
         return Coupled(terms=terms, settled=settled)
 
@@ -184,15 +194,15 @@ class MatrixPhases:
         held, size = self._batch.held, self._batch.geometry
         # C <- b2 C + (1-b2) colmean(G^2 + eps)
         mean_HM = totals["columns"][held] / size.num_rows + self._batch.config.eps
-        column_HM = now.beta2 * joined(self._columns()) + (1 - now.beta2) * mean_HM
+        column_HM = now.beta2 * joined(self._columns) + (1 - now.beta2) * mean_HM
         # mean(R) = mean(C): both are the moving mean of all of G^2 + eps
         mean_H1 = column_HM.mean(1, keepdim=True)
         # Roots first: their quotient would overflow for a large gradient beside an empty column.
         factor_HM = mean_H1.sqrt() * column_HM.rsqrt()
         rows = dict(measured.rows)
         for index, piece in enumerate(self._pieces):
-            if self._is_cut(piece):
-                sums_EN = totals["rows"][piece.members, self._row_slots(piece)]
+            if piece.cut_rows is not None:
+                sums_EN = totals["rows"][piece.members, piece.cut_rows]
                 rows[index] = self._advance_row(piece, sums_EN, now)
         return Settled(
             rows=rows,
@@ -216,13 +226,13 @@ class MatrixPhases:
     def _empty_terms_of_cuts(self) -> Terms:
         batch, members = self._batch, len(self._batch.members)
         terms: Terms = {}
-        if batch.cuts.rows_anywhere and self._knows_sums_early:
+        if self._cuts.rows_anywhere and self._knows_sums_early:
             terms["squares"] = self._zeros(members * batch.matrices_summed)
             if self._asks_history:
                 terms["cross"] = torch.zeros_like(terms["squares"])
-        if self._cut_blocks is not None and batch.cuts.blocks_anywhere:
+        if batch.sketches is not None and self._cuts.blocks_anywhere:
             assert batch.geometry.rank is not None
-            terms["blocks"] = self._zeros(members, len(batch.cuts.blocks), batch.geometry.rank)
+            terms["blocks"] = self._zeros(members, len(self._cuts.blocks), batch.geometry.rank)
         return terms
 
     def _couple_piece(
@@ -230,14 +240,13 @@ class MatrixPhases:
     ) -> None:
         x = self._normalise(index, piece, settled, now, None)
         if "squares" in terms:
-            terms["squares"][self._summed(piece)] += _square_sum(x.elements_ENW)
+            terms["squares"][piece.summed] += _square_sum(x.elements_ENW)
         if "cross" in terms:
             old_ENW = now.basis.read(self._momentum(piece), piece.place)
-            terms["cross"][self._summed(piece)] += _sum(x.elements_ENW * old_ENW)
+            terms["cross"][piece.summed] += _sum(x.elements_ENW * old_ENW)
         if "blocks" in terms:
-            assert self._cut_blocks is not None
             compressed = now.basis.compress(x, piece.place)
-            self._cut_blocks.add_partial_(terms["blocks"][piece.members], compressed, piece.tile)
+            add_partial_(terms["blocks"][piece.members], compressed, piece.edges)
 
     def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
         """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
@@ -247,7 +256,7 @@ class MatrixPhases:
             terms["update"] = self._zeros(len(self._batch.members) * self._batch.matrices_summed)
             for index, piece in enumerate(self._pieces):
                 update_ENW, _ = self._advance(index, piece, known, now, None)
-                terms["update"][self._summed(piece)] += _square_sum(update_ENW)
+                terms["update"][piece.summed] += _square_sum(update_ENW)
         return known
 
     # ---- the step itself
@@ -257,8 +266,8 @@ class MatrixPhases:
         settled, writer = tallied.settled, Writer(batch=self._batch, now=now)
         clips_input = self._rule is None or self._rule.clips_input
         square_sum_H = self._square_sum(tallied, totals)
-        factor_H = now.clip_factor(square_sum_H, self._batch)
-        rate = now.rate(settled.weight_H, self._batch)
+        factor_H = clip_factor(square_sum_H, self._batch)
+        rate = rate_of(now, settled.weight_H, self._batch)
         for index, piece in enumerate(self._pieces):
             here = piece.place.matrices
             update_ENW, momentum = self._advance(
@@ -278,7 +287,7 @@ class MatrixPhases:
             )
             copy_to_(piece.rows, settled.rows[index])
         self._write_copies_()
-        copy_to_(self._columns(), settled.column_HM)
+        copy_to_(self._columns, settled.column_HM)
 
     def _square_sum(self, tallied: Tallied, totals: Terms) -> Tensor:
         """Squared norm (H,) of what is clipped, over all ranks."""
@@ -304,9 +313,9 @@ class MatrixPhases:
         if self._rule is None:
             return x.elements_ENW, None
         compressed = now.basis.compress(x, piece.place)
-        if self._cut_blocks is not None and "blocks" in tallied.sums:
+        if piece.edges and "blocks" in tallied.sums:
             whole_PSR = tallied.sums["blocks"][piece.members]
-            self._cut_blocks.fill_(compressed, whole_PSR, piece.tile, factor_E)
+            fill_(compressed, whole_PSR, piece.edges, factor_E)
         momentum = self._momentum(piece)
         return self._rule.advance(x, compressed, momentum, now.basis, piece.place)
 
@@ -347,26 +356,8 @@ class MatrixPhases:
         member.weight.copy_(written.view(member.weight.shape))
         self._pieces = []  # gives the copies' memory back
 
-    def _columns(self) -> list[Tensor]:
-        columns = self._batch.geometry.num_columns
-        return [member.local["column"].view(-1, columns) for member in self._batch.members]
-
     def _momentum(self, piece: Piece) -> Tensor:
         return joined(piece.momenta).to(self._batch.dtype)
-
-    def _summed(self, piece: Piece) -> slice:
-        """A piece's matrices among those that are summed."""
-        here, start = piece.place.matrices, self._batch.held.start
-        return slice(here.start + start, here.stop + start)
-
-    def _is_cut(self, piece: Piece) -> bool:
-        return piece.tile.columns != (0, self._batch.geometry.num_columns)
-
-    def _row_slots(self, piece: Piece) -> slice:
-        tile = piece.tile
-        line = tile.matrices[0] * self._batch.geometry.num_rows + tile.rows[0]
-        start = self._batch.cuts.row_slot(line)
-        return slice(start, start + tile.sizes[1])
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._batch.dtype, device=self._batch.device)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flora_dist.optim.basis import Place
 from flora_dist.optim.batch import Batch, Moment
+from flora_dist.optim.elements import Writer, clip_factor, copy_to_, joined, rate_of
 from flora_dist.optim.momentum_rules import rule_of
 from flora_dist.optim.part import Terms
 from flora_dist.optim.spec import VECTOR_EPS
-from flora_dist.optim.writer import Writer, copy_to_, joined
 from flora_dist.sketch.ops import Blocks
 
 
@@ -104,10 +104,10 @@ class VectorPhases:
         del totals
         batch, measured, sums = self._batch, tallied.measured, tallied.sums
         update_ENW, momentum_ENW = measured.x_ENW, measured.momentum_ENW
-        update_ENW.mul_(now.clip_factor(sums["update"], batch).view(-1, 1, 1))
+        update_ENW.mul_(clip_factor(sums["update"], batch).view(-1, 1, 1))
         if self._clips_input:
             update_ENW, momentum_ENW = self._advance(update_ENW, now)
-        writer, rate = Writer(batch=batch, now=now), now.rate(sums.get("weight"), batch)
+        writer, rate = Writer(batch=batch, now=now), rate_of(now, sums.get("weight"), batch)
         everyone = slice(0, len(batch.members))
         for tile in batch.members[0].tiles:  # none where the shard is empty, else one
             writer.step_weights_(self._weights, update_ENW, rate, members=everyone, tile=tile)

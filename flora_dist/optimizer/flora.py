@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from flora_dist.comm.groups import Peers, process_rank
-from flora_dist.optim.arithmetic import exact_products
 from flora_dist.optim.config import KNOBS, config_of
 from flora_dist.optim.gradient import Gradient
 from flora_dist.optim.part import Layout
@@ -34,6 +33,7 @@ from flora_dist.optimizer.report import Report
 from flora_dist.optimizer.roster import Roster
 from flora_dist.optimizer.slots import Slot
 from flora_dist.optimizer.stepping import run_step
+from flora_dist.sketch.ops import exact_products
 
 
 class Flora(torch.optim.Optimizer):

@@ -17,10 +17,10 @@ from torch import Tensor
 from flora_dist.comm.accumulator import Accumulator
 from flora_dist.comm.message import Message, Sender
 from flora_dist.comm.routes import Arrived, Parcel, Route, carry
-from flora_dist.optim.cut_blocks import CutBlocks
+from flora_dist.optim.basis import Sketches, draw_together
+from flora_dist.optim.cut_blocks import add_partial_, edges_of, fill_
 from flora_dist.optim.gradient import SketchedGradient
 from flora_dist.optim.part import Part, Reducer, Terms
-from flora_dist.optim.sketches import Sketches, draw_together
 from flora_dist.optim.spec import Geometry
 from flora_dist.optimizer.stand_in import stand_in_for, stands_in
 from flora_dist.tiles import Cuts, Tile
@@ -167,9 +167,9 @@ class Gradients:
             ]
             totals = Message(senders, reducer).sum(partial)
             for (flow, cuts), total in zip(cut, totals, strict=True):
-                blocks = CutBlocks(flow.geometry, cuts)
                 for tile, compressed_1NKR in _by_matrix(flow, mean[flow.part.name]):
-                    blocks.fill_(compressed_1NKR, total["blocks"], tile, None)
+                    edges = edges_of(tile, flow.geometry, cuts)
+                    fill_(compressed_1NKR, total["blocks"], edges, None)
 
     # ---- reading
 
@@ -258,7 +258,7 @@ def _cut_sketches(flow: Flow, cuts: Cuts, gradient: SketchedGradient) -> Terms:
     """What this rank has of each cut block's sketch."""
     slots_1SR = gradient.sketch_ERB.new_zeros(1, len(cuts.blocks), flow.accumulator.rank)
     for tile, compressed_1NKR in _by_matrix(flow, gradient):
-        CutBlocks(flow.geometry, cuts).add_partial_(slots_1SR, compressed_1NKR, tile)
+        add_partial_(slots_1SR, compressed_1NKR, edges_of(tile, flow.geometry, cuts))
     return {"blocks": slots_1SR}
 
 

@@ -12,22 +12,23 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from flora_dist.comm.message import Message, Sender, sum_terms
+from flora_dist.optim.basis import BatchSketches
 from flora_dist.optim.batch import Batch, Member, Phases, arithmetic_dtype
 from flora_dist.optim.gradient import Gradient, SketchedGradient
 from flora_dist.optim.matrix import MatrixPhases
 from flora_dist.optim.part import Reducer, Terms
-from flora_dist.optim.pieces import work_limit
-from flora_dist.optim.sketches import BatchSketches
 from flora_dist.optim.vector import VectorPhases
+from flora_dist.optim.views import work_limit
 
 # Torch cuts a sum that gives one number among threads from here on, and none that gives several:
 # what is longer stands alone, so that its bits do not depend on what else is stepped.
 LONGEST_SUM = 1 << 15
 # ZeRO steps each of its groups by itself; where gradients come and go, plans are made anew.
 MOST_PLANS = 64
-State = Mapping[str, Any]
-"""Of one parameter."""
+State = Mapping[Tensor, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,16 +57,13 @@ class Plan:
             message = None if reducer is None else Message(senders, reducer)
             self._messages.append((indices, message))
 
-    def is_current(self, states: Sequence[State]) -> bool:
-        """Whether weights, state and steps are still those that this was made for.
-
-        ``states``: of each parameter as it is now, in the order that was planned.
-        """
+    def is_current(self, state: State) -> bool:
+        """Whether weights, state and steps are still those that this was made for."""
         for entry in self.entries:
-            first = states[entry.places[0]]
-            for member, place in zip(entry.batch.members, entry.places, strict=True):
-                own = states[place]
-                if not member.is_current(own) or not _is_as_far(own, first):
+            first = entry.batch.members[0].state
+            for member in entry.batch.members:
+                own = member.layout.state_of(state.get(member.tensor, {}), member.part)
+                if own is not member.state or not _is_as_planned(member, first):
                     return False
         return True
 
@@ -83,8 +81,18 @@ class Plan:
         return totals
 
 
-def _is_as_far(state: State, other: State) -> bool:
-    return bool(state["step"] == other["step"] and state["window"] == other["window"])
+def _is_as_planned(member: Member, first: Mapping[str, Any]) -> bool:
+    """Whether a member is as far as the first of its batch, and its memory still its own."""
+    state = member.state
+    if state["step"] != first["step"] or state["window"] != first["window"]:
+        return False
+    for name, tensor in member.kept.items():
+        if state.get(name) is not tensor:
+            return False
+    for tensor, address in zip(member.local.values(), member.local_addresses, strict=True):
+        if tensor.data_ptr() != address:
+            return False
+    return member.part.address() == member.address
 
 
 class Plans:
@@ -93,10 +101,10 @@ class Plans:
     def __init__(self) -> None:
         self._kept: dict[Hashable, Plan] = {}
 
-    def find(self, key: Hashable, states: Sequence[State]) -> Plan | None:
+    def find(self, key: Hashable, state: State) -> Plan | None:
         """The plan that was kept, if it still holds."""
         plan = self._kept.get(key)
-        return plan if plan is not None and plan.is_current(states) else None
+        return plan if plan is not None and plan.is_current(state) else None
 
     def keep(self, key: Hashable, plan: Plan) -> None:
         """Keep a plan; the oldest goes where there are many."""
@@ -125,16 +133,8 @@ def _entry(
     indices: Sequence[int], members: Sequence[Member], gradients: Sequence[Gradient]
 ) -> Entry:
     own = tuple(members[index] for index in indices)
-    first, sketches = own[0], [member.sketches for member in own if member.sketches is not None]
-    batch = Batch(
-        members=own,
-        geometry=first.geometry,
-        config=first.config,
-        sign=-1.0 if first.group["maximize"] else 1.0,
-        dtype=arithmetic_dtype(first.weight.dtype),
-        device=first.weight.device,
-        sketches=BatchSketches(sketches) if sketches else None,
-    )
+    first = own[0]
+    batch = _batch(own)
     sender = Sender(
         kind=_kind(first),
         names=tuple(member.name for member in own),
@@ -147,6 +147,33 @@ def _entry(
         places=tuple(indices),
         sender=sender,
         has_gradients=gradients[indices[0]] is not None,
+    )
+
+
+def _batch(members: tuple[Member, ...]) -> Batch:
+    first = members[0]
+    size, splits = first.geometry, first.part.splits_matrices
+    sketches = [member.sketches for member in members if member.sketches is not None]
+    here = first.matrices[1] - first.matrices[0]
+    is_part = len(members) == 1 and splits
+    sources, offset = [], 0
+    for tile in first.tiles:
+        sources.append((offset, tile.sizes))
+        offset += tile.num_elements
+    return Batch(
+        members=members,
+        geometry=size,
+        config=first.config,
+        sign=-1.0 if first.group["maximize"] else 1.0,
+        dtype=arithmetic_dtype(first.weight.dtype),
+        device=first.weight.device,
+        sketches=BatchSketches(sketches) if sketches else None,
+        reducer=first.part.reducer,
+        sources=tuple(sources),
+        matrices_here=here,
+        matrices_summed=size.num_matrices if splits else here,
+        held=slice(*first.matrices) if is_part else slice(0, len(members) * here),
+        elements_per_matrix=size.num_rows * size.num_columns,
     )
 
 
@@ -173,7 +200,7 @@ def _here(member: Member, gradient: Gradient) -> Hashable:
     """What they have in common on this rank besides."""
     return (
         member.tiles,
-        member.part.matrices,
+        member.matrices,
         member.weight.device,
         isinstance(gradient, SketchedGradient),
         tuple((name, tuple(t.shape), t.dtype) for name, t in member.local.items()),
@@ -182,7 +209,7 @@ def _here(member: Member, gradient: Gradient) -> Hashable:
 
 def _may_stand_with_others(member: Member, gradient: Gradient) -> bool:
     size, tiles, part = member.geometry, member.tiles, member.part
-    first, last = part.matrices
+    first, last = member.matrices
     is_cut = bool(tiles) and tiles[0].columns != (0, size.num_columns) and not size.is_vector
     shares_cuts = member.cuts.peers is not None and len(member.cuts.rows) > 0
     longest = max((max(tile.sizes[1:]) for tile in tiles), default=0)

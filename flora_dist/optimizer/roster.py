@@ -78,13 +78,11 @@ class Roster:
 
     def planned(self, slots: Sequence[Slot], gradients: Sequence[Gradient], state: State) -> Plan:
         """The plan of a step of these slots, which have state; made anew where it does not hold."""
-        states = [slot.own_state(state[slot.tensor]) for slot in slots]
         # Slots live as long as the plans do, so their ids are not used again.
         key = tuple(map(id, slots)), tuple(map(type, gradients))
-        plan = self._plans.find(key, states)
+        plan = self._plans.find(key, state)
         if plan is None:
-            members = [slot.member(own) for slot, own in zip(slots, states, strict=True)]
-            plan = make_plan(members, gradients)
+            plan = make_plan([slot.member(state[slot.tensor]) for slot in slots], gradients)
             self._plans.keep(key, plan)
         return plan
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flora_dist.optim.basis import Sketches
 from flora_dist.optim.batch import Member, arithmetic_dtype
 from flora_dist.optim.config import FloraConfig
 from flora_dist.optim.part import Layout, Part
-from flora_dist.optim.sketches import Sketches
 from flora_dist.optim.spec import (
     FORMAT_VERSION,
     LEVELS,
@@ -149,19 +149,23 @@ class Slot:
         """The parameter's coming step, counted from 1."""
         return int(self.own_state(state).get("step", 0)) + 1
 
-    def member(self, own: dict[str, Any]) -> Member:
-        """The parameter as a step sees it; ``own`` is its state."""
-        part = self.part
+    def member(self, state: dict[str, Any]) -> Member:
+        """The parameter, which has state, as a step sees it."""
+        part, own = self.part, self.own_state(state)
         kept = {entry.name: own[entry.name] for entry in self._entries}
         local = {name: part.local(tensor) for name, tensor in kept.items()}
         return Member(
+            name=self.name,
+            tensor=self.tensor,
             part=part,
+            layout=self._layout,
             geometry=self._geometry,
             config=self.config,
             group=self.group,
             name_key=self._name_key,
             sketches=self._sketches,
             tiles=part.tiles,
+            matrices=part.matrices,
             cuts=self._cuts,
             state=own,
             kept=kept,

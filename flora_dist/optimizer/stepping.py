@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flora_dist.comm.groups import any_process
-from flora_dist.optim.batch import Moment, count_step, moment_of
+from flora_dist.optim.basis import Basis, DenseBasis
+from flora_dist.optim.batch import Batch, Moment
 from flora_dist.optim.gradient import Gradient
 from flora_dist.optim.part import Terms
 from flora_dist.optimizer.plan import Plan
@@ -27,8 +28,7 @@ def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state
     step of rate 0 on zeros does not count.
     """
     moments = [
-        moment_of(entry.batch, [gradients[place] for place in entry.places])
-        for entry in plan.entries
+        _moment(entry.batch, [gradients[place] for place in entry.places]) for entry in plan.entries
     ]
     pairs = list(zip(plan.entries, moments, strict=True))
     measured = [entry.phases.measure(now) for entry, now in pairs]
@@ -66,7 +66,46 @@ def _apply(
     for (each, now), stage, total in zip(steps, tallied, totals, strict=True):
         each.finish(now, stage, total)
     for entry, now in zip(plan.entries, moments, strict=True):
-        count_step(entry.batch, now)
+        for member in entry.batch.members:
+            member.state["step"], member.state["window"] = now.step, now.window
+
+
+def _moment(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
+    """A batch at its coming step."""
+    first, config = batch.members[0], batch.config
+    step, old_window = int(first.state["step"]) + 1, int(first.state["window"])
+    window = step // config.kappa
+    basis: Basis = DenseBasis()
+    if batch.sketches is not None:
+        basis = batch.sketches.change(old_window, window, dtype=batch.dtype, device=batch.device)
+    return Moment(
+        gradients=gradients,
+        is_missing=gradients[0] is None,
+        lr=_number(first.group["lr"]),
+        weight_decay=_number(first.group["weight_decay"]),
+        step=step,
+        window=window,
+        beta2=beta2_at(step, config.beta2),
+        basis=basis,
+    )
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def beta2_at(step: int, beta2: float | None) -> float:
+    """Decay of the second moment at the ``step``-th real step, counted from 1.
+
+    None: 1 - t^-0.8 (Adafactor, arXiv 1804.04235, section 7.2). A constant: Adam's bias
+    correction written as a moving rate, beta2 (1 - beta2^(t-1)) / (1 - beta2^t).
+
+    >>> beta2_at(1, None), beta2_at(1, 0.99)
+    (0.0, 0.0)
+    """
+    if beta2 is None:
+        return float(1.0 - step**-0.8)
+    return beta2 * (1.0 - beta2 ** (step - 1)) / (1.0 - beta2**step)
 
 
 def _kept(values: Sequence[Any], absent: set[int]) -> list[Any]:

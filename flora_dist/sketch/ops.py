@@ -13,7 +13,10 @@ All products are `bmm` over (E, N K, .): no batch dimension is broadcast, so A i
 with E = 1 it is as fast as `mm`. A^T stays a transposed view: a copy of it was half as fast on CPU.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,3 +166,26 @@ def _whole_blocks(x_ENM: Tensor, block: int, first_column: int) -> Tensor:
     padded[..., before : before + width] = x_ENM
     padded[..., before + width :] = 0
     return padded
+
+
+@contextmanager
+def exact_products(device_types: Iterable[str]) -> Iterator[None]:
+    """Switch autocast, TF32 and bf16 products off; restore them after.
+
+    Column sums and sketches are matrix products. Autocast would take them in bf16, and
+    ``torch.set_float32_matmul_precision("high")`` in TF32: 1e-3 off, without a word.
+    """
+    cpu: Any = torch.backends.mkldnn  # torch's stubs do not know its attributes
+    backends = (torch.backends.cuda.matmul, cpu.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    with ExitStack() as stack:
+        for device_type in sorted(set(device_types)):
+            if torch.amp.is_autocast_available(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flora_dist.comm import routes
 from flora_dist.comm.accumulator import Accumulator
-from flora_dist.optim.sketches import Sketches
+from flora_dist.optim.basis import Sketches
 from flora_dist.optimizer import flora, gradients, norms
 from flora_dist.sketch.keys import Purpose
 

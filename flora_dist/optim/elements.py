@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a step: W <- (1 - lr wd) W - rate U, and the new momentum, in whatever dtype.
+"""Where a step meets memory: it reads gradients, and writes weights and momentum of any dtype.
 
-Low precision is rounded stochastically. Shape suffixes: E matrices, N rows, W columns.
+    W <- (1 - lr wd) W - rate U
+
+Low precision is rounded stochastically. Shape suffixes: E matrices, H matrices of a batch that are
+here, N rows, W columns, K blocks, B block, R rank of the sketch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +17,77 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.batch import Batch, Moment
+from flora_dist.optim.gradient import SketchedGradient
+from flora_dist.optim.pieces import Piece
+from flora_dist.sketch import ops
 from flora_dist.sketch.keys import Purpose, derive_key
 from flora_dist.sketch.philox import grid16
 from flora_dist.sketch.rounding import round_stochastic
 from flora_dist.tiles import Interval, Tile
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Floor of RMS(weight) under scale_parameter (Adafactor, arXiv 1804.04235, section 8).
+SMALLEST_SCALE = 1e-3
+
+
+def read_gradient(batch: Batch, now: Moment, piece: Piece) -> Tensor:
+    """The gradient of a piece (E, N, W), contiguous, in the arithmetic's dtype, times the sign.
+
+    It may share the gradient's memory: nothing in it may be changed.
+    """
+    found = now.gradients[piece.members]
+    dense = [each for each in found if isinstance(each, Tensor)]
+    sketched = [each for each in found if isinstance(each, SketchedGradient)]
+    if sketched:
+        elements_ENW = _expand(sketched, piece)
+    elif not dense:
+        elements_ENW = torch.zeros(piece.sizes, dtype=batch.dtype, device=batch.device)
+    elif len(dense) > 1:
+        elements_ENW = torch.stack(dense).view(piece.sizes)
+    else:
+        elements_ENW = _window(batch, dense[0], piece)
+    elements_ENW = elements_ENW.to(batch.dtype).contiguous()
+    return elements_ENW if batch.sign > 0 else -elements_ENW
+
+
+def _window(batch: Batch, gradient: Tensor, piece: Piece) -> Tensor:
+    """A piece's rows of a whole gradient, which has the layout of the weight."""
+    offset, sizes = batch.sources[piece.source]
+    if len(batch.sources) > 1:  # tiles follow each other in a flat tensor
+        gradient = gradient.reshape(-1)[offset : offset + math.prod(sizes)]
+    return gradient.reshape(sizes)[piece.window]
+
+
+def _expand(found: Sequence[SketchedGradient], piece: Piece) -> Tensor:
+    # G' = C A
+    first, last = piece.tile.matrices
+    compressed = [each.tiles[piece.source][piece.window] for each in found]
+    sketches = [
+        each.sketch_ERB[first - each.first_matrix : last - each.first_matrix] for each in found
+    ]
+    return ops.expand(
+        joined(compressed),
+        joined(sketches),
+        num_columns=piece.sizes[2],
+        first_column=piece.tile.columns[0],
+    )
+
+
+def clip_factor(square_sum_H: Tensor, batch: Batch) -> Tensor:
+    """1 / max(1, RMS / clip) of each matrix (H,), without a copy to the host."""
+    if batch.config.clip is None:
+        return torch.ones_like(square_sum_H)
+    # Sums over shards can round a true zero to just below it.
+    rms_H = (square_sum_H.clamp(min=0) / batch.elements_per_matrix).sqrt()
+    return 1 / (rms_H / batch.config.clip).clamp(min=1)
+
+
+def rate_of(now: Moment, weight_square_sum_H: Tensor | None, batch: Batch) -> float | Tensor:
+    """The step size: lr, under scale_parameter times max(1e-3, RMS(weight)) of each matrix (H,)."""
+    if weight_square_sum_H is None:
+        return now.lr
+    rms_H = (weight_square_sum_H / batch.elements_per_matrix).sqrt()
+    return now.lr * rms_H.clamp(min=SMALLEST_SCALE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
