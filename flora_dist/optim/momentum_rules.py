@@ -8,6 +8,7 @@ Shape suffixes: E matrices, N rows, W columns of the piece.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -133,19 +134,37 @@ def advanced(
     return (1 - beta) * compressed + beta * basis.move(momentum, place)
 
 
-def rule_of(config: FloraConfig, geometry: Geometry) -> Rule | None:
-    """The rule of a group's parameters; None: no momentum, U = X with X clipped.
+def _none(config: FloraConfig, geometry: Geometry) -> None:
+    """No momentum: U = X, and X is what is clipped."""
+    del config, geometry
 
-    Dense momentum changes no basis, so there ``flora_strict`` is ``flora`` and needs one message.
-    """
+
+def _blend(config: FloraConfig, geometry: Geometry) -> Rule:
     rank = geometry.rank
-    match config.momentum:
-        case "none":
-            return None
-        case "blend":
-            gain = 1.0 if rank is None else config.gain_at(geometry.block / rank)
-            return BlendRule(beta=config.beta1, gain=gain)
-        case "flora_strict" if rank is not None:
-            return FloraStrictRule(beta=config.beta1)
-        case _:
-            return FloraRule(beta=config.beta1)
+    gain = 1.0 if rank is None else config.gain_at(geometry.block / rank)
+    return BlendRule(beta=config.beta1, gain=gain)
+
+
+def _flora(config: FloraConfig, geometry: Geometry) -> Rule:
+    del geometry
+    return FloraRule(beta=config.beta1)
+
+
+def _flora_strict(config: FloraConfig, geometry: Geometry) -> Rule:
+    # Dense momentum changes no basis: there it is ``flora``, and needs one message.
+    made = FloraRule if geometry.rank is None else FloraStrictRule
+    return made(beta=config.beta1)
+
+
+RULES: dict[str, Callable[[FloraConfig, Geometry], Rule | None]] = {
+    "flora": _flora,
+    "flora_strict": _flora_strict,
+    "blend": _blend,
+    "none": _none,
+}
+"""By the names of ``settings.MOMENTA``; None: no momentum."""
+
+
+def rule_of(config: FloraConfig, geometry: Geometry) -> Rule | None:
+    """The rule of a group's parameters; None: no momentum, U = X with X clipped."""
+    return RULES[config.momentum](config, geometry)
