@@ -105,7 +105,7 @@ def gather(optimizer: Flora, others: Iterable[Held] = ()) -> Contents:
 
 def check_between_steps(optimizer: Flora) -> None:
     """Refuse to save or load between the micro-batches of a step."""
-    if optimizer.gradients is not None and optimizer.gradients.is_open:
+    if optimizer.gradients.is_open:
         raise ValueError(
             "a checkpoint must be taken between steps; sketches of gradients have come in since "
             "the last one, and their sums are not saved. Call it after optimizer.step(), or drop "

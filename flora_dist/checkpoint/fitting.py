@@ -64,8 +64,7 @@ class FittedFlora:
                     group[name] = value
         self.optimizer.state.clear()
         self.optimizer.state.update(self.states)
-        if self.optimizer.gradients is not None:
-            self.optimizer.gradients.forget()
+        self.optimizer.gradients.forget()
 
 
 def fit(manifest: Manifest, optimizer: Flora, others: Iterable[Held]) -> FittedFlora:

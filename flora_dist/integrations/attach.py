@@ -31,6 +31,7 @@ from flora_dist.optimizer.consistency import check
 from flora_dist.optimizer.flora import Flora
 from flora_dist.optimizer.gradients import Flow, Gradients
 from flora_dist.optimizer.slots import Slot
+from flora_dist.optimizer.source import DenseGradients
 from flora_dist.optimizer.stand_in import stands_in
 
 _attached: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
@@ -232,7 +233,7 @@ class Handle:
         """
         optimizer = self._optimizer()
         if optimizer is not None and _attached.get(optimizer) is self:
-            optimizer.attach_gradients(None)
+            optimizer.attach_gradients(DenseGradients())
             del _attached[optimizer]
         self.gradients.forget()
         for hook in self._hooks:

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from flora_dist.optim.config import check_group_keys, check_settings
-from flora_dist.optim.gradient import Gradient
 from flora_dist.optim.spec import geometry_of
 from flora_dist.optimizer import naming
-from flora_dist.optimizer.gradients import Gradients
 from flora_dist.optimizer.slots import Group, Slot, check_compressed, check_level
-from flora_dist.optimizer.stand_in import stands_in
 from flora_dist.sketch.matrices import smallest_stable_kappa
 
 # Keys that torch itself and its schedulers write into groups.
@@ -54,55 +51,11 @@ def takes_part(slot: Slot) -> bool:
     return slot.part.trains
 
 
-def check_gradient(slot: Slot, sketched: Gradients | None) -> None:
-    """Refuse a gradient that cannot be stepped, before there is state."""
-    gradient = slot.tensor.grad
-    if sketched is not None and slot.part.name in sketched.flows:
-        has_gradient = sketched.flows[slot.part.name].visible is not None and gradient is not None
-        if has_gradient and not stands_in(gradient) and not asks_for_state(slot, sketched):
-            raise RuntimeError(
-                f"with gradients={sketched.level!r} no full gradient may be left in .grad; that of "
-                f"{slot.part.name!r} is there: its hook did not fire, or something wrote it. Call "
-                "attach() on the model that is trained, after sharding, and write no .grad."
-            )
-        return
-    if gradient is not None and gradient.layout != torch.strided:
-        raise ValueError(
-            f"gradients must be dense; that of {slot.part.name!r} is {gradient.layout}. Build the "
-            "module with sparse=False."
-        )
-    slot.part.gradient()  # refuses what its layout cannot read
-
-
 def check_levels(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Refuse to step state of dense gradients with sketched ones, and the reverse."""
     for slot in slots:
         if slot.has_state(state.get(slot.tensor, {})):
             check_level(slot, slot.own_state(state[slot.tensor]))
-
-
-def asks_for_state(slot: Slot, sketched: Gradients) -> bool:
-    """Whether a zero gradient at rate 0 was written where sketches belong, before any step.
-
-    torch.distributed.checkpoint asks for state so. Looks at the device at a rate of 0 only.
-    """
-    flow, gradient = sketched.flows.get(slot.part.name), slot.tensor.grad
-    if flow is None or flow.visible is None or gradient is None or stands_in(gradient):
-        return False
-    return slot.group["lr"] == 0 and not bool(gradient.any())
-
-
-def read_gradients(slots: Sequence[Slot], sketched: Gradients | None) -> list[Gradient]:
-    """Each slot's gradient, averaged over the ranks if it is sketched."""
-    if sketched is None or any(asks_for_state(slot, sketched) for slot in slots):
-        return [slot.part.gradient() for slot in slots]
-    sketched.reduce()
-    return [
-        sketched.mean_of(slot.part.name)
-        if slot.part.name in sketched.flows
-        else slot.part.gradient()
-        for slot in slots
-    ]
 
 
 def check_keys(group: Group, defaults: Group) -> None:

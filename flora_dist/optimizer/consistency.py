@@ -39,9 +39,9 @@ from flora_dist.optimizer.fingerprints import (
     fingerprints,
     numbers_of,
 )
-from flora_dist.optimizer.gradients import Gradients
 from flora_dist.optimizer.roster import Roster
 from flora_dist.optimizer.slots import Group, Slot
+from flora_dist.optimizer.source import GradientSource
 
 FIELDS = ("names", "seed", "settings", "level", "steps")
 """What is compared besides statistics, in the order of cause and effect."""
@@ -71,8 +71,8 @@ class Compared(Protocol):
         """What the groups hold at a step."""
 
     @property
-    def gradients(self) -> Gradients | None:
-        """Those that are kept as sketches."""
+    def gradients(self) -> GradientSource:
+        """Where a step takes its gradients from."""
 
 
 class Rhythm:
@@ -191,12 +191,9 @@ def _settings_of(group: Group) -> dict[str, Any]:
 
 
 def _level_of(optimizer: Compared) -> Field:
-    gradients = optimizer.gradients
-    whole: Mapping[str, Any] = {"gradients": optimizer.roster.level}
-    if gradients is None:
-        return {"": whole}
-    ranks = {name: {"gradient_rank": f.geometry.rank} for name, f in gradients.flows.items()}
-    return {"": {**whole, "wire_dtype": str(gradients.wire_dtype)}, **ranks}
+    settings = optimizer.gradients.settings()
+    whole = {"gradients": optimizer.roster.level, **settings.get("", {})}
+    return {**settings, "": whole}
 
 
 def _digest(field: Field) -> int:

@@ -19,19 +19,17 @@ from flora_dist.optim.part import Layout
 from flora_dist.optim.spec import LEVELS
 from flora_dist.optimizer import consistency, loading, naming
 from flora_dist.optimizer.checks import (
-    check_gradient,
     check_group,
     check_keys,
     check_levels,
     check_not_captured,
-    read_gradients,
     takes_part,
 )
-from flora_dist.optimizer.gradients import Gradients
 from flora_dist.optimizer.norms import clip_factor, global_norm, scale_
 from flora_dist.optimizer.report import Report
 from flora_dist.optimizer.roster import Roster
 from flora_dist.optimizer.slots import Slot
+from flora_dist.optimizer.source import DenseGradients, GradientSource
 from flora_dist.optimizer.stepping import run_step
 from flora_dist.sketch.ops import exact_products
 
@@ -128,7 +126,7 @@ class Flora(torch.optim.Optimizer):
         self._rhythm = consistency.Rhythm(check_every)
         self._roster = Roster()
         self._announced = False
-        self._gradients: Gradients | None = None
+        self._source: GradientSource = DenseGradients()
         super().__init__(naming.as_groups(params), defaults)
 
     @classmethod
@@ -200,11 +198,11 @@ class Flora(torch.optim.Optimizer):
                 self._create_state(slots)
                 self.announce()
                 slots.sort(key=attrgetter("name"))
-                gradients = read_gradients(slots, self._gradients)
+                gradients = self._source.read(slots)
                 plan = self._roster.planned(slots, gradients, self.state)
                 run_step(plan, gradients, may_only_create_state=alone)
-            if self._gradients is not None and alone:
-                self._gradients.forget()
+            if alone:
+                self._source.forget()
             self._rhythm.count(self, slots)
         return loss
 
@@ -254,27 +252,29 @@ class Flora(torch.optim.Optimizer):
         scale_(gradients, clip_factor(norm, max_norm))
         return norm
 
-    def attach_gradients(self, gradients: Gradients | None) -> None:
-        """Let an integration take gradients in as sketches; None: dense from here on.
+    def attach_gradients(self, source: GradientSource) -> None:
+        """Let an integration say where gradients come from.
 
         Raises:
             ValueError: there is state already, made by the other algorithm; nothing has changed.
         """
-        before = self._gradients, self._roster.level
-        self._gradients = gradients
-        self._roster.set_level(LEVELS[0] if gradients is None else gradients.level)
+        before = self._source
+        self._use(source)
         try:
-            if gradients is not None:
+            if source.level != LEVELS[0]:
                 check_levels(self.slots(), self.state)
         except ValueError:
-            self._gradients = before[0]
-            self._roster.set_level(before[1])
+            self._use(before)
             raise
 
+    def _use(self, source: GradientSource) -> None:
+        self._source = source
+        self._roster.set_level(source.level)
+
     @property
-    def gradients(self) -> Gradients | None:
-        """What takes gradients in as sketches; None: they are dense."""
-        return self._gradients
+    def gradients(self) -> GradientSource:
+        """Where a step takes its gradients from."""
+        return self._source
 
     @property
     def roster(self) -> Roster:
@@ -313,7 +313,7 @@ class Flora(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_roster" not in self.__dict__:  # unpickled or deep-copied
             self._roster = Roster()
-            self._gradients = None
+            self._source = DenseGradients()
             self._announced = True
             for group in self.param_groups:
                 self._roster.enter(group["params"])
@@ -330,7 +330,7 @@ class Flora(torch.optim.Optimizer):
         """Those that take part in a step, in the order of groups; their gradients are sound."""
         slots = [s for s in self._roster.present(self.param_groups, self.state) if takes_part(s)]
         for slot in slots:
-            check_gradient(slot, self._gradients)
+            self._source.check(slot)
         return slots
 
     def _current_gradients(self) -> tuple[list[Slot], list[Gradient]]:
@@ -340,7 +340,7 @@ class Flora(torch.optim.Optimizer):
                 'engine.get_global_grad_norm(), or set "gradient_clipping" in the config.'
             )
         slots = sorted(self._present_slots(), key=attrgetter("name"))
-        return slots, read_gradients(slots, self._gradients)
+        return slots, self._source.read(slots)
 
     def announce(self) -> None:
         """Print the report's summary once, on process 0; the first step does if nobody has."""

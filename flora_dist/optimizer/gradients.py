@@ -8,8 +8,9 @@ Integrations say where gradients arrive and over which ranks they are averaged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from flora_dist.comm.message import Message, Sender
 from flora_dist.comm.routes import Arrived, Parcel, Route, carry
 from flora_dist.optim.basis import Sketches, draw_together
 from flora_dist.optim.cut_blocks import add_partial_, edges_of, fill_
-from flora_dist.optim.gradient import SketchedGradient
+from flora_dist.optim.gradient import Gradient, SketchedGradient
 from flora_dist.optim.part import Part, Reducer, Terms
 from flora_dist.optim.spec import Geometry
+from flora_dist.optimizer.slots import Slot
+from flora_dist.optimizer.source import DenseGradients
 from flora_dist.optimizer.stand_in import stand_in_for, stands_in
 from flora_dist.tiles import Cuts, Tile
 
@@ -65,6 +68,7 @@ class Gradients:
         """
         self.level, self.wire_dtype, self._check = level, wire_dtype, check
         self.flows = {flow.part.name: flow for flow in sorted(flows, key=lambda f: f.part.name)}
+        self._dense = DenseGradients()  # of parameters that are not sketched
         self._mean: dict[str, SketchedGradient] | None = None
         self._forgetting: list[Callable[[], None]] = []
 
@@ -185,6 +189,49 @@ class Gradients:
             for compressed_ENKR in gradient.tiles:
                 here = factor.to(compressed_ENKR.device) if isinstance(factor, Tensor) else factor
                 compressed_ENKR.mul_(here)
+
+    def check(self, slot: Slot) -> None:
+        """Refuse a full gradient where sketches belong.
+
+        Raises:
+            RuntimeError: naming the parameter.
+        """
+        flow, gradient = self.flows.get(slot.name), slot.tensor.grad
+        if flow is None:
+            self._dense.check(slot)
+        elif flow.visible is None or gradient is None or stands_in(gradient):
+            return
+        elif not self._asks_for_state(slot):
+            raise RuntimeError(
+                f"with gradients={self.level!r} no full gradient may be left in .grad; that of "
+                f"{slot.name!r} is there: its hook did not fire, or something wrote it. Call "
+                "attach() on the model that is trained, after sharding, and write no .grad."
+            )
+
+    def _asks_for_state(self, slot: Slot) -> bool:
+        """Whether a zero gradient at rate 0 was written where sketches belong, before any step.
+
+        torch.distributed.checkpoint asks for state so. Looks at the device at a rate of 0 only.
+        """
+        flow, gradient = self.flows.get(slot.name), slot.tensor.grad
+        if flow is None or flow.visible is None or gradient is None or stands_in(gradient):
+            return False
+        return slot.group["lr"] == 0 and not bool(gradient.any())
+
+    def read(self, slots: Sequence[Slot]) -> list[Gradient]:
+        """Each slot's gradient, averaged over the ranks if it is sketched."""
+        if any(map(self._asks_for_state, slots)):
+            return self._dense.read(slots)
+        self.reduce()
+        return [
+            self.mean_of(slot.name) if slot.name in self.flows else slot.part.gradient()
+            for slot in slots
+        ]
+
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """What travels, and the rank of each parameter's sketches."""
+        ranks = {name: {"gradient_rank": f.geometry.rank} for name, f in self.flows.items()}
+        return {"": {"wire_dtype": str(self.wire_dtype)}, **ranks}
 
     # ---- forgetting
 

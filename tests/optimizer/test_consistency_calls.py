@@ -298,8 +298,8 @@ def _attached(change: str) -> tuple[str, bool]:
     try:
         flora_dist.attach(model, optimizer, level, **more)
     except ValueError as error:
-        return str(error), optimizer.gradients is None and optimizer.roster.level == "dense"
-    return "", optimizer.gradients is None
+        return str(error), optimizer.gradients.level == optimizer.roster.level == "dense"
+    return "", optimizer.gradients.level == "dense"
 
 
 @pytest.mark.parametrize(
