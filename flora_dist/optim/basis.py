@@ -58,8 +58,10 @@ class Basis(Protocol):
     def mix_(self, x: ops.Blocks, momentum: Tensor, place: Place, *, beta: float) -> None:
         """X <- (1-b) X + b M A_old."""
 
-    def correct_(self, x: ops.Blocks, correction: Tensor, place: Place, *, gain: float) -> None:
-        """X <- X + gain (rank/block) D A_new; overwrites D where dense."""
+    def correct_(
+        self, x: ops.Blocks, new: Tensor, compressed: Tensor, place: Place, *, gain: float
+    ) -> Tensor:
+        """X + gain (rank/block) (M - c) A_new, in the memory of X; M itself where that is equal."""
 
     def move(self, momentum: Tensor, place: Place) -> Tensor:
         """M in the new window: s M A_old A_new^T where the window changed, M where not."""
@@ -100,9 +102,12 @@ class SketchedBasis:
         sketch_ERB = self.old_ERB[place.matrices]
         ops.add_expanded_(x, momentum, sketch_ERB, keep=1 - beta, factor=beta)
 
-    def correct_(self, x: ops.Blocks, correction: Tensor, place: Place, *, gain: float) -> None:
+    def correct_(
+        self, x: ops.Blocks, new: Tensor, compressed: Tensor, place: Place, *, gain: float
+    ) -> Tensor:
         sketch_ERB = self.new_ERB[place.matrices]
-        ops.add_expanded_(x, correction, sketch_ERB, keep=1.0, factor=gain * self.gain)
+        ops.add_expanded_(x, new - compressed, sketch_ERB, keep=1.0, factor=gain * self.gain)
+        return x.elements_ENW
 
     def move(self, momentum: Tensor, place: Place) -> Tensor:
         if self.scale is None:
@@ -139,9 +144,12 @@ class DenseBasis:
         del place
         x.elements_ENW.mul_(1 - beta).add_(momentum, alpha=beta)
 
-    def correct_(self, x: ops.Blocks, correction: Tensor, place: Place, *, gain: float) -> None:
+    def correct_(
+        self, x: ops.Blocks, new: Tensor, compressed: Tensor, place: Place, *, gain: float
+    ) -> Tensor:
         del place
-        x.elements_ENW.add_(correction, alpha=gain)
+        # Here c is X: with a gain of 1 the sum is M, but for what rounding would add.
+        return new if gain == 1.0 else x.elements_ENW.add(new - compressed, alpha=gain)
 
     def move(self, momentum: Tensor, place: Place) -> Tensor:
         del place

@@ -47,7 +47,7 @@ class Rule(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """U and the new M, from X, its sketch in the new window, and the stored M.
 
-        U may take the memory of X; M is new, or the sketch that was given.
+        U may take the memory of X, or be M.
         """
 
     def square_sum(self, squares: Squares) -> Tensor:
@@ -120,8 +120,7 @@ class BlendRule:
         # M <- b move(M) + (1-b) c
         new = advanced(momentum, compressed, basis, place, beta=self.beta)
         # U = X + gain (rank/block) (M - c) A_new
-        basis.correct_(x, new - compressed, place, gain=self.gain)
-        return x.elements_ENW, new
+        return basis.correct_(x, new, compressed, place, gain=self.gain), new
 
     def square_sum(self, squares: Squares) -> Tensor:
         return squares.x2

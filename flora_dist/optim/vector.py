@@ -110,10 +110,10 @@ class VectorPhases:
         writer, rate = Writer(batch=batch, now=now), rate_of(now, sums.get("weight"), batch)
         everyone = slice(0, len(batch.members))
         for tile in batch.members[0].tiles:  # none where the shard is empty, else one
+            if momentum_ENW is not None:  # first: it may be the update, which is overwritten
+                writer.write_momentum_(self._momenta, momentum_ENW, members=everyone, tile=tile)
             writer.step_weights_(self._weights, update_ENW, rate, members=everyone, tile=tile)
             copy_to_(self._seconds, measured.second_ENW)
-            if momentum_ENW is not None:
-                writer.write_momentum_(self._momenta, momentum_ENW, members=everyone, tile=tile)
 
     def _advance(self, x_ENW: Tensor, now: Moment) -> tuple[Tensor, Tensor | None]:
         if self._rule is None:

@@ -31,8 +31,7 @@ class NesterovRule:
         self, x: Any, compressed: Tensor, momentum: Tensor, basis: Any, place: Any
     ) -> tuple[Tensor, Tensor]:
         new = momentum_rules.advanced(momentum, compressed, basis, place, beta=self.beta)
-        basis.correct_(x, new - compressed, place, gain=self.beta)
-        return x.elements_ENW, new
+        return basis.correct_(x, new, compressed, place, gain=self.beta), new
 
     def square_sum(self, squares: Squares) -> Tensor:
         return squares.x2
