@@ -7,6 +7,7 @@ torch 2.13.0; ``attach`` proves on every model that the map built from them stil
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,14 @@ from flora_dist.optimizer.roster import is_marked_by_fsdp1
 from flora_dist.sketch.keys import canonical_name
 
 _TESTED = "2.13.0"
+_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+_FORMS = {
+    ("torch.distributed.checkpoint.state_dict", "_get_optim_state_dict"),
+    (_FSDP1, "optim_state_dict"),
+    (_FSDP1, "full_optim_state_dict"),
+    (_FSDP1, "sharded_optim_state_dict"),
+}
+"""What asks an optimizer for its state to lay it out as FSDP1 does."""
 Walk = Mapping[nn.Module, tuple[int, str]]
 """Place and name of each module in the model, as its walk first meets them."""
 _attached: WeakKeyDictionary[Flora, WeakSet[nn.Module]] = WeakKeyDictionary()
@@ -78,7 +87,28 @@ def attach(model: nn.Module, optimizer: Flora) -> None:
     for layout in _layouts(units):
         optimizer.attach_layout(layout)
     optimizer.check_consistency(_peers(modules[0]))
+    if partitions and not known:
+        optimizer.register_state_dict_pre_hook(_refuse_fsdp1s_form)
     known.update(fresh)
+
+
+def _refuse_fsdp1s_form(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse ``state_dict()`` where FSDP1 asks for it, which would fail deep inside.
+
+    It takes every state tensor for elements of its parameter, to lay them out as it does weights.
+    """
+    del optimizer
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        place = (frame.f_globals.get("__name__"), frame.f_code.co_name)
+        if place in _FORMS:
+            raise ValueError(
+                "under FSDP1 torch takes an optimizer's state for elements of its parameters; "
+                f"Flora's are sketches and means, so {place[1]}() of {place[0]} cannot gather it. "
+                "Use flora_dist.checkpoint.save and load, or keep each rank's own "
+                "optimizer.state_dict()."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

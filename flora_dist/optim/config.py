@@ -62,7 +62,8 @@ class FloraConfig:
     stochastic_rounding: bool = True
     """Round low-precision weights and momentum stochastically, from our own random bits."""
     skip_nonfinite: bool = False
-    """Skip a step whose gradients hold NaN or inf; costs one device-to-host copy per step."""
+    """Skip a step whose gradients, or their squares (above 1.8e19 in float32), hold NaN or inf;
+    costs one device-to-host copy per step."""
     strict: bool = False
     """Raise where a matrix expected to be compressed would be dense."""
     seed: int = 0
@@ -140,6 +141,32 @@ LONGEST_TYPO = 2
 """Letters that a mistyped setting may have too many or too few."""
 KNOBS = tuple(field.name for field in fields(FloraConfig))
 """Names of a group's settings, in order."""
+
+
+RATES: Mapping[str, Any] = {"weight_decay": 0.0, "maximize": False}
+"""Settings beside the knobs, with their defaults; ``lr`` has none that a saved run may go on with.
+"""
+BEFORE: Mapping[str, Any] = {}
+"""What states were made with before a setting existed, for each that was added after format v1
+with another default: name -> how it was."""
+_ONLY_OURS = ("rank", "sketch", "seed")
+"""Settings that states of format v1 have always had, and other optimizers' have not."""
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of a saved group, with what was no setting yet when it was saved.
+
+    None: they are another optimizer's.
+
+    >>> completed({"rank": 8, "sketch": "hadamard", "seed": 0, "lr": 1e-3})["kappa"]
+    1000
+    >>> completed({"lr": 1e-3, "betas": (0.9, 0.999)}) is None
+    True
+    """
+    if not {*_ONLY_OURS, "lr"} <= set(saved):
+        return None
+    then = {**{field.name: field.default for field in fields(FloraConfig)}, **RATES, **BEFORE}
+    return {**saved, **{name: value for name, value in then.items() if name not in saved}}
 
 
 def config_of(group: Mapping[str, Any]) -> FloraConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.optim.config import KNOBS, config_of
+from flora_dist.optim.config import completed, config_of
 from flora_dist.optimizer.naming import names_of
 from flora_dist.optimizer.slots import Slot, check_level
 
@@ -32,6 +32,7 @@ def beside_torch(
 
     def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
         # After the user's own hooks.
+        final = {**final, "param_groups": [_completed(g) for g in final["param_groups"]]}
         check_groups(final["param_groups"], optimizer.param_groups)
         states.extend(saved_states(final, optimizer.param_groups))
         check_states(states, fresh_slots(optimizer.param_groups))
@@ -52,6 +53,18 @@ def beside_torch(
             hook.remove()
 
 
+def _completed(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with the settings that are younger than it."""
+    settings = completed(group)
+    if settings is None:
+        raise ValueError(
+            "a group's state must hold Flora's settings, at least 'rank', 'sketch', 'seed' and "
+            f"'lr'; this one has {sorted(set(group) - {'params', 'param_names'})}. It was saved by "
+            "another optimizer: load what a Flora saved."
+        )
+    return settings
+
+
 def check_groups(saved: Groups, current: Groups) -> None:
     """Refuse groups of another model, order or seed."""
     sizes, wanted = [[len(g["params"]) for g in groups] for groups in (saved, current)]
@@ -61,14 +74,6 @@ def check_groups(saved: Groups, current: Groups) -> None:
             "the optimizer over the parameters and groups of the run that saved it."
         )
     for index, (theirs, ours) in enumerate(zip(saved, current, strict=True)):
-        missing = [
-            knob for knob in (*KNOBS, "lr", "weight_decay", "maximize") if knob not in theirs
-        ]
-        if missing:
-            raise ValueError(
-                f"the state of group {index} must hold Flora's settings; {missing[0]!r} is "
-                "missing. It was saved by another optimizer."
-            )
         if theirs["seed"] != ours["seed"]:
             raise ValueError(
                 f"the state must have the optimizer's seed; group {index} was saved with seed="

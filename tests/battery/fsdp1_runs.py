@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -304,3 +306,24 @@ def tensor_parallel(case: Case) -> str:
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
     wrapped = FullyShardedDataParallel(model, device_mesh=mesh["data"], **SETTINGS)
     return _message(lambda: fsdp1.attach(wrapped, flora(wrapped, case)))
+
+
+def ask_as_torch_does(use_orig_params: bool) -> tuple[list[str], int]:
+    """What torch's ways to an optimizer's state say, and how many states its own has."""
+    model = zoo.build(torch.float64)
+    model.frozen.weight.requires_grad_(True)  # use_orig_params=False wants all alike
+    wrapped = wrap_in_fsdp1(model, use_orig_params=use_orig_params)
+    optimizer = Flora(wrapped.named_parameters(), rank=2, block=8)
+    fsdp1.attach(wrapped, optimizer)
+    train(wrapped, optimizer, steps=range(1))
+    messages = []
+    for ask in (
+        FullyShardedDataParallel.optim_state_dict,
+        FullyShardedDataParallel.full_optim_state_dict,
+        get_state_dict,
+        get_optimizer_state_dict,
+    ):
+        with pytest.raises(ValueError, match="under FSDP1") as refused:
+            ask(wrapped, optimizer)
+        messages.append(str(refused.value))
+    return messages, len(optimizer.state_dict()["state"])

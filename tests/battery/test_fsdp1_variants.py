@@ -181,6 +181,17 @@ def _refusals() -> list[dict[str, str]]:
     return pool_of(2)(fsdp1_runs.refusals, CASE)
 
 
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_torchs_own_states_of_optimizers_are_refused_under_fsdp1(use_orig_params: bool) -> None:
+    """They failed in torch's depths: "Manually calculated _sharded_numel_padded is incorrect"."""
+    for messages, own in pool_of(2)(fsdp1_runs.ask_as_torch_does, use_orig_params):
+        assert len(messages) == 4
+        for message in messages:
+            assert "sketches and means" in message
+            assert "flora_dist.checkpoint.save" in message
+        assert own > 0  # each rank's own state is still to be had
+
+
 def test_attach_refuses_tensor_parallelism_under_fsdp1() -> None:
     for message in pool_of(4)(fsdp1_runs.tensor_parallel, CASE):
         assert "'0.weight' is a DTensor" in message

@@ -119,6 +119,8 @@ def _poison(case: Case, name: str, value: float) -> tuple[list[str], Weights]:
         ("experts", float("inf"), {"momentum": "flora_strict"}),
         ("up.bias", float("-inf"), {"momentum": "none", "clip": None}),
         ("conv.weight", float("nan"), {"momentum": "blend", "clip": None}),
+        # finite, but its square is not
+        ("up.weight", 1e200, {"momentum": "flora"}),
     ],
 )
 def test_a_gradient_not_finite_on_one_rank_skips_the_step_on_every_rank(

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 from flora_dist import Flora
+from flora_dist.optim import config
 from tests.optimizer import runs
 
 State = dict[str, Any]
+OTHERS = {"maximize": True, "strict": False}
+"""What a fresh optimizer may be given in place of what it then loads."""
 
 # weights, state: what a step is stored in
 PRECISIONS = [
@@ -233,3 +236,33 @@ def test_distributed_checkpoint_in_one_process_does_not_change_the_run(*, flat: 
     _fit(resumed, fresh, 4)
     runs.assert_equal(dict(resumed.state_dict()), dict(plain.state_dict()))
     runs.assert_equal(fresh.state_dict()["state"], untouched.state_dict()["state"])
+
+
+@pytest.mark.parametrize("missing", ["clip", "strict", "blend_gain", "weight_decay", "maximize"])
+def test_a_setting_that_is_younger_than_a_state_has_its_default(missing: str) -> None:
+    """The first setting added would have made every older state "saved by another optimizer"."""
+    settings = {key: value for key, value in runs.SETTINGS.items() if key != missing}
+    parameters = runs.build()
+    optimizer = Flora(parameters.items(), **settings)
+    runs.train(optimizer, parameters, range(4))
+    saved = _through_a_file(optimizer.state_dict())
+    del saved["param_groups"][0][missing]
+    kept = copy.deepcopy(saved)
+    resumed = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+    fresh = Flora(resumed.items(), **{**settings, missing: OTHERS.get(missing, 0.5)})
+    fresh.load_state_dict(saved)
+    runs.assert_equal(saved, kept)
+    for each, its in ((optimizer, parameters), (fresh, resumed)):
+        runs.train(each, its, range(4, 7))
+    runs.assert_equal(runs.values(resumed), runs.values(parameters))
+
+
+def test_what_a_setting_was_before_it_existed_stands_in_one_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "BEFORE", {"clip": None})
+    saved = copy.deepcopy(runs.trained(2)[1].state_dict())
+    del saved["param_groups"][0]["clip"]
+    _, fresh = runs.pair()
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["clip"] is None
