@@ -90,7 +90,15 @@ class FlatPart:
         return None if self.flat.grad is None else self._own(self.flat.grad)
 
     def _own(self, flat: Tensor) -> Tensor:
-        return flat[self.span.offset : self.span.offset + self.num_elements]
+        own = flat[self.span.offset : self.span.offset + self.num_elements]
+        if own.numel() != self.num_elements:
+            raise ValueError(
+                f"a flat tensor must keep the size that was attached; that of {self.name!r} has "
+                f"{flat.numel()} elements, and the parameter's end at "
+                f"{self.span.offset + self.num_elements}. Replace no weight in place; build and "
+                "attach the engine and its optimizer anew."
+            )
+        return own
 
     def local_state_shape(self, entry: StateTensor) -> tuple[int, ...]:
         if entry.along == "elements":

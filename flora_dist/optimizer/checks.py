@@ -14,6 +14,7 @@ from torch import Tensor
 from flora_dist.optim.config import check_group_keys, check_settings
 from flora_dist.optim.spec import geometry_of
 from flora_dist.optimizer import naming
+from flora_dist.optimizer.roster import Roster
 from flora_dist.optimizer.slots import Group, Slot, check_compressed, check_level
 from flora_dist.sketch.matrices import smallest_stable_kappa
 
@@ -37,6 +38,15 @@ def check_not_captured() -> None:
         raise RuntimeError(
             "Flora counts steps and windows on the host; a CUDA graph would replay one step for "
             "ever. Leave optimizer.step() out of the capture."
+        )
+
+
+def check_not_in_turns(roster: Roster) -> None:
+    """Refuse to look at gradients outside an engine's step."""
+    if roster.is_stepped_in_turns:
+        raise RuntimeError(
+            "under DeepSpeed gradients are there inside its step alone. Call "
+            'engine.get_global_grad_norm(), or set "gradient_clipping" in the config.'
         )
 
 

@@ -18,14 +18,17 @@ from flora_dist.optim.gradient import Gradient
 from flora_dist.optim.part import Layout
 from flora_dist.optim.spec import LEVELS
 from flora_dist.optimizer import consistency, loading, naming
+from flora_dist.optimizer.beginning import Beginning
 from flora_dist.optimizer.checks import (
     check_group,
     check_keys,
     check_levels,
     check_not_captured,
+    check_not_in_turns,
     takes_part,
 )
 from flora_dist.optimizer.norms import clip_factor, global_norm, scale_
+from flora_dist.optimizer.positions import Player, take_turn
 from flora_dist.optimizer.report import Report
 from flora_dist.optimizer.roster import Roster
 from flora_dist.optimizer.slots import Slot
@@ -71,7 +74,8 @@ class Flora(torch.optim.Optimizer):
         state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
         stochastic_rounding: round low-precision weights and momentum stochastically, with bits
             that are equal wherever the inputs are.
-        skip_nonfinite: skip the whole step if a gradient holds NaN or inf; in any group, for all.
+        skip_nonfinite: skip the whole step if a gradient, or its square (from 1.8e19 on in
+            float32), holds NaN or inf; in any group, for all.
             DeepSpeed steps group after group: there each decides for itself.
         strict: raise where a matrix expected to be compressed would be dense.
         seed: one per run, equal on all ranks.
@@ -80,8 +84,7 @@ class Flora(torch.optim.Optimizer):
             ZeRO or FSDP1 are attached and where a checkpoint is loaded. One for all groups.
 
     Each setting may stand in a parameter group. A parameter without gradient is skipped, and one
-    that is frozen at the step, whatever its ``.grad``; if only some ranks have a gradient, the
-    others count as zero. Under ZeRO a parameter that a step did not use has a gradient of zeros.
+    that is frozen, whatever its ``.grad``; if only some ranks have one, the others count as zero.
 
     >>> import torch
     >>> model = torch.nn.Linear(64, 64)
@@ -127,6 +130,7 @@ class Flora(torch.optim.Optimizer):
         self._roster = Roster()
         self._announced = False
         self._source: GradientSource = DenseGradients()
+        self._beginning, self._player = Beginning(), Player()
         super().__init__(naming.as_groups(params), defaults)
 
     @classmethod
@@ -135,8 +139,11 @@ class Flora(torch.optim.Optimizer):
     ) -> Flora:
         """The authors' algorithm: whole rows, Gaussian, transfer without scale, parameter scale.
 
-        Not their random numbers, and no rule by aspect ratio; their projection exactly where a
-        matrix has at least as many rows as columns. ``settings`` override the preset.
+        With their random numbers it is theirs to 1e-15 for rows >= columns, and for Algorithm 1. It
+        differs for fewer rows; for a rank above columns / 2 (theirs projects, ours is dense) and an
+        aspect ratio above 4 (theirs is dense); in weight decay (theirs lr RMS(W) wd, ours lr wd);
+        in 1-D parameters of tiny gradients (eps), 3-D and 4-D ones; and in low precision, which
+        ours rounds stochastically by default. ``settings`` override the preset.
         """
         preset = {
             "block": "full",
@@ -191,8 +198,7 @@ class Flora(torch.optim.Optimizer):
             if self._roster.is_rehearsal(self.param_groups, self.state):
                 return loss
             slots = self._present_slots()
-            # torch's DCP, which asks for state by a step on zeros, does not know ZeRO; and one
-            # group's zeros there say nothing of the others.
+            # torch's DCP asks for state by a step on zeros, but not under ZeRO, which has others.
             alone = not self._roster.is_stepped_in_turns
             with exact_products({slot.tensor.device.type for slot in slots}):
                 self._create_state(slots)
@@ -200,7 +206,8 @@ class Flora(torch.optim.Optimizer):
                 slots.sort(key=attrgetter("name"))
                 gradients = self._source.read(slots)
                 plan = self._roster.planned(slots, gradients, self.state)
-                run_step(plan, gradients, may_only_create_state=alone)
+                with self._beginning.watched(slots, gradients, self):
+                    run_step(plan, gradients, may_only_create_state=alone)
             if alone:
                 self._source.forget()
             self._rhythm.count(self, slots)
@@ -307,7 +314,7 @@ class Flora(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rhythm": self._rhythm}
+        return {**super().__getstate__(), "_rhythm": self._rhythm, "_player": self._player.copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -315,6 +322,7 @@ class Flora(torch.optim.Optimizer):
             self._roster = Roster()
             self._source = DenseGradients()
             self._announced = True
+            self._beginning = Beginning()  # a copy without its model has tensors that nobody trains
             for group in self.param_groups:
                 self._roster.enter(group["params"])
         self._roster.forget()
@@ -322,6 +330,7 @@ class Flora(torch.optim.Optimizer):
     def _create_state(self, slots: Sequence[Slot]) -> None:
         """Of those that have none yet, in the order of groups."""
         check_levels(slots, self.state)
+        take_turn(self._player, slots)
         for slot in slots:
             if not slot.has_state(self.state[slot.tensor]):
                 slot.create_state(self.state[slot.tensor])
@@ -334,11 +343,7 @@ class Flora(torch.optim.Optimizer):
         return slots
 
     def _current_gradients(self) -> tuple[list[Slot], list[Gradient]]:
-        if self._roster.is_stepped_in_turns:
-            raise RuntimeError(
-                "under DeepSpeed gradients are there inside its step alone. Call "
-                'engine.get_global_grad_norm(), or set "gradient_clipping" in the config.'
-            )
+        check_not_in_turns(self._roster)
         slots = sorted(self._present_slots(), key=attrgetter("name"))
         return slots, self._source.read(slots)
 

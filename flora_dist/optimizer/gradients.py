@@ -195,13 +195,21 @@ class Gradients:
 
         Raises:
             RuntimeError: naming the parameter.
+            ValueError: the weight has another shape than when gradients were attached.
         """
         flow, gradient = self.flows.get(slot.name), slot.tensor.grad
         if flow is None:
             self._dense.check(slot)
-        elif flow.visible is None or gradient is None or stands_in(gradient):
             return
-        elif not self._asks_for_state(slot):
+        if flow.geometry.shape != slot.part.shape:
+            raise ValueError(
+                f"a weight must keep the shape that gradients were attached to; {slot.name!r} had "
+                f"{flow.geometry.shape} and has {slot.part.shape}. Make a new optimizer and attach "
+                "it."
+            )
+        if flow.visible is None or gradient is None or stands_in(gradient):
+            return
+        if not self._asks_for_state(slot):
             raise RuntimeError(
                 f"with gradients={self.level!r} no full gradient may be left in .grad; that of "
                 f"{slot.name!r} is there: its hook did not fire, or something wrote it. Call "

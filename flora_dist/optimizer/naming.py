@@ -21,12 +21,16 @@ def tidy_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """
     params = group["params"]
     if isinstance(params, Tensor):
-        return {**group, "params": [params]}
+        params = [params]
     if isinstance(params, (set, frozenset)):
         raise TypeError(
             "parameters must come in an order that is equal on all ranks; got a set. Pass a list."
         )
     params = list(params)
+    if group.get("param_names") is not None:
+        params = _named_apart(params, group["param_names"])
+    group = {key: value for key, value in group.items() if key != "param_names"}
+    _check_entries(params)
     if not all(isinstance(entry, tuple) for entry in params):
         return {**group, "params": list({id(tensor): tensor for tensor in params}.values())}
     names: dict[int, Named] = {}
@@ -35,6 +39,32 @@ def tidy_group(group: Mapping[str, Any]) -> dict[str, Any]:
         if kept is None or canonical_name(name) < canonical_name(kept[0]):
             names[id(tensor)] = (name, tensor)
     return {**group, "params": list(names.values())}
+
+
+def _named_apart(params: list[Any], names: Iterable[Any]) -> list[Any]:
+    """Parameters and the names that stand beside them, as torch keeps both in its groups."""
+    names = list(names)
+    if any(isinstance(entry, tuple) for entry in params):
+        raise ValueError(
+            "a group's parameters must be named once; this one has (name, parameter) in params, "
+            "and param_names too. Leave param_names out."
+        )
+    if len(names) != len(params):
+        raise ValueError(
+            f"a group must have as many param_names as parameters; it has {len(names)} for "
+            f"{len(params)}. Pass params as (name, parameter)."
+        )
+    return list(zip(names, params, strict=True))
+
+
+def _check_entries(params: Iterable[Any]) -> None:
+    for entry in params:
+        if isinstance(entry, tuple) and not (len(entry) == 2 and isinstance(entry[0], str)):
+            raise TypeError(
+                "a named parameter must be a pair of a string and a tensor; got "
+                f"({', '.join(type(part).__name__ for part in entry)}). Pass "
+                "model.named_parameters()."
+            )
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:

@@ -64,11 +64,14 @@ class Roster:
         # ZeRO steps its groups and sub-groups one by one: each selection has slots of its own.
         # Slots hold the groups and tensors, so an id in the signature is not used again.
         signature = tuple((id(g), *map(id, g["params"])) for g in groups)
-        if signature not in self._slots:
-            if len(self._slots) >= MOST_SELECTIONS:
+        slots = self._slots.get(signature)
+        outdated = [slot.tensor for slot in slots or () if slot.is_outdated]
+        if slots is None or outdated:
+            self._given.update(map(_identity, outdated))
+            if outdated or len(self._slots) >= MOST_SELECTIONS:
                 self.forget()
-            self._slots[signature] = self.fresh(groups, state)
-        slots, settings = self._slots[signature], [_settings_of(group) for group in groups]
+            slots = self._slots[signature] = self.fresh(groups, state)
+        settings = [_settings_of(group) for group in groups]
         if settings != self._settings.get(signature):
             self._plans = Plans()
             self._settings.pop(signature, None)  # until all have passed
@@ -125,7 +128,7 @@ class Roster:
                         f"{tensor.numel()} elements was not: an engine put its flat partition "
                         "here, and compressing that as a vector would keep dense state. Under "
                         "DeepSpeed call flora_dist.deepspeed.attach(engine), elsewhere the "
-                        "engine's attach()."
+                        "engine's attach(); for one that was resized since, make a new optimizer."
                     )
         return make_slots(groups, state, self._layouts, self.level)
 

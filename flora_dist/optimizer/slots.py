@@ -45,6 +45,7 @@ class Slot:
         """``position``: place among the parameters if they have no names, else None."""
         self.tensor, self.part, self.group, self.level = tensor, part, group, level
         self._layout, self.position, self.name = layout, position, part.name
+        self._found = part.shape, tensor.dtype
         self._name_key = name_key(part.name)
         self._config: FloraConfig | None = None
 
@@ -63,6 +64,11 @@ class Slot:
         self._cuts = part.cuts(self._geometry.block)
         self._sketches = self._make_sketches(config)
         self._config = config
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the weight was replaced in place by one of another shape or dtype."""
+        return self._found != (self.part.shape, self.tensor.dtype)
 
     def _make_sketches(self, config: FloraConfig) -> Sketches | None:
         if self._geometry.rank is None or config.momentum == "none":
@@ -124,7 +130,7 @@ class Slot:
         assert self._config is not None
         own = self.own_state(state)
         for entry in self._entries:
-            own[entry.name] = self.part.allocate(entry, self._dtype(entry))
+            own[entry.name] = self.part.allocate(entry, self.dtype_of(entry))
         own.update(
             format=FORMAT_VERSION,
             gradients=LEVELS.index(self.level),
@@ -140,10 +146,11 @@ class Slot:
         if own is not state:
             state[self.part.name] = own
 
-    def _dtype(self, entry: StateTensor) -> torch.dtype:
+    def dtype_of(self, entry: StateTensor) -> torch.dtype:
+        """What a state tensor is kept in."""
         if entry.dtype == "bfloat16":
             return torch.bfloat16
-        return arithmetic_dtype(self.part.weight().dtype)
+        return arithmetic_dtype(self.tensor.dtype)
 
     def next_step(self, state: dict[str, Any]) -> int:
         """The parameter's coming step, counted from 1."""
@@ -180,7 +187,7 @@ class Slot:
         assert self._config is not None
         size = self._geometry
         state_bytes = sum(
-            torch.Size(self.part.local_state_shape(entry)).numel() * self._dtype(entry).itemsize
+            torch.Size(self.part.local_state_shape(entry)).numel() * self.dtype_of(entry).itemsize
             for entry in self._entries
         )
         return ReportRow(
@@ -249,21 +256,24 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
     expected = {entry.name: entry for entry in slot.entries}
     if kept != set(expected):
         raise ValueError(
-            f"the state of {slot.part.name!r} must hold {sorted(expected)}; it holds "
-            f"{sorted(kept)}. momentum= cannot change once there is state."
+            f"the state of {slot.part.name!r} must hold {sorted(expected)}, for a weight of "
+            f"{slot.part.shape}; it holds {sorted(kept)}. momentum= cannot change once there is "
+            "state, nor can a matrix become a vector."
         )
     for name, entry in expected.items():
         shape = tuple(slot.part.local(own[name]).shape)
         if shape != slot.part.local_state_shape(entry):
             raise ValueError(
                 f"{name} of {slot.part.name!r} must have the local shape "
-                f"{slot.part.local_state_shape(entry)}; the state has {shape}. Use the rank, block "
-                "and model that the state was made with."
+                f"{slot.part.local_state_shape(entry)}, for a weight of {slot.part.shape}; the "
+                f"state has {shape}. Use the rank, block and model that the state was made with; "
+                "for a weight that was cut or grown on the way make a new optimizer."
             )
-        if (own[name].dtype == torch.bfloat16) != (entry.dtype == "bfloat16"):
+        if own[name].dtype != slot.dtype_of(entry):
             raise ValueError(
-                f"{name} of {slot.part.name!r} must be {entry.dtype}; the state has "
-                f"{own[name].dtype}. state_dtype cannot change once there is state."
+                f"{name} of {slot.part.name!r} must be {slot.dtype_of(entry)}, for a weight of "
+                f"{slot.tensor.dtype}; the state has {own[name].dtype}. Use the state_dtype, and a "
+                "model of the dtype, that the state was made with."
             )
 
 

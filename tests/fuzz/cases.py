@@ -160,6 +160,8 @@ def _parameters(
     made = []
     for position in range(first, first + dealer.randint(1, 4)):
         shape = _shape(dealer, settings, layout)
+        while position == 0 and 0 in shape:  # something has to train
+            shape = _shape(dealer, settings, layout)
         made.append(
             Parameter(
                 name=f"part{position}" if is_named or layout == "flat" else position_name(position),
@@ -215,26 +217,28 @@ def _moment(
     poison = None
     if poisons and full and dealer.random() < 0.4:
         poison = (dealer.choice(full).name, dealer.choice([float("nan"), float("inf")]))
+    round_trip = dealer.choice(trips) if dealer.random() < 0.2 else ""
+    # A new or copied optimizer has to find some gradient at its first step.
     return Moment(
-        missing=_missing(dealer, step, here, layout),
+        missing=_missing(dealer, here, layout, first=1 if round_trip or not step else 0),
         frozen=_frozen(dealer, here, layout),
         kinds=kinds,
         rates=tuple(0.0 if is_still else rate for rate in base),
-        round_trip=dealer.choice(trips) if dealer.random() < 0.2 else "",
+        round_trip=round_trip,
         poison=poison,
     )
 
 
 def _missing(
-    dealer: random.Random, step: int, here: Sequence[Parameter], layout: str
+    dealer: random.Random, here: Sequence[Parameter], layout: str, *, first: int
 ) -> dict[str, tuple[int, ...]]:
-    """Who has no gradient, and on which ranks; one flat tensor has one, and somebody always has.
+    """Who has no gradient, and on which ranks, from the ``first`` unit on.
 
     What no axis of a mesh cuts is whole on every rank, so its gradient is there on all or on none.
     """
     everyone = (0,) if layout == WHOLE else (0, 1)
     missing = {}
-    for unit in _units(here, layout)[0 if step else 1 :]:
+    for unit in _units(here, layout)[first:]:
         choices = [everyone] if layout == WHOLE or not unit[0].shape else [everyone, (0,), (1,)]
         if dealer.random() < 0.2:
             missing.update(dict.fromkeys((p.name for p in unit), dealer.choice(choices)))
@@ -250,9 +254,9 @@ def _frozen(dealer: random.Random, here: Sequence[Parameter], layout: str) -> fr
 
 
 def _units(here: Sequence[Parameter], layout: str) -> list[list[Parameter]]:
-    """Parameters that have a tensor for the optimizer in common."""
+    """Parameters that have a tensor for the optimizer in common; the first of them can train."""
     units: dict[object, list[Parameter]] = {}
-    for parameter in here:
+    for parameter in sorted(here, key=lambda p: 0 in p.shape):
         key = parameter.group if layout == "flat" else parameter.name
         units.setdefault(key, []).append(parameter)
     return list(units.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,6 +113,10 @@ REFUSED: dict[str, tuple[Callable[[], State], list[str]]] = {
     "another order": (_of_order, ["order", "'scale'", "'wide'", "same model"]),
     "fewer parameters": (_of_fewer, ["groups of [7]", "[6]", "groups of the run"]),
     "other groups": (_of_two_groups, ["groups of [7]", "[2, 5]", "groups of the run"]),
+    "another precision": (
+        lambda: runs.trained(2, torch.float32)[1].state_dict(),
+        ["'wide'", "torch.float64", "torch.float32", "model of the dtype"],
+    ),
     "AdamW's": (_of_adamw, ["Flora's settings", "'rank'", "another optimizer"]),
 }
 
@@ -151,3 +156,15 @@ def test_a_replacement_by_a_hook_is_checked_too() -> None:
     with pytest.raises(ValueError, match="seed"):
         fresh.load_state_dict(optimizer.state_dict())
     runs.assert_equal(before, runs.everything(fresh))
+
+
+@pytest.mark.parametrize("momentum", ["flora", "none"])
+def test_state_of_float64_is_refused_by_a_model_of_float32(momentum: str) -> None:
+    """It was taken, and the run went on with statistics of a precision that no run has."""
+    state = runs.trained(2, momentum=momentum)[1].state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        _, optimizer = runs.pair(dtype, momentum=momentum)
+        before = runs.everything(optimizer)
+        words = ["'wide'", "must be torch.float32", f"weight of {dtype}", "has torch.float64"]
+        runs.assert_refused(words, partial(optimizer.load_state_dict, state))
+        runs.assert_equal(runs.everything(optimizer), before)
