@@ -13,7 +13,14 @@ from pathlib import Path
 from flora_dist.doctor.look import env_lines
 from flora_dist.doctor.survey import Asked
 from flora_dist.launch.commands import LAUNCHERS
-from flora_dist.launch.hosts import THIS_MACHINE, Host, address_of, read_hostfile, read_nodes
+from flora_dist.launch.hosts import (
+    THIS_MACHINE,
+    Host,
+    address_of,
+    check_name,
+    read_hostfile,
+    read_nodes,
+)
 from flora_dist.launch.variables import exported, own_file
 from flora_dist.world import DEFAULT_PORT, interface_toward, interfaces
 
@@ -109,6 +116,8 @@ def _hosts(parsed: argparse.Namespace) -> tuple[Host, ...]:
 
 
 def _check(parsed: argparse.Namespace) -> None:
+    if parsed.master_addr is not None:
+        check_name(parsed.master_addr, "--master-addr")
     for name, value in (("--timeout", parsed.timeout), ("--minimum", parsed.minimum)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0; it is {value:g}. Raise it.")

@@ -18,6 +18,7 @@ from flora_dist.launch.hosts import (
     Host,
     address_of,
     are_this_machine,
+    check_name,
     read_hostfile,
     read_nodes,
 )
@@ -145,6 +146,8 @@ def _hosts(parsed: argparse.Namespace) -> tuple[Host, ...]:
 
 def _check(parsed: argparse.Namespace, hosts: tuple[Host, ...]) -> None:
     """Refuse what the launcher cannot do."""
+    if parsed.master_addr is not None:
+        check_name(parsed.master_addr, "--master-addr")
     for option in ("least_nodes", "restarts"):
         if getattr(parsed, option) is not None and parsed.launcher != "torchrun":
             raise ValueError(

@@ -7,10 +7,12 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
-# What DNS allows, and addresses: a name is a word of ssh's, pdsh's and mpirun's command lines.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+# What DNS allows, and IPv4: a name is a word of ssh's, pdsh's and mpirun's command lines.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PORT = re.compile(r"\[?[A-Za-z0-9_.-]+\]?:\d*")
 THIS_MACHINE = "localhost"
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\S+)(?P<rest>.*)")
 
@@ -32,7 +34,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         ValueError: no such file, a line of another form, a host named twice, or none at all.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"the hostfile must be a readable text; {str(path)!r}: {error}. Name another one."
@@ -63,7 +65,7 @@ def read_nodes(text: str, slots: int) -> tuple[Host, ...]:
     """
     found = []
     for word in filter(None, (word.strip() for word in text.split(","))):
-        name, _, number = word.partition(":")
+        name, _, number = (word, "", "") if _is_ipv6(word) else word.partition(":")
         found.append(_host(name, number or str(slots), f"--nodes {text!r}"))
     return _checked(found, f"--nodes {text!r}")
 
@@ -81,6 +83,16 @@ def address_of(name: str) -> str:
             f"every host must have a name that resolves here; {name!r} does not ({error}). "
             "Correct the hostfile, /etc/hosts or DNS."
         ) from None
+
+
+def check_name(name: str, where: str) -> None:
+    """Whether every launcher takes it.
+
+    Raises:
+        ValueError: a user, a port, IPv6 or other characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{_rule(name)}; {where} names {name!r}. {_remedy(name)}")
 
 
 def are_this_machine(hosts: Sequence[Host]) -> bool:
@@ -102,17 +114,43 @@ def is_local(name: str) -> bool:
 
 
 def _host(name: str, slots: str, where: str) -> Host:
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"a host's name has letters, digits, '.', ':', '-' and '_'; {where} names {name!r}. "
-            "Correct it."
-        )
+    check_name(name, where)
     if not slots.isdecimal() or int(slots) < 1:
         raise ValueError(
             f"a host's slots must be a whole number from 1; {where} gives {name!r} {slots!r}. "
             "Write the number of its processes, one per GPU."
         )
     return Host(name=name, slots=int(slots))
+
+
+def _is_ipv6(name: str) -> bool:
+    try:
+        return isinstance(ip_address(name.strip("[]").partition("%")[0]), IPv6Address)
+    except ValueError:
+        return name.startswith("[") or name.count(":") > 1
+
+
+def _rule(name: str) -> str:
+    if "@" in name:
+        return "a host is named without a user, as its ranks know it too"
+    if _is_ipv6(name):
+        return "a host is reached by its name or its IPv4 address"
+    if _PORT.fullmatch(name):
+        return "a host is named without a port"
+    return "a host's name has letters, digits, '.', '-' and '_'"
+
+
+def _remedy(name: str) -> str:
+    user, _, host = name.rpartition("@")
+    if user:
+        host = host.partition(":")[0] if _PORT.fullmatch(host) else host
+        return f"Write {host}, and in ~/.ssh/config: Host {host}, then User {user}."
+    if _is_ipv6(name):
+        return "torch, DeepSpeed and the launchers are told IPv4 here: write a name that has one."
+    if _PORT.fullmatch(name):
+        host, _, port = name.partition(":")
+        return f"Write {host}, and for ssh in ~/.ssh/config: Host {host}, then Port {port}."
+    return "Correct it."
 
 
 def _checked(found: list[Host], where: str) -> tuple[Host, ...]:

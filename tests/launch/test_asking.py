@@ -62,6 +62,15 @@ def test_the_example_of_a_hostfile_is_one() -> None:
         ("node1 slots=two\n", "whole number from 1"),
         ("node1 slots=1\nnode1 slots=2\n", "repeats node1"),
         ("-oProxyCommand=x slots=1\n", "a host's name has letters"),
+        ("me@node1 slots=1\n", "Write node1, and in ~/.ssh/config: Host node1, then User me"),
+        (
+            "fe80::1%eth0 slots=1\n",
+            "IPv4 address; .*:1 names 'fe80::1%eth0'. .* a name that has one",
+        ),
+        ("[2001:db8::1]:22 slots=1\n", "write a name that has one"),
+        ("node1:2222 slots=1\n", "~/.ssh/config: Host node1, then Port 2222"),
+        ("me@node1:22 slots=1\n", "without a user.* Write node1, and"),
+        ("node1 slots=2 max_slots=4\n", "has one 'name slots=N' a line"),
         ("# none\n", "names none"),
     ],
 )
@@ -83,6 +92,19 @@ def test_a_host_whose_name_is_gone_is_not_this_one() -> None:
 def test_a_missing_hostfile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Name another one"):
         read_hostfile(tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", ["me@node1:4", "::1", "node1,[fe80::1]:4"])
+def test_a_list_of_nodes_with_a_user_or_ipv6_says_what_is_wrong(text: str) -> None:
+    """`::1` was told to write a whole number of slots."""
+    with pytest.raises(ValueError, match=r"without a user|its name or its IPv4 address"):
+        read_nodes(text, 1)
+
+
+def test_a_hostfile_of_another_editor_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_bytes(b"\xef\xbb\xbfnode1 slots=8\r\nnode2\tslots=4\r\n")
+    assert [host.name for host in read_hostfile(path)] == ["node1", "node2"]
 
 
 def test_a_list_of_nodes_has_slots_of_its_own() -> None:
@@ -118,6 +140,7 @@ def test_a_dry_run_starts_nothing_on_hosts_that_do_not_exist(
     ("words", "expected"),
     [
         (("--nodes", "a.invalid"), "does not"),
+        (("--master-addr", "::1"), "--master-addr names '::1'"),
         (("--slots", "0"), "--slots is the processes of a host"),
         (("--launcher", "pdsh", "--restarts", "1"), "torchrun alone"),
         (("--least-nodes", "2"), "it is 2 of 1"),
