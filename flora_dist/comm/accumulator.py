@@ -7,10 +7,12 @@ anew for every step of the optimizer. Shape suffixes: E matrices, N rows, K bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flora_dist.optim.basis import Sketches
 from flora_dist.optim.spec import Geometry
@@ -70,20 +72,31 @@ class Accumulator:
         Raises:
             RuntimeError: the optimizer has stepped, or loaded another step, since C was begun.
         """
-        device = gradient.device
-        sums_ENKR = self._begun(device)
         if self.tile is None:
-            return
-        (gradient_ENW,) = as_batches(gradient, (self.tile,), shape=self._shape)
+            self._begun(gradient.device)
+        else:
+            self.add_part_(gradient, self.tile)
+
+    def add_part_(self, gradient: Tensor, part: Tile) -> None:
+        """The same for a gradient that covers ``part`` of the tile, and is zero elsewhere."""
+        whole = self.tile
+        assert whole is not None, self.name
+        sums_ENKR = self._begun(gradient.device)
+        gradient_ENW = as_batches(gradient, (part,), shape=self._shape)[0].to(sums_ENKR.device)
+        device = sums_ENKR.device
         sketch_ERB = self.sketch(device)
+        left, right = part.columns[0] - whole.columns[0], whole.columns[1] - part.columns[1]
         with exact_products({device.type}):
-            for piece in split(self.tile, max_elements=work_limit(device)):
-                matrices, rows = inside(self.tile, piece)
+            for piece in _pieces(part, whole, max_elements=work_limit(device)):
+                rows_ENW = gradient_ENW[inside(part, piece)].to(self.dtype)
+                if left or right:
+                    rows_ENW = functional.pad(rows_ENW, (left, right))
+                matrices, rows = inside(whole, piece)
                 ops.add_compressed_(
                     sums_ENKR[matrices, rows],
-                    gradient_ENW[matrices, rows].to(self.dtype),
+                    rows_ENW,
                     sketch_ERB[matrices],
-                    first_column=piece.columns[0],
+                    first_column=whole.columns[0],
                 )
 
     def add_sketch_(self, sketched: Tensor, step: int) -> None:
@@ -145,3 +158,13 @@ class Accumulator:
             f"{self.name!r} are in that of step {step}, the optimizer is at {self._next_step()}. "
             "Call zero_grad() after load_state_dict(), and no step() between forward and backward."
         )
+
+
+def _pieces(part: Tile, whole: Tile, *, max_elements: int) -> Iterator[Tile]:
+    """Pieces of a part; where it leaves rows out each is of one matrix, whose sums are together."""
+    if part.rows == whole.rows:
+        yield from split(part, max_elements=max_elements)
+        return
+    for matrix in range(*part.matrices):
+        single = replace(part, matrices=(matrix, matrix + 1))
+        yield from split(single, max_elements=max_elements)

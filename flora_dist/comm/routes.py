@@ -10,6 +10,7 @@ takes their place in memory. Shape suffixes: E matrices, N rows, K blocks, R ran
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class Route:
     def rank(self) -> int:
         """This rank's place in ``kept``."""
         return 0 if self.scatter is None else dist.get_rank(self.scatter)
+
+    @property
+    def weight_of_mean(self) -> float:
+        """What ranks multiply by whose parts of a mean gradient are to be found in the mean."""
+        return self.divisor / math.prod(dist.get_world_size(group) for group in self.sums)
 
     def numbers_sent(self, *, block: int, rank: int) -> int:
         """Numbers that this rank puts into the collectives of one step, for one parameter."""

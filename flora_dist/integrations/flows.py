@@ -79,6 +79,7 @@ def flow_for(slot: Slot, source: Source, size: Geometry, optimizer: Flora) -> Fl
         route=source.route,
         is_partial=source.is_partial,
         visible=source.visible,
+        is_gathered=source.visible is not None and source.visible is not source.tensor,
         device=local_of(source.tensor).device if source.device is None else source.device,
     )
 

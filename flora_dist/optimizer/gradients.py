@@ -43,6 +43,8 @@ class Flow:
     """Blocks cut by columns are sums of what several ranks hold (tensor parallelism)."""
     visible: Tensor | None
     """The parameter in whose ``.grad`` users look; None under an engine that has none."""
+    is_gathered: bool
+    """Whether gradients arrive at another tensor, whole, and users see this rank's shard."""
     device: torch.device
     """Where gradients arrive."""
 
@@ -84,6 +86,25 @@ class Gradients:
         flow.accumulator.add_(gradient)
         self._show(flow)
 
+    def add(self, flow: Flow, gradient: Tensor) -> None:
+        """Add to what the visible ``.grad`` stands for, whoever does it: autograd or a user.
+
+        Raises:
+            RuntimeError: it stands for nothing any more, or has been averaged already.
+        """
+        if not _is_shown(flow):
+            raise RuntimeError(
+                f"what is added to a gradient must be added while it is there; that of "
+                f"{flow.part.name!r} was stepped or zeroed since. Read p.grad again after backward."
+            )
+        if not flow.is_gathered:
+            self.take(flow, gradient)
+            return
+        self._open(flow)
+        route = flow.route
+        for tile in route.kept[route.rank]:
+            flow.accumulator.add_part_(gradient * route.weight_of_mean, tile)
+
     def take_sketch(self, flow: Flow, sketched: Tensor, step: int) -> None:
         """Add what is a sketch already, taken in the basis of ``step``."""
         self._open(flow)
@@ -111,7 +132,7 @@ class Gradients:
         parameter.grad = stand_in_for(
             parameter,
             name=flow.part.name,
-            add_to_sketch=lambda gradient: self.take(flow, gradient),
+            add_to_sketch=lambda gradient: self.add(flow, gradient),
             drop_sketch=lambda: _hide(flow),
         )
 
