@@ -20,10 +20,10 @@ from flora_dist.comm.groups import Peers
 from flora_dist.integrations.ddp import host_of_ddp
 from flora_dist.integrations.flows import WIRE_DTYPES, check_request, flow_for, geometry_for
 from flora_dist.integrations.fsdp2 import host_of_shards, host_of_unsharded
-from flora_dist.integrations.fused import fuse
+from flora_dist.integrations.fused import Place, fuse
 from flora_dist.integrations.gradient_report import GradientReport, row_of
 from flora_dist.integrations.plain import host_of_plain
-from flora_dist.integrations.sources import Host
+from flora_dist.integrations.sources import Host, Source
 from flora_dist.layouts.dtensor import local_of
 from flora_dist.optim.spec import Geometry
 from flora_dist.optimizer.checks import takes_part
@@ -58,8 +58,10 @@ def attach(
             framework's own path.
         gradients: "sharded": the framework reduces full gradients, this rank keeps sketches of its
             shard. "compressed": sketches of full gradients are kept and averaged, once per step,
-            in place of gradients. "fused": the same, and linear layers never form the gradient;
-            call ``backward()`` without ``inputs=``, which would leave the sketches out.
+            in place of gradients. "fused": the same, and linear layers never form the gradient,
+            but where their weight is another tensor at that forward (``functional_call``, tied
+            later, masked) or has a hook; call ``backward()`` without ``inputs=``, which would
+            leave the sketches out.
         gradient_rank: numbers per block, over the blocks of the optimizer's groups; None: their
             ``rank``.
         wire_dtype: what travels under "compressed" and "fused": "float32" or "bfloat16".
@@ -147,6 +149,11 @@ def _host(model: nn.Module, slots: Sequence[Slot], level: str) -> Host:
             "FSDP1 reduces the flat gradient of a whole unit and shows no parameter's own before; "
             f"gradients={level!r} needs it. Use FSDP2 (fully_shard)."
         )
+    if level == "fused" and any(map(_replicates, model.modules())):
+        raise ValueError(
+            "DataParallel copies layers to other devices at each forward, and a fused layer would "
+            'compute with the weight of the first. Use DistributedDataParallel, or "compressed".'
+        )
     if hasattr(model, "zero_optimization"):
         raise ValueError(
             "an engine of DeepSpeed takes the level from its config. Set "
@@ -166,6 +173,10 @@ def _host(model: nn.Module, slots: Sequence[Slot], level: str) -> Host:
             "attach takes the DDP module itself; the model holds one inside. Pass that one."
         )
     return host_of_plain(slots)
+
+
+def _replicates(module: nn.Module) -> bool:
+    return isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
 
 
 class Handle:
@@ -194,14 +205,18 @@ class Handle:
         optimizer.attach_gradients(self.gradients)
         host.install(host.sources)
         self._sizes = sizes
+        engines = [_hooks_of_engine(source) for source in host.sources]
         self._hooks = [
             _hook(source.tensor, partial(_take, self.gradients, flow))
             for source, flow in zip(host.sources, flows, strict=True)
         ]
         # Hooks stay beside fused layers: other modules may use the same weights.
-        pairs = zip(host.sources, flows, strict=True) if request[0] == "fused" else ()
-        places = {id(source.in_module): flow for source, flow in pairs}
-        self._fused = fuse(model, self.gradients, places)
+        everything = zip(host.sources, flows, engines, self._hooks, strict=True)
+        places = {
+            id(source.in_module): Place(flow=flow, tensor=source.tensor, hooks=known | {hook.id})
+            for source, flow, known, hook in everything
+        }
+        self._fused = fuse(model, self.gradients, places if request[0] == "fused" else {})
         self._hooks.append(optimizer.register_load_state_dict_post_hook(self._refresh))
 
     def _refresh(self, _: torch.optim.Optimizer) -> None:
@@ -247,6 +262,12 @@ def _hook(tensor: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Torch's method has no types."""
     handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(hook)
     return handle
+
+
+def _hooks_of_engine(source: Source) -> frozenset[int]:
+    """An engine's own, which know that gradients are taken away; other hosts have none."""
+    tensor: Any = source.tensor
+    return frozenset(tensor._post_accumulate_grad_hooks or () if source.visible is None else ())
 
 
 @torch.no_grad()

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sketched linear layers in a model: which modules fit, their carriers, and A of the coming step.
 
+A layer whose weight is another tensor than the one attached, at the time of a forward, runs its own
+forward then: substituted (functional_call), assigned, tied, masked, parametrized. So does one whose
+weight has got a hook, which waits for the gradient. What of the attached weight's gradient comes
+about there arrives by the hook on full gradients.
+
 The model's parameters, hooks and state_dict stay as they are. A is changed in place and outside of
 forward: torch.compile would else compile anew at every step. Shape suffixes: N rows, K blocks, R
 rank, B block.
@@ -11,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -24,7 +30,24 @@ from flora_dist.optimizer.gradients import Flow, Gradients
 _CONV1D_HOME = "transformers.pytorch_utils"
 
 
-def fuse(model: nn.Module, gradients: Gradients, flows: Mapping[int, Flow]) -> Fused:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Place:
+    """Where one parameter's gradients arrive."""
+
+    flow: Flow
+    tensor: Any
+    """What stands in its modules while they compute: the parameter, or what it is gathered to."""
+    hooks: frozenset[int]
+    """Of those after accumulation on ``tensor``, the ones that can do without a gradient."""
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody's hook waits for the gradient."""
+        after = self.tensor._post_accumulate_grad_hooks or ()
+        return bool(self.tensor._backward_hooks) or not self.hooks.issuperset(after)
+
+
+def fuse(model: nn.Module, gradients: Gradients, places: Mapping[int, Place]) -> Fused:
     """Let every linear layer that fits take its weight's gradient as a sketch.
 
     Fits: nn.Linear and transformers' Conv1D, not their subclasses, with a whole weight.
@@ -33,22 +56,23 @@ def fuse(model: nn.Module, gradients: Gradients, flows: Mapping[int, Flow]) -> F
         model: whose modules are looked at, after sharding.
         gradients: takes the sketches. Hooks on full gradients must be there beside this: what does
             not fit, and weights that are read outside of their modules, arrive by these.
-        flows: by ``id()`` of the parameter as it stands in its module now.
+        places: by ``id()`` of the parameter as it stands in its module now.
     """
     carriers: dict[str, _Carrier] = {}
     forwards: list[_Forward] = []
-    where: dict[str, list[str]] = {flow.part.name: [] for flow in flows.values()}
+    where: dict[str, list[str]] = {place.flow.part.name: [] for place in places.values()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in flows:
+            if parameter is None or id(parameter) not in places:
                 continue
-            flow = flows[id(parameter)]
-            because = _misfit(module, name, parameter, flow)
-            where[flow.part.name].append(f"compressed: {because}" if because else "fused")
+            place = places[id(parameter)]
+            of = place.flow.part.name
+            because = _misfit(module, name, place)
+            where[of].append(f"compressed: {because}" if because else "fused")
             if not because:
-                if flow.part.name not in carriers:
-                    carriers[flow.part.name] = _Carrier(gradients, flow)
-                forwards.append(_Forward(module, carriers[flow.part.name]))
+                if of not in carriers:
+                    carriers[of] = _Carrier(gradients, place)
+                forwards.append(_Forward(module, carriers[of]))
     found = {name: "; ".join(sorted(set(words), reverse=True)) for name, words in where.items()}
     fused = Fused(carriers, forwards, found)
     gradients.on_forget(fused.refresh)
@@ -95,16 +119,16 @@ def _functions() -> dict[type[nn.Module], Any]:
     return found
 
 
-def _misfit(module: nn.Module, name: str, parameter: Tensor, flow: Flow) -> str:
+def _misfit(module: nn.Module, name: str, place: Place) -> str:
     """Why a module forms the gradient of its parameter; empty if it need not."""
     kind = type(module).__name__
     if type(module) not in _functions() or name != "weight":
         return f"{name} of {kind}"
     if "forward" in module.__dict__:
         return f"{kind} whose forward was replaced"
-    if flow.accumulator.tile not in whole(flow.geometry.shape):
+    if place.flow.accumulator.tile not in whole(place.flow.geometry.shape):
         return f"{kind} with a part of its weight"
-    if parameter._backward_hooks:
+    if place.is_watched:
         return f"{kind} with a hook on its weight"
     return ""
 
@@ -112,9 +136,9 @@ def _misfit(module: nn.Module, name: str, parameter: Tensor, flow: Flow) -> str:
 class _Carrier:
     """One parameter's sketches on their way out of autograd, and what they are made with."""
 
-    def __init__(self, gradients: Gradients, flow: Flow) -> None:
-        accumulator = flow.accumulator
-        self._gradients, self._flow = gradients, flow
+    def __init__(self, gradients: Gradients, place: Place) -> None:
+        flow, accumulator = place.flow, place.flow.accumulator
+        self._gradients, self._place = gradients, place
         zero = torch.zeros((), dtype=accumulator.dtype, device=flow.device)
         self.zeros_NKR = zero.expand(accumulator.sums_shape[1:]).requires_grad_()  # no memory
         # Scaled by a power of two, so that raw sketches are as large as the gradient in fp16 too.
@@ -130,7 +154,7 @@ class _Carrier:
     @torch.no_grad()
     def refresh(self) -> None:
         """Make A that of the coming step."""
-        accumulator = self._flow.accumulator
+        accumulator = self._place.flow.accumulator
         if self._step == accumulator.next_step:
             return
         (sketch_RB,) = accumulator.sketch(self.unit_RB.device)
@@ -145,7 +169,18 @@ class _Carrier:
         """The hook: a sketch has arrived in ``grad``."""
         sketched_NKR, zeros_NKR.grad = zeros_NKR.grad, None
         assert sketched_NKR is not None
-        self._gradients.take_sketch(self._flow, sketched_NKR, self._step)
+        flow = self._place.flow
+        if self._place.is_watched:  # since forward, or since it was compiled
+            raise RuntimeError(
+                "a hook on a weight whose gradient is fused must be there before the forward, and "
+                f"before it is compiled; {flow.part.name!r} has one that got None. Register it "
+                'earlier, or attach with gradients="compressed".'
+            )
+        self._gradients.take_sketch(flow, sketched_NKR, self._step)
+
+    def serves(self, weight: Tensor) -> bool:
+        """Whether a gradient of ``weight`` is the attached parameter's, and nobody waits for it."""
+        return weight is self._place.tensor and not self._place.is_watched
 
     def close(self) -> None:
         """Take nothing more."""
@@ -165,7 +200,9 @@ class _Forward:
         module, carrier = self._module, self._carrier
         (x,) = (*inputs, *named.values())
         weight: Any = module.weight
-        if carrier is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        is_trained = torch.is_grad_enabled() and weight.requires_grad
+        # torch.func takes no function like ours through its transforms.
+        if carrier is None or not is_trained or not carrier.serves(weight) or _is_transformed():
             return type(module).forward(module, x)
         kind, is_double = x.device.type, torch.float64 in (x.dtype, weight.dtype)
         casts = torch.is_autocast_enabled(kind) and not is_double
@@ -188,6 +225,10 @@ class _Forward:
         self._carrier = None
         if self._module.__dict__.get("forward") is self:
             del self._module.forward
+
+
+def _is_transformed() -> bool:
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _own_forward(module: nn.Module) -> MethodType:

@@ -61,7 +61,8 @@ class CompressedGradient(Tensor):
         """Refuse what is not known here: some go past dispatch, to memory that is not there."""
         del types
         kwargs = kwargs or {}
-        if func in _PASSED or isinstance(func, torch._ops.OpOverload):
+        is_dispatched = isinstance(func, torch._ops.OpOverload)
+        if func in _PASSED or is_dispatched or _describes(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         raise _refusal(func, (args, kwargs))
@@ -150,7 +151,7 @@ _KNOWN: dict[Any, tuple[str, ...]] = {
         *("add_", "__iadd__", "sub_", "__isub__", "subtract_", "zero_", "detach", "detach_"),
         *("size", "stride", "dim", "numel", "nelement", "ndimension", "element_size", "get_device"),
         *("is_contiguous", "is_same_size", "is_floating_point", "is_complex", "is_signed"),
-        *("is_inference", "is_conj", "is_neg", "requires_grad_"),
+        *("is_inference", "is_conj", "is_neg", "requires_grad_", "_is_view", "storage_offset"),
         *("__len__", "__dir__", "__format__", "__hash__"),
     ),
     torch: (
@@ -162,6 +163,7 @@ _ATTRIBUTES = (
     *("data", "requires_grad", "grad", "grad_fn", "is_leaf", "_version"),
     *("shape", "ndim", "dtype", "layout", "device", "itemsize", "is_cpu", "is_cuda", "is_xpu"),
     *("is_mps", "is_meta", "is_mkldnn", "is_quantized", "is_sparse", "is_sparse_csr"),
+    "is_nested",
 )
 _PASSED: frozenset[Any] = frozenset(
     [
@@ -171,6 +173,11 @@ _PASSED: frozenset[Any] = frozenset(
         getattr(Tensor, "requires_grad").__set__,  # noqa: B009 - typed as the bool it holds
     ]
 )
+
+
+def _describes(func: Any) -> bool:
+    """Whether torch.compile asks for a storage to tell tensors apart; it reads none."""
+    return func is Tensor.untyped_storage and torch._guards.CompileContext.try_get() is not None
 
 
 def _refusal(func: Any, arguments: Any) -> RuntimeError:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import flora_dist
 from flora_dist import Flora
 from flora_dist.integrations.attach import Handle
+from flora_dist.optimizer.gradients import Flow, Gradients
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "block": 8, "momentum": "flora", "kappa": 2}
 WIDTH = 20
@@ -74,6 +76,23 @@ def on_fsdp2(**options: Any) -> tuple[nn.Module, Small]:
 
 HOSTS: dict[str, Callable[..., tuple[nn.Module, Small]]] = {"ddp": on_ddp, "fsdp2": on_fsdp2}
 """How to spread the model: what is called, and the module inside."""
+
+
+@contextmanager
+def formed() -> Iterator[list[str]]:
+    """Names of the parameters whose full gradients arrive meanwhile."""
+    names: list[str] = []
+    take = Gradients.take
+
+    def noted(self: Gradients, flow: Flow, gradient: Tensor) -> None:
+        names.append(flow.part.name)
+        take(self, flow, gradient)
+
+    Gradients.take = noted  # type: ignore[method-assign]
+    try:
+        yield names
+    finally:
+        Gradients.take = take  # type: ignore[method-assign]
 
 
 def refused(action: Callable[[], Any], kind: type[Exception]) -> str:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import flora_dist
 from flora_dist import Flora
 from flora_dist.integrations.attach import Handle
-from tests.gradients.small import SETTINGS, Small, attached, inputs
+from tests.gradients.small import SETTINGS, Small, attached, formed, inputs
 
 EQUAL = 1e-12
 BFLOAT16 = 3e-3
@@ -174,12 +174,6 @@ def test_the_sketch_is_that_of_the_gradient() -> None:
 # ---- what does not exist, and what is kept
 
 
-def note(name: str, formed: set[str], gradient: Tensor | None) -> None:
-    """A hook on what autograd has for a leaf: None where that is nothing."""
-    if gradient is not None:
-        formed.add(name)
-
-
 @pytest.mark.parametrize("name", ["layers", "gpt2"])
 def test_no_gradient_of_a_fused_weight_is_ever_formed(name: str) -> None:
     use = USES[name]
@@ -187,11 +181,9 @@ def test_no_gradient_of_a_fused_weight_is_ever_formed(name: str) -> None:
     for level in ("compressed", "fused"):
         model = use.build().double()
         _, handle = attached(model, level)
-        formed = seen[level] = set[str]()
-        for parameter_name in handle.gradients.flows:
-            parameter = model.get_parameter(parameter_name)
-            parameter.register_hook(partial(note, parameter_name, formed))
-        use.loss(model, data(0)).backward()
+        with formed() as names:
+            use.loss(model, data(0)).backward()
+        seen[level] = set(names)
         assert sums_of(handle).keys() == handle.gradients.flows.keys()
     embeddings = {n for n in seen["compressed"] if n.rpartition(".")[0] in EMBEDDINGS}
     assert seen["fused"] == embeddings
@@ -347,14 +339,12 @@ def test_a_model_that_was_compiled_before_notices() -> None:
     compiled(inputs(0)).backward()
     model.zero_grad()
     _, handle = attached(model, "fused")
-    formed = set[str]()
-    model.first.weight.register_hook(partial(note, "first", formed))
-    compiled(inputs(0)).backward()
-    assert not formed
+    with formed() as names:
+        compiled(inputs(0)).backward()
+    assert not names
     assert sums_of(handle)["first.weight"].any()
     handle.remove()
     compiled(inputs(0)).backward()
-    assert formed == {"first"}
     assert type(model.first.weight.grad) is Tensor
 
 

@@ -185,6 +185,19 @@ def test_a_stand_in_answers_what_needs_no_elements() -> None:
     assert f"{gradient}" == "CompressedGradient('first.weight', shape=(24, 20))"
 
 
+def test_a_model_is_compiled_while_stand_ins_are_there() -> None:
+    # torch.compile describes the .grad of parameters too.
+    found = []
+    for backend in ("eager", "aot_eager"):
+        model, flow, _ = started()
+        torch.compile(model, backend=backend)(inputs(1).double()).backward()
+        found.append(flow.accumulator.sums_ENKR)
+    model, flow, _ = started()
+    model(inputs(1).double()).backward()
+    for sums in found:
+        torch.testing.assert_close(sums, flow.accumulator.sums_ENKR, rtol=EQUAL, atol=EQUAL)
+
+
 def test_a_model_is_shared_after_zero_grad() -> None:
     model, _, _ = started()
     with pytest.raises(RuntimeError, match=r"share_memory_.*to move, copy or share.*zero_grad"):
