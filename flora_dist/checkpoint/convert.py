@@ -15,6 +15,7 @@ from pathlib import Path
 from flora_dist.checkpoint.convert_dcp import read_dcp
 from flora_dist.checkpoint.convert_deepspeed import MODEL_FILES, read_deepspeed
 from flora_dist.checkpoint.manifest import NAME
+from flora_dist.checkpoint.names import lost_link
 from flora_dist.checkpoint.pointer import read_pointer
 from flora_dist.checkpoint.whole import Whole, read_whole, write_file, write_whole
 
@@ -84,6 +85,8 @@ def _read(source: Path) -> tuple[str, Whole]:
             return "torch DCP", read_dcp(place)
         if any(place.glob(MODEL_FILES)):
             return "DeepSpeed", read_deepspeed(place)
+    if what := lost_link(source):
+        raise ValueError(f"a source must be a folder; '{source}' {what}. Name one that is there.")
     raise ValueError(
         "a source must be a folder that DeepSpeed, torch.distributed.checkpoint or flora_dist has "
         f"written; '{source}' holds none of their files. Name a checkpoint or its folder."

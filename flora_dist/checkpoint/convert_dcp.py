@@ -21,7 +21,7 @@ from flora_dist.checkpoint.folder import Json
 from flora_dist.checkpoint.manifest import size_of
 from flora_dist.checkpoint.metadata import read_metadata
 from flora_dist.checkpoint.plain import split
-from flora_dist.checkpoint.safe_load import load_safely
+from flora_dist.checkpoint.safe_load import check_memory, load_safely
 from flora_dist.checkpoint.stored import check_boxes
 from flora_dist.checkpoint.together import readable
 from flora_dist.checkpoint.whole import Shape, Whole, canonical_states, check_settings, counters_of
@@ -153,7 +153,9 @@ def _lists(node: Any) -> Any:
 
 def _tensors(path: Path, metadata: Metadata) -> dict[str, Tensor]:
     names = {place.relative_path for place in metadata.storage_data.values()}
-    check_boxes(metadata, {name: size_of(path / name) or 0 for name in names}, path)
+    sizes = {name: size_of(path / name) or 0 for name in names}
+    check_boxes(metadata, sizes, path)
+    check_memory(sum(sizes.values()), f"'{path}'")
     found = {
         key: torch.empty(stored.size, dtype=stored.properties.dtype)
         for key, stored in metadata.state_dict_metadata.items()

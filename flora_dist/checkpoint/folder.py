@@ -37,7 +37,15 @@ from flora_dist.checkpoint.manifest import (
     write_manifest,
     wrong_size,
 )
-from flora_dist.checkpoint.names import LATEST, Beside, all_beside, beside, check_tag, tag_of
+from flora_dist.checkpoint.names import (
+    LATEST,
+    Beside,
+    all_beside,
+    beside,
+    check_tag,
+    lost_link,
+    tag_of,
+)
 from flora_dist.checkpoint.pointer import Pointer, read_pointer
 
 __all__ = [
@@ -82,6 +90,7 @@ def begin(folder: Path, tag: str) -> Path:
         OSError: the file system.
     """
     check_tag(tag)
+    _check_reachable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifests.sync_folder(folder.parent)
     _check_replaceable(folder / tag)
@@ -145,7 +154,12 @@ def publish(partial: Path, tag: str, keep: int | None) -> Path:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint, damaged or not; False: nothing was ever published."""
+    """Whether a folder holds a checkpoint, damaged or not; False: nothing was ever published.
+
+    Raises:
+        ValueError: the folder is a link that leads nowhere; what it led to may hold some.
+    """
+    _check_reachable(folder)
     if not folder.is_dir():
         return False
     latest = folder / LATEST
@@ -169,11 +183,7 @@ def resolve(path: Path) -> Path:
         read_manifest(path)
         return path
     if not path.is_dir():
-        what = (
-            f"is a link to '{path.readlink()}', which is not there"
-            if path.is_symlink()
-            else ("is none" if path.exists() else "is not there")
-        )
+        what = lost_link(path) or ("is none" if path.exists() else "is not there")
         raise ValueError(f"a checkpoint must be a folder; '{path}' {what}. Name one that is.")
     return _pointed(path)
 
@@ -219,8 +229,8 @@ def _check_gone(pointer: Pointer, folder: Path) -> None:
     """Refuse to take another checkpoint for one that was named by hand, or that was renamed."""
     file, place = folder / LATEST, folder / pointer.tag
     what = "which is not there"
-    if place.is_symlink():
-        what = f"which is a link to '{place.readlink()}', where nothing is"
+    if lost := lost_link(place):
+        what = f"which {lost}"
     elif pointer.digest:
         alike = [p for p in _folders(folder) if manifests.digest_of(p) == pointer.digest]
         if not alike:  # as saves wrote it, and removed since
@@ -269,12 +279,20 @@ def _folders(folder: Path) -> Iterator[Path]:
     return (p for p in folder.iterdir() if p.name[0] != "." and p.name != LATEST and p.is_dir())
 
 
+def _check_reachable(folder: Path) -> None:
+    if what := lost_link(folder):
+        raise ValueError(
+            f"a folder of checkpoints must be within reach; '{folder}' {what}. Mount what it leads "
+            "to, or name another folder."
+        )
+
+
 def _check_replaceable(final: Path) -> None:
     """Refuse to put a checkpoint in the place of anything else."""
-    if final.is_symlink() and not final.exists():
+    if what := lost_link(final):
         raise ValueError(
-            f"a new checkpoint must not replace anything else; '{final}' is a link to "
-            f"'{final.readlink()}', which is not there. Mount what it leads to, or remove the link."
+            f"a new checkpoint must not replace anything else; '{final}' {what}. Mount what it "
+            "leads to, or remove the link."
         )
     if final.exists() and not looks_ours(final):
         raise ValueError(

@@ -67,6 +67,13 @@ def check_tag(tag: str) -> None:
         )
 
 
+def lost_link(path: Path) -> str:
+    """What is wrong with a link that leads nowhere; empty for all else."""
+    if path.exists() or not path.is_symlink():
+        return ""
+    return f"is a link to '{path.readlink()}', which is not there"
+
+
 def beside(folder: Path, tag: str, kind: str, token: str) -> Path:
     """Where the save of that token keeps something."""
     return folder / f".{tag}.{token}.{kind}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_dist.checkpoint.files import read_plain
-from flora_dist.checkpoint.names import LATEST
+from flora_dist.checkpoint.names import LATEST, lost_link
 
 _LARGEST = 1 << 14
 """Room for the longest path of Linux, in two bytes a character."""
@@ -43,8 +43,8 @@ def read_pointer(folder: Path) -> Pointer | None:
     if file.is_dir():
         return Pointer(tag=LATEST, digest="")
     if not file.exists():
-        if file.is_symlink():
-            raise _wrong(file, f"is a link to '{file.readlink()}', which is not there")
+        if what := lost_link(file):
+            raise _wrong(file, what)
         return None
     try:
         text = _decoded(read_plain(file, _LARGEST))

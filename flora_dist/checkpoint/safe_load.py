@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -46,14 +47,29 @@ def load_safely(source: Path | io.BytesIO, what: str, stand_ins: StandIns = ()) 
     return loaded
 
 
+def check_memory(num_bytes: int, what: str) -> None:
+    """Refuse to read more at once than this machine has memory: a file may be all holes.
+
+    Raises:
+        ValueError: saying how much there is.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > memory:
+        raise ValueError(
+            f"what is read at once must fit into memory; {what} has {num_bytes} bytes, this "
+            f"machine {memory}. Convert it on a larger one."
+        )
+
+
 def _check_unpacked(stream: BinaryIO) -> None:
     """As torch.save writes: entries that are not compressed and share no bytes.
 
     The format before it, of torch 1.5 and older, takes memory for whatever sizes it names.
     """
+    length = stream.seek(0, io.SEEK_END)
+    check_memory(length, "it")
     with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
-    length = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     packed = [each for each in entries if each.compress_type != zipfile.ZIP_STORED]
     if packed or sum(each.file_size for each in entries) > length:

@@ -25,6 +25,7 @@ from flora_dist.checkpoint.contents import (
 )
 from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts
 from flora_dist.checkpoint.loading import read
+from flora_dist.checkpoint.safe_load import check_memory
 from flora_dist.checkpoint.saving import write
 from flora_dist.checkpoint.stored import tiles_exactly
 from flora_dist.checkpoint.target import target_of
@@ -64,6 +65,7 @@ def read_whole(path: Path) -> Whole:
     opened: list[tuple[Manifest, dict[str, Tensor]]] = []
 
     def fit(manifest: Manifest) -> _Room:
+        check_memory(sum(facts.bytes for facts in manifest.files.values()), f"'{path}'")
         opened.append((manifest, {key: _empty(facts) for key, facts in manifest.tensors.items()}))
         return _Room(tensors={key: _boxes(tensor) for key, tensor in opened[-1][1].items()})
 

@@ -398,7 +398,7 @@ def _packed(content: bytes) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["compressed", "of an old torch", "a FIFO", "empty"])
+@pytest.mark.parametrize("kind", ["compressed", "of an old torch", "a FIFO", "empty", "1 TB"])
 def test_files_that_could_take_more_memory_than_they_are_long_are_refused(
     kind: str, tmp_path: Path
 ) -> None:
@@ -408,6 +408,9 @@ def test_files_that_could_take_more_memory_than_they_are_long_are_refused(
     file.unlink()
     if kind == "a FIFO":
         os.mkfifo(file)
+    elif kind == "1 TB":
+        with file.open("wb") as stream:
+            stream.truncate(1 << 40)
     elif kind == "of an old torch":
         torch.save(HEAD, file, _use_new_zipfile_serialization=False)
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flora_dist.checkpoint import folder as folders
-from flora_dist.checkpoint.convert import _places
+from flora_dist.checkpoint.convert import _places, convert
 from tests.checkpoint.kills import Save, content_of, resolved, run
 
 A, B, C = (Save(tag=f"step-0000000{n}", content=f"{n}", step=n) for n in (1, 2, 3))
@@ -128,9 +128,19 @@ def test_a_checkpoint_that_leads_nowhere_is_named_with_what_it_led_to(folder: Pa
     with pytest.raises(ValueError, match="step-00000002' is a link to '/mnt/gone', which is not"):
         folders.begin(folder, B.tag)
     (folder / "latest").write_text(B.tag)
-    with pytest.raises(ValueError, match="a link to '/mnt/gone', where nothing is"):
+    with pytest.raises(ValueError, match="says 'step-00000002', which is a link to"):
         folders.resolve(folder)
     assert (folder / B.tag).is_symlink()
+
+
+def test_a_folder_that_leads_nowhere_does_not_count_as_an_empty_one(tmp_path: Path) -> None:
+    """The disk that it leads to was not mounted: the run would have begun anew."""
+    (tmp_path / "all").symlink_to("/mnt/gone")
+    for call in (folders.has_checkpoint, folders.resolve, convert):
+        with pytest.raises(ValueError, match="all' is a link to '/mnt/gone', which is not there"):
+            call(tmp_path / "all", *[tmp_path / "file.pt"] * (call is convert))
+    with pytest.raises(ValueError, match="all' is a link to '/mnt/gone', which is not there"):
+        folders.begin(tmp_path / "all", A.tag)
 
 
 # ---- files that must not be opened, or not be read whole

@@ -106,7 +106,7 @@ def compete(saves: int, seed: int) -> Counter[str]:
     found: Counter[str] = Counter()
     context = multiprocessing.get_context("forkserver")
     # torch is imported once, in the server; each writer is a fork of it.
-    context.set_forkserver_preload(["tests.checkpoint.two_writers"])
+    context.set_forkserver_preload(["tests.checkpoint.small", "flora_dist.checkpoint"])
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "all"
         first = start(data=0)
