@@ -146,18 +146,24 @@ class Planted:
         return os.system, (f"touch {MARKER}",)
 
 
-def zipped() -> bytes:
-    """As torch saves today."""
+def zipped(pad: int = 0) -> bytes:
+    """As torch saves today, and so many bytes more."""
     stream = io.BytesIO()
-    torch.save({"w": Planted()}, stream)
+    torch.save({"w": Planted(), "pad": torch.zeros(pad, dtype=torch.uint8)}, stream)
     return stream.getvalue()
 
 
-def legacy() -> bytes:
+def legacy(pad: int = 0) -> bytes:
     """As torch saved before."""
     stream = io.BytesIO()
-    torch.save({"w": Planted()}, stream, _use_new_zipfile_serialization=False)
+    content = {"w": Planted(), "pad": torch.zeros(pad, dtype=torch.uint8)}
+    torch.save(content, stream, _use_new_zipfile_serialization=False)
     return stream.getvalue()
+
+
+def bare(pad: int = 0) -> bytes:
+    """No file of torch's."""
+    return pickle.dumps((Planted(), bytes(pad)), protocol=2)
 
 
 def plant(path: Path, name: str, content: bytes) -> None:
@@ -167,20 +173,24 @@ def plant(path: Path, name: str, content: bytes) -> None:
     forge(path, files=facts)
 
 
-def all_at_once(path: Path, content: bytes) -> None:
-    """Metadata that finds each tensor in the whole of a planted data file."""
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    for place in metadata.storage_data.values():
-        place.offset, place.length = 0, len(content)
+def in_each_box(path: Path, make: Callable[[int], bytes]) -> None:
+    """A data file that holds a planted one for each box, as long as the box."""
+    metadata, content = pickle.loads((path / ".metadata").read_bytes()), b""
+    for index, place in metadata.storage_data.items():
+        stored = metadata.state_dict_metadata[index.fqn]
+        (chunk,) = [each for each in stored.chunks if each.offsets == index.offset]
+        made = make(chunk.sizes.numel() * stored.properties.dtype.itemsize)
+        place.offset, place.length = len(content), len(made)
+        content += made
     plant(path, ".metadata", pickle.dumps(metadata))
     plant(path, "__0_0.distcp", content)
 
 
 PLANTS: dict[str, Callable[[Path], None]] = {
     "metadata": lambda path: plant(path, ".metadata", pickle.dumps(Planted())),
-    "data, zipped": lambda path: all_at_once(path, zipped()),
-    "data, legacy": lambda path: all_at_once(path, legacy()),
-    "data, a bare pickle": lambda path: all_at_once(path, pickle.dumps(Planted(), protocol=2)),
+    "data, zipped": lambda path: in_each_box(path, zipped),
+    "data, legacy": lambda path: in_each_box(path, legacy),
+    "data, a bare pickle": lambda path: in_each_box(path, bare),
 }
 
 
