@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from flora_dist import ddp as ddp
     from flora_dist import deepspeed as deepspeed
     from flora_dist import fsdp1 as fsdp1
-    from flora_dist.integrations.attach import attach as attach
-    from flora_dist.optimizer.flora import Flora
-    from flora_dist.optimizer.report import Report
+    from flora_dist.core.parameters.report import Report
+    from flora_dist.flora import Flora
+    from flora_dist.gradients.attach import attach as attach
     from flora_dist.version import __version__
 
 __all__ = ["Flora", "Report", "__version__", "attach"]
 
 _HOMES = {
-    "Flora": "flora_dist.optimizer.flora",
-    "Report": "flora_dist.optimizer.report",
+    "Flora": "flora_dist.flora",
+    "Report": "flora_dist.core.parameters.report",
     "__version__": "flora_dist.version",
-    "attach": "flora_dist.integrations.attach",
+    "attach": "flora_dist.gradients.attach",
 }
 # Not in __all__: import * would need DeepSpeed.
 _FRAMEWORKS = ("checkpoint", "ddp", "deepspeed", "fsdp1")

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flora_dist import doctor, launch, planner, trainer
+from flora_dist import trainer
+from flora_dist.cluster import doctor, launch, planner
 
 _USER_ERROR = 2
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _convert(source: Path, target: Path) -> int:
     """0 when it is written, 2 for a mistake in what was asked."""
-    from flora_dist.checkpoint.convert import convert
+    from flora_dist.checkpoint.convert.command import convert
 
     try:
         done = convert(source, target)

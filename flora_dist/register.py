@@ -9,6 +9,6 @@ DeepSpeed looks names of optimizers up in ``torch.optim``. Afterwards call
 
 import torch
 
-from flora_dist.optimizer.flora import Flora
+from flora_dist.flora import Flora
 
 torch.optim.Flora = Flora  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from flora_dist.tiles import (
+from flora_dist.core.tiles import (
     Cuts,
     Grid,
     Slots,

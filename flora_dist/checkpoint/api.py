@@ -11,14 +11,14 @@ from torch import nn
 
 from flora_dist.checkpoint import folder as folders
 from flora_dist.checkpoint import torch_states
+from flora_dist.checkpoint.agreement import agreed
 from flora_dist.checkpoint.contents import Contents, gather, others_of
 from flora_dist.checkpoint.fitting import fit
 from flora_dist.checkpoint.folder import Json
 from flora_dist.checkpoint.loading import Loaded, read
 from flora_dist.checkpoint.saving import Saving, write, write_behind
 from flora_dist.checkpoint.target import target_of
-from flora_dist.checkpoint.together import agreed
-from flora_dist.optimizer.flora import Flora
+from flora_dist.flora import Flora
 
 __all__ = ["Loaded", "Saving", "latest", "load", "save", "save_async"]
 

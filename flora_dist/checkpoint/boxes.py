@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from flora_dist.checkpoint.canonical import Box
 from flora_dist.checkpoint.metadata import read_metadata
-from flora_dist.optim.canonical import Box
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from flora_dist.checkpoint.boxes import Boxes
-from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts
-from flora_dist.optim.canonical import (
+from flora_dist.checkpoint.canonical import (
     element_boxes,
     elements_shape,
     entry_shape,
     owned_boxes,
 )
-from flora_dist.optim.config import KNOBS, check_settings
-from flora_dist.optimizer.flora import Flora
-from flora_dist.optimizer.slots import Group, Slot
-from flora_dist.sketch.keys import canonical_name
-from flora_dist.tiles import Tile
+from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts
+from flora_dist.core.parameters.trainable import Group, Slot
+from flora_dist.core.sketch.keys import canonical_name
+from flora_dist.core.state.settings import KNOBS, check_settings
+from flora_dist.core.tiles import Tile
+from flora_dist.flora import Flora
 
 SETTINGS = (*KNOBS, "lr", "weight_decay", "maximize")
 """What a group's settings are."""

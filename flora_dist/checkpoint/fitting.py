@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flora_dist.checkpoint.boxes import Boxes
+from flora_dist.checkpoint.canonical import element_boxes, elements_shape, entry_shape, state_boxes
 from flora_dist.checkpoint.contents import (
     SETTINGS,
     Held,
@@ -23,12 +24,11 @@ from flora_dist.checkpoint.contents import (
     weight_key,
 )
 from flora_dist.checkpoint.folder import Json, Manifest
-from flora_dist.checkpoint.plain import filled_like
-from flora_dist.optim.canonical import element_boxes, elements_shape, entry_shape, state_boxes
-from flora_dist.optim.config import config_of
-from flora_dist.optim.spec import LEVELS
-from flora_dist.optimizer.flora import Flora
-from flora_dist.optimizer.slots import Slot, check_level, check_state
+from flora_dist.checkpoint.json_values import filled_like
+from flora_dist.core.parameters.trainable import Slot, check_level, check_state
+from flora_dist.core.state.settings import config_of
+from flora_dist.core.state.spec import LEVELS
+from flora_dist.flora import Flora
 
 Settings = dict[str, Any]
 _COUNTERS = ("format", "gradients", "seed", "sketch", "step", "window", "position")

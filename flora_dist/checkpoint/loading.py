@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from flora_dist.checkpoint import folder as folders
+from flora_dist.checkpoint.agreement import Group, agreed, everyones, place, readable
 from flora_dist.checkpoint.boxes import Boxes, BoxPlanner, BoxReader
 from flora_dist.checkpoint.folder import Manifest
 from flora_dist.checkpoint.manifest import NAME as MANIFEST
@@ -19,7 +20,6 @@ from flora_dist.checkpoint.manifest import digest_of
 from flora_dist.checkpoint.metadata import read_metadata
 from flora_dist.checkpoint.pointer import read_pointer
 from flora_dist.checkpoint.stored import METADATA, check_stored
-from flora_dist.checkpoint.together import Group, agreed, everyones, place, readable
 
 
 @dataclass(frozen=True, kw_only=True)

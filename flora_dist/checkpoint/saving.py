@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from flora_dist.checkpoint import folder as folders
+from flora_dist.checkpoint.agreement import Group, agreed, distinct, everyones, place, readable
 from flora_dist.checkpoint.boxes import Boxes, BoxSavePlanner
+from flora_dist.checkpoint.canonical import Box
 from flora_dist.checkpoint.contents import Contents
 from flora_dist.checkpoint.folder import FileFacts, Json, Manifest
 from flora_dist.checkpoint.stored import METADATA
 from flora_dist.checkpoint.target import Target
-from flora_dist.checkpoint.together import Group, agreed, distinct, everyones, place, readable
-from flora_dist.optim.canonical import Box
 from flora_dist.version import __version__
 
 T = TypeVar("T")

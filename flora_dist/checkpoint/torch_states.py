@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from flora_dist.checkpoint.boxes import Boxes
+from flora_dist.checkpoint.canonical import Box
 from flora_dist.checkpoint.contents import (
     Contents,
     dtype_name,
@@ -22,10 +23,9 @@ from flora_dist.checkpoint.contents import (
     weight_key,
 )
 from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts
-from flora_dist.checkpoint.plain import check_like, filled_like
-from flora_dist.layouts.dtensor import local_of, offsets_of, shaped_like
-from flora_dist.optim.canonical import Box
-from flora_dist.optim.config import check_rate
+from flora_dist.checkpoint.json_values import check_like, filled_like
+from flora_dist.core.layouts.dtensor import local_of, offsets_of, shaped_like
+from flora_dist.core.state.settings import check_rate
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

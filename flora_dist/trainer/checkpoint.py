@@ -19,7 +19,7 @@ from flora_dist.trainer.config import AUTO, CheckpointConfig
 from flora_dist.trainer.failure import has_lost_peers
 from flora_dist.trainer.fallback import damage_of, left_in, older
 from flora_dist.trainer.finite import Finite
-from flora_dist.trainer.spread import Learner, World
+from flora_dist.trainer.replicated import Learner, World
 from flora_dist.trainer.storage import Pending
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from flora_dist.trainer.config import AUTO, BYTE, STDLIB, Config, OptimizerConfig
-from flora_dist.trainer.extras import needs_train_extra
 from flora_dist.trainer.optimizers import option_names
+from flora_dist.trainer.optional_imports import needs_train_extra
 from flora_dist.trainer.utf8 import read_utf8
 
 with needs_train_extra():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flora_dist.trainer.config import STDLIB, DataConfig
-from flora_dist.trainer.extras import needs_train_extra
+from flora_dist.trainer.optional_imports import needs_train_extra
 from flora_dist.trainer.tokenizer import Tokenizer
 from flora_dist.trainer.utf8 import first_not_utf8
 

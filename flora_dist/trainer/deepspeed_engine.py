@@ -19,12 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flora_dist.checkpoint import Loaded
 from flora_dist.checkpoint.folder import tag_of
-from flora_dist.integrations.deepspeed_config import check_features, prepared
+from flora_dist.frameworks.deepspeed.config import check_features, prepared
 from flora_dist.trainer.config import DENSE, Config, OptimizerConfig
 from flora_dist.trainer.deepspeed_json import engine_settings
-from flora_dist.trainer.extras import needs_deepspeed_extra
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
-from flora_dist.trainer.spread import Learner, Spread, World
+from flora_dist.trainer.optional_imports import needs_deepspeed_extra
+from flora_dist.trainer.replicated import Learner, Spread, World
 from flora_dist.trainer.storage import Pending, Written
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flora_dist.integrations.deepspeed_config import check_filled_in, check_flora_block
+from flora_dist.frameworks.deepspeed.config import check_filled_in, check_flora_block
 from flora_dist.trainer.config import DENSE, Config
 from flora_dist.trainer.optimizers import LABELS
 from flora_dist.trainer.utf8 import read_utf8

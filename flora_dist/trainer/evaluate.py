@@ -9,7 +9,7 @@ import torch
 from flora_dist.trainer.backend import sum_over_processes
 from flora_dist.trainer.data import IGNORED, Packed, evenly_spread
 from flora_dist.trainer.model import sum_of_losses
-from flora_dist.trainer.spread import Spread, World
+from flora_dist.trainer.replicated import Spread, World
 
 
 @torch.no_grad()

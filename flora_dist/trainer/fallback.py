@@ -13,8 +13,8 @@ from pathlib import Path
 
 from flora_dist.checkpoint import folder as folders
 from flora_dist.checkpoint import manifest as manifests
+from flora_dist.checkpoint.agreement import everyones, place
 from flora_dist.checkpoint.loading import named_by_latest
-from flora_dist.checkpoint.together import everyones, place
 
 
 def left_in(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from flora_dist.trainer.backend import sum_over_processes
-from flora_dist.trainer.spread import World, local_part
+from flora_dist.trainer.replicated import World, local_part
 
 _LOSSES = {"loss": "the training loss", "validation_loss": "the validation loss"}
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flora_dist.integrations.attach import attach
-from flora_dist.integrations.flows import geometry_for
-from flora_dist.integrations.gradient_report import GradientReport
-from flora_dist.optimizer.flora import Flora
+from flora_dist.flora import Flora
+from flora_dist.gradients.attach import attach
+from flora_dist.gradients.flows import geometry_for
+from flora_dist.gradients.report import GradientReport
 from flora_dist.trainer.backend import largest_over_processes
 from flora_dist.trainer.config import DENSE, Config, GradientsConfig
 

@@ -21,7 +21,7 @@ from flora_dist.trainer.gradients import Sketched
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.metrics import Metrics, Progress, Record
 from flora_dist.trainer.model import sum_of_losses
-from flora_dist.trainer.spread import Spread, World
+from flora_dist.trainer.replicated import Spread, World
 from flora_dist.trainer.traffic import Traffic
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from flora_dist.trainer.extras import needs_train_extra
+from flora_dist.trainer.optional_imports import needs_train_extra
 from flora_dist.trainer.utf8 import read_utf8
 
 if TYPE_CHECKING:

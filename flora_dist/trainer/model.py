@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flora_dist.trainer.config import ModelConfig
-from flora_dist.trainer.extras import needs_train_extra
+from flora_dist.trainer.optional_imports import needs_train_extra
 from flora_dist.trainer.tokenizer import Tokenizer
 
 

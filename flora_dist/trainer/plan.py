@@ -12,11 +12,11 @@ from flora_dist.trainer.backend import check_world
 from flora_dist.trainer.checkpoint import Start, find_start
 from flora_dist.trainer.config import AUTO, DENSE, Config
 from flora_dist.trainer.data import Corpus, Order, read_corpus
+from flora_dist.trainer.engine import check_learner
 from flora_dist.trainer.gradients import check_sizes
-from flora_dist.trainer.learner import check_learner
 from flora_dist.trainer.model import read_model_config, shapes_only
 from flora_dist.trainer.optimizers import build_optimizer
-from flora_dist.trainer.spread import World
+from flora_dist.trainer.replicated import World
 from flora_dist.trainer.summary import RESULTS
 from flora_dist.trainer.tokenizer import open_tokenizer
 from flora_dist.trainer.utf8 import read_utf8

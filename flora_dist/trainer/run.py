@@ -12,17 +12,17 @@ from flora_dist.trainer.backend import find_world, process_group, wait_for_all
 from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, resume
 from flora_dist.trainer.config import CheckpointConfig, Config, OptimizerConfig
 from flora_dist.trainer.configfile import as_yaml
-from flora_dist.trainer.extras import needs_train_extra, stay_offline
+from flora_dist.trainer.engine import build_learner
 from flora_dist.trainer.failure import EXIT_CODE, say
 from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
-from flora_dist.trainer.learner import build_learner
 from flora_dist.trainer.loop import Job, Measured, train
 from flora_dist.trainer.metrics import open_metrics, open_progress
 from flora_dist.trainer.model import build_model, parameter_count
 from flora_dist.trainer.optimizers import LABELS
+from flora_dist.trainer.optional_imports import needs_train_extra, stay_offline
 from flora_dist.trainer.plan import RESOLVED, Plan, checkpoint_folder, make_plan
-from flora_dist.trainer.spread import Learner
+from flora_dist.trainer.replicated import Learner
 from flora_dist.trainer.summary import Summary, summary_table, write_summary
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from flora_dist.trainer.config import Config
-from flora_dist.trainer.spread import Spread, World, over
+from flora_dist.trainer.replicated import Spread, World, over
 
 
 def fsdp1(model: nn.Module, config: Config, world: World) -> Spread:

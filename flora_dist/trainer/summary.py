@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_dist.trainer.config import DENSE
-from flora_dist.trainer.extras import needs_train_extra
 from flora_dist.trainer.loop import Measured
 from flora_dist.trainer.optimizers import LABELS
+from flora_dist.trainer.optional_imports import needs_train_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flora_dist.trainer.config import BYTE
-from flora_dist.trainer.extras import needs_train_extra
+from flora_dist.trainer.optional_imports import needs_train_extra
 
 if TYPE_CHECKING:
     import numpy as np

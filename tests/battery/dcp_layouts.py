@@ -305,7 +305,7 @@ def save_narrow(columns: int, way: str, folder: Path) -> tuple[int, ...]:
 
 def load_narrow(columns: int, way: str, folder: Path, mutation: str = "") -> tuple[str, Any]:
     """The error, and the shape of the momentum here."""
-    from flora_dist.optimizer.slots import Slot
+    from flora_dist.core.parameters.trainable import Slot
 
     original = Slot.column_shards
     if mutation:

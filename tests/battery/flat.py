@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flora_dist.comm.groups import GroupReducer
-from flora_dist.layouts.flat import FlatLayout, Span
+from flora_dist.core.comm.groups import GroupReducer
+from flora_dist.core.layouts.flat import FlatLayout, Span
 
 
 def layout_of(flat: Tensor, shapes: dict[str, tuple[int, ...]], bounds: list[int]) -> FlatLayout:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from flora_dist import Flora, fsdp1
-from flora_dist.sketch.keys import canonical_name
+from flora_dist.core.sketch.keys import canonical_name
 from tests.battery import zoo
 from tests.battery.layouts import counted, fsdp1_weights, wrap_in_fsdp1
 from tests.battery.mutations import mutated

@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist import Flora, fsdp1
-from flora_dist.comm import groups
-from flora_dist.sketch.keys import canonical_name
+from flora_dist.core.comm import groups
+from flora_dist.core.sketch.keys import canonical_name
 from tests.battery import zoo
 from tests.battery.flat import bounds_of, layout_of
 from tests.battery.mutations import mutated

@@ -11,11 +11,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from flora_dist.comm import groups
-from flora_dist.integrations import fsdp1
-from flora_dist.optim.basis import SketchedBasis
-from flora_dist.optimizer import plan
-from flora_dist.sketch import keys
+from flora_dist.core.comm import groups
+from flora_dist.core.sketch import keys
+from flora_dist.core.step import plan
+from flora_dist.core.step.basis import SketchedBasis
+from flora_dist.frameworks import fsdp1
 
 
 def _unsummed(*names: str) -> Callable[[Any], Callable[..., Any]]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.optim.config import KNOBS, FloraConfig
-from flora_dist.optim.spec import geometry_of, matrix_sizes
+from flora_dist.core.sketch.keys import Purpose, derive_key, name_key
+from flora_dist.core.sketch.matrices import sketch_matrix
+from flora_dist.core.sketch.philox import grid16
+from flora_dist.core.state.settings import KNOBS, FloraConfig
+from flora_dist.core.state.spec import geometry_of, matrix_sizes
 from flora_dist.reference import Reference, ReferenceSettings
-from flora_dist.sketch.keys import Purpose, derive_key, name_key
-from flora_dist.sketch.matrices import sketch_matrix
-from flora_dist.sketch.philox import grid16
 from tests.battery import zoo
 
 STEPS = 10

@@ -20,7 +20,7 @@ from torch.distributed.tensor import (
 )
 
 from flora_dist import Flora
-from flora_dist.comm import groups
+from flora_dist.core.comm import groups
 from tests.battery.oracle import Case, distances, reference_of
 from tests.conftest import pool_of
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist import Flora
-from flora_dist.sketch.keys import canonical_name
+from flora_dist.core.sketch.keys import canonical_name
 from tests.battery import zoo
 from tests.battery.oracle import SAMPLES, STEPS, Case, reference_of, trainable
 

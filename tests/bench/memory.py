@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flora_dist.layouts.dtensor import local_of
-from flora_dist.optimizer.stand_in import CompressedGradient, stands_in
+from flora_dist.core.layouts.dtensor import local_of
+from flora_dist.gradients.placeholder import CompressedGradient, stands_in
 
 
 class LiveBytes(TorchDispatchMode):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flora_dist import Flora
-from flora_dist.integrations.gradient_report import GradientReport
+from flora_dist.gradients.report import GradientReport
 from flora_dist.trainer.backend import World, find_world, spread
 from flora_dist.trainer.config import (
     BackendConfig,
@@ -33,13 +33,13 @@ from flora_dist.trainer.config import (
     TrainConfig,
 )
 from flora_dist.trainer.data import Corpus, Order, read_corpus
-from flora_dist.trainer.extras import stay_offline
 from flora_dist.trainer.gradients import keep_sketched, totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import Job, Measured, train
 from flora_dist.trainer.metrics import Metrics, Progress
 from flora_dist.trainer.model import build_model, parameter_count, read_model_config, shapes_only
 from flora_dist.trainer.optimizers import schedule_factor
+from flora_dist.trainer.optional_imports import stay_offline
 from flora_dist.trainer.tokenizer import ByteTokenizer
 from tests.bench.quality_plan import CENTRE, Row, Run, Size, lr_of
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from flora_dist import Flora
-from flora_dist.optim.config import MOMENTA, SKETCHES, TRANSFERS
+from flora_dist.core.state.settings import MOMENTA, SKETCHES, TRANSFERS
 from flora_dist.trainer.config import ModelConfig
 from flora_dist.trainer.data import Order
 from flora_dist.trainer.gradients import keep_sketched

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flora_dist.optimizer import gradients
-from flora_dist.optimizer.stand_in import CompressedGradient
+from flora_dist.gradients import cycle as gradients
+from flora_dist.gradients.placeholder import CompressedGradient
 
 # Operator -> (kind, which argument is the whole buffer). The arguments are (output, input, group,
 # ...) or (tensors, group, ...).

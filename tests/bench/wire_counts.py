@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flora_dist.optim.spec import Geometry
+from flora_dist.core.state.spec import Geometry
 from tests.bench.wire_counter import Collectives, Payload
 from tests.bench.wire_setups import Setup, start
 from tests.conftest import launched_pool_of

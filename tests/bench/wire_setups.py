@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flora_dist
 from flora_dist import Flora
-from flora_dist.optim.config import FloraConfig
-from flora_dist.optim.spec import Geometry, geometry_of
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.spec import Geometry, geometry_of
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
 BLOCK = 64

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flora_dist import Flora
-from flora_dist.layouts.flat import FlatLayout, cut_each
+from flora_dist.core.layouts.flat import FlatLayout, cut_each
 from tests.bench.state_bytes import BLOCK, RANK, llama_60m
 from tests.conftest import launched_pool_of
 

@@ -13,10 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from flora_dist import Flora, checkpoint, cli
-from flora_dist.checkpoint import convert_deepspeed
-from flora_dist.checkpoint.convert import convert
-from flora_dist.checkpoint.whole import Whole, read_whole
-from flora_dist.layouts.flat import cut_line
+from flora_dist.checkpoint.convert.command import convert
+from flora_dist.checkpoint.convert.command import deepspeed as convert_deepspeed
+from flora_dist.checkpoint.convert.whole import Whole, read_whole
+from flora_dist.core.layouts.flat import cut_line
 from tests.battery.oracle import SAMPLES, distances
 from tests.battery.test_layouts import FLOAT_MODEL, FLOAT_PARAMETER
 from tests.checkpoint import conversions

@@ -25,12 +25,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from flora_dist import Flora, checkpoint
-from flora_dist.checkpoint.convert import convert
-from flora_dist.checkpoint.engine_facts import facts_in
+from flora_dist.checkpoint.canonical import Box
+from flora_dist.checkpoint.convert.command import convert
+from flora_dist.checkpoint.convert.engine_facts import facts_in
+from flora_dist.checkpoint.convert.whole import Assembly
 from flora_dist.checkpoint.folder import Manifest, hash_files, read_manifest
 from flora_dist.checkpoint.stored import tiles_exactly
-from flora_dist.checkpoint.whole import Assembly
-from flora_dist.optim.canonical import Box
 from tests.checkpoint.small import SETTINGS, Run, start
 from tests.checkpoint.test_manifest import forge
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flora_dist.checkpoint import folder as folders
-from flora_dist.checkpoint.convert import _places, convert
+from flora_dist.checkpoint.convert.command import _places, convert
 from tests.checkpoint.kills import Save, content_of, resolved, run
 
 A, B, C = (Save(tag=f"step-0000000{n}", content=f"{n}", step=n) for n in (1, 2, 3))

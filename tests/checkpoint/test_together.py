@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from flora_dist import Flora, checkpoint
-from flora_dist.checkpoint import contents, fitting, saving
-from flora_dist.optim import canonical
+from flora_dist.checkpoint import canonical, contents, fitting, saving
 from tests.battery import zoo
 from tests.battery.oracle import Case
 from tests.battery.variants import differing

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from flora_dist import checkpoint
-from flora_dist.checkpoint.together import agreed
+from flora_dist.checkpoint.agreement import agreed
 from tests.checkpoint.small import start
 from tests.conftest import pool_of
 

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from flora_dist import checkpoint
 from flora_dist.checkpoint import folder as folders
 from flora_dist.checkpoint import owners
+from flora_dist.checkpoint.convert.whole import Whole, write_file
 from flora_dist.checkpoint.lock import locked
-from flora_dist.checkpoint.whole import Whole, write_file
 from tests.checkpoint.kills import Save, content_of, resolved, run
 from tests.checkpoint.small import start
 from tests.checkpoint.two_writers import LOADED, SAVED, TOLD, bad, compete

@@ -38,7 +38,7 @@ class Cluster:
         """The doctor on the first host, which alone has that folder in its home."""
         enter = ("sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", folder)
         variables = {"TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
-        command = (sys.executable, "-m", "flora_dist.doctor", *words)
+        command = (sys.executable, "-m", "flora_dist.cluster.doctor", *words)
         return self.hosts[0].run(*enter, *command, environment=variables, check=False)
 
     def hostfile(self, names: list[str]) -> Path:

@@ -179,7 +179,7 @@ sys.meta_path.insert(0, Change())
 """
 
 OTHER_BITS = AFTER_IMPORT.format(
-    module="flora_dist.sketch.matrices",
+    module="flora_dist.core.sketch.matrices",
     change="""
     draw = module.sketch_matrix
     def wrong(*arguments, **named):

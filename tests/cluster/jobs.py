@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_dist.launch.locks import locks
+from flora_dist.cluster.launch.locks import locks
 from tests.cluster.hosts import Host
 
 ROOT = Path(__file__).resolve().parents[2]

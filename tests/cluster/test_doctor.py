@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_dist.launch.far_end import SILENCE_S
+from flora_dist.cluster.launch.far_end import SILENCE_S
 from tests.cluster import doctor_faults as faults
 from tests.cluster.doctor_cases import CONFIG, FAULTS, Cluster
 from tests.cluster.doctor_faults import until
@@ -135,7 +135,7 @@ def test_nothing_is_left_anywhere_when_the_doctor_is_killed(
 ) -> None:
     first, second = cluster.hosts[:2]
     hostfile = cluster.hostfile([first.name, second.name])
-    words = ("-m", "flora_dist.doctor", "--hostfile", hostfile, "--timeout", "250")
+    words = ("-m", "flora_dist.cluster.doctor", "--hostfile", hostfile, "--timeout", "250")
     # One rank that sleeps on its way: the other waits for it in the group.
     sleeps = faults.AFTER_IMPORT.format(module="torch", change="    import time; time.sleep(300)")
     with faults.start_of_python(second, sleeps):
@@ -143,7 +143,7 @@ def test_nothing_is_left_anywhere_when_the_doctor_is_killed(
         try:
             until(lambda: all(_ranks(host) for host in (first, second)))
             (doctor,) = [
-                pid for pid, argv in first.commands().items() if "flora_dist.doctor" in argv
+                pid for pid, argv in first.commands().items() if "flora_dist.cluster.doctor" in argv
             ]
             os.kill(doctor, number)
             # Sooner than by their own silence, which they would notice without the link's end.
@@ -153,4 +153,6 @@ def test_nothing_is_left_anywhere_when_the_doctor_is_killed(
 
 
 def _ranks(host: Host) -> list[int]:
-    return [pid for pid, argv in host.commands().items() if "flora_dist.doctor.ranks" in argv]
+    return [
+        pid for pid, argv in host.commands().items() if "flora_dist.cluster.doctor.ranks" in argv
+    ]

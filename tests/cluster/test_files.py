@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 
 import flora_dist
 from flora_dist import cli
-from flora_dist.launch.hosts import read_hostfile
+from flora_dist.cluster.launch.hosts import read_hostfile
 from flora_dist.trainer.configfile import load_config
 from tests.cluster.test_entrypoint import written
 

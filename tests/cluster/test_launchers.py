@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flora_dist.checkpoint.convert import convert
+from flora_dist.checkpoint.convert.command import convert
 from tests.cluster.hosts import Host, hosts
 from tests.cluster.jobs import (
     DEEPSPEED,

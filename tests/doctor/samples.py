@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flora_dist.doctor.facts import Build, HostFacts, Interface, Limits, Network
-from flora_dist.doctor.links import Measured
-from flora_dist.doctor.survey import Asked, Link, RankSaid, Survey
-from flora_dist.launch.hosts import Host
+from flora_dist.cluster.doctor.facts import Build, HostFacts, Interface, Limits, Network
+from flora_dist.cluster.doctor.links import Measured
+from flora_dist.cluster.doctor.survey import Asked, Link, RankSaid, Survey
+from flora_dist.cluster.launch.hosts import Host
 
 LOOP = Interface(name="lo", address="127.0.0.1", mtu=65536)
 ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2"}

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from flora_dist import doctor
-from flora_dist.doctor.asked import checked
-from flora_dist.doctor.reach import ALL_PAIRS, pairs, rounds
-from flora_dist.doctor.report import all_reduce, as_json, as_text
-from flora_dist.doctor.rules_host import folder_exists
-from flora_dist.doctor.survey import Survey
+from flora_dist.cluster import doctor
+from flora_dist.cluster.doctor.arguments import checked
+from flora_dist.cluster.doctor.reachability import ALL_PAIRS, pairs, rounds
+from flora_dist.cluster.doctor.report import all_reduce, as_json, as_text
+from flora_dist.cluster.doctor.rules_host import folder_exists
+from flora_dist.cluster.doctor.survey import Survey
 from tests.doctor.samples import asked, rank, survey
 
 
@@ -105,7 +105,8 @@ def test_text_has_a_row_for_each_host_and_one_line_for_each_finding() -> None:
 
 
 def test_neither_end_loads_torch_before_a_rank_does() -> None:
-    modules = "flora_dist.doctor.examination, flora_dist.doctor.agent, flora_dist.doctor.report"
+    names = ("examination", "agent", "report")
+    modules = ", ".join(f"flora_dist.cluster.doctor.{name}" for name in names)
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 

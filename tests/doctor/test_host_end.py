@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from flora_dist.doctor import look
-from flora_dist.doctor.facts import as_tree, from_tree
-from flora_dist.doctor.links import Listener, measure
-from flora_dist.launch.near_end import Lost, Session, far_command
+from flora_dist.cluster.doctor import host_facts as look
+from flora_dist.cluster.doctor.facts import as_tree, from_tree
+from flora_dist.cluster.doctor.links import Listener, measure
+from flora_dist.cluster.launch.near_end import Lost, Session, far_command
 from tests.doctor.samples import facts
 
 
@@ -92,7 +92,10 @@ def test_a_stranger_at_the_port_is_told_nothing() -> None:
 
 
 def _session(*changes: str) -> Session:
-    words = ["from flora_dist.doctor import agent", "from flora_dist.launch import far_end"]
+    words = [
+        "from flora_dist.cluster.doctor import agent",
+        "from flora_dist.cluster.launch import far_end",
+    ]
     program = "; ".join([*words, *changes, "far_end.serve(agent.Host)"])
     return Session("here", [sys.executable, "-u", "-c", program], {}, lambda _stream, _data: None)
 
@@ -142,7 +145,7 @@ def test_an_agent_starts_where_its_folder_is_missing_and_no_variable_shows_on_it
     """Every line of .deepspeed_env was there: whoever is on the host reads it with ps."""
     environment = {"PYTHONPATH": str(Path.cwd()), "MY_SETTING": "for us alone"}
     missing = str(tmp_path / "a b'c")
-    command = far_command("flora_dist.doctor.agent", sys.executable, missing, environment)
+    command = far_command("flora_dist.cluster.doctor.agent", sys.executable, missing, environment)
     assert "for us alone" not in " ".join(command)
     session = Session("here", command, environment, lambda _stream, _data: None)
     assert session.hello(20.0)
@@ -159,7 +162,8 @@ def test_what_a_library_prints_in_a_rank_is_no_word_of_it() -> None:
     session = _session()
     program = """
 import sys
-from flora_dist.doctor import ranks, trial
+from flora_dist.cluster.doctor import ranks
+from flora_dist.cluster.doctor import trial
 def run(settings, say):
     print('{0: 1}', '{"stage": "lost", "result": 1}', sep=chr(10), flush=True)
     return {"sum": 2}

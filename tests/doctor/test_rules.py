@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from flora_dist.doctor.facts import Build, ConfigFacts, Gpu, Interface, Line
-from flora_dist.doctor.findings import ON_FACTS, ON_LINKS, ON_RANKS, apply
-from flora_dist.doctor.links import Measured
-from flora_dist.doctor.survey import LOST, Finding, Port, Survey
-from flora_dist.launch.hosts import Host
-from flora_dist.launch.locks import Lock
+from flora_dist.cluster.doctor.facts import Build, ConfigFacts, Gpu, Interface, Line
+from flora_dist.cluster.doctor.findings import ON_FACTS, ON_LINKS, ON_RANKS, apply
+from flora_dist.cluster.doctor.links import Measured
+from flora_dist.cluster.doctor.survey import LOST, Finding, Port, Survey
+from flora_dist.cluster.launch.hosts import Host
+from flora_dist.cluster.launch.locks import Lock
 from tests.doctor.samples import (
     LOOP,
     asked,

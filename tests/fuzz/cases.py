@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flora_dist.optim.config import MOMENTA, SKETCHES, TRANSFERS
-from flora_dist.optimizer.naming import position_name
+from flora_dist.core.parameters.names import position_name
+from flora_dist.core.state.settings import MOMENTA, SKETCHES, TRANSFERS
 
 Shape = tuple[int, ...]
 WHOLE = "whole"

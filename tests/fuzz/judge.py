@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.optim.config import KNOBS, FloraConfig
+from flora_dist.core.state.settings import KNOBS, FloraConfig
 from flora_dist.reference import Reference, ReferenceSettings
 from tests.battery.oracle import random_bits, sketches
 from tests.fuzz.cases import Case, Parameter

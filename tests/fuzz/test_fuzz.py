@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from flora_dist.comm.groups import GroupReducer, MeshReducer
-from flora_dist.optim.config import MOMENTA, SKETCHES, TRANSFERS
-from flora_dist.optimizer import loading, slots
+from flora_dist.core.comm.groups import GroupReducer, MeshReducer
+from flora_dist.core.parameters import loading
+from flora_dist.core.parameters import trainable as slots
+from flora_dist.core.state.settings import MOMENTA, SKETCHES, TRANSFERS
 from tests.conftest import pool_of
 from tests.fuzz import optimizer
 from tests.fuzz.cases import PRECISIONS, ROUND_TRIPS, SHARDED, WORLD_SIZE, Case, deal

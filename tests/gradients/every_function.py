@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import get_testing_overrides, resolve_name
 from torch.testing._internal.generated.annotated_fn_args import annotated_args
 
-from flora_dist.optimizer.stand_in import CompressedGradient, stand_in_for
+from flora_dist.gradients.placeholder import CompressedGradient, stand_in_for
 
 GUESSES: dict[str, Any] = {
     "Scalar": 3.5,

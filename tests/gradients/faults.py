@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from flora_dist.comm import routes
-from flora_dist.comm.accumulator import Accumulator
-from flora_dist.optim.basis import Sketches
-from flora_dist.optimizer import flora, gradients, norms
-from flora_dist.sketch.keys import Purpose
+from flora_dist import flora
+from flora_dist.core.parameters import norms
+from flora_dist.core.sketch.keys import Purpose
+from flora_dist.core.step.basis import Sketches
+from flora_dist.gradients import average as routes
+from flora_dist.gradients import cycle as gradients
+from flora_dist.gradients.accumulator import Accumulator
 
 Mutate = Callable[[Any], Any]
 

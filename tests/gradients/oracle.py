@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flora_dist.optim.config import KNOBS, FloraConfig
-from flora_dist.optim.spec import geometry_of
+from flora_dist.core.sketch.keys import Purpose, derive_key, name_key
+from flora_dist.core.sketch.matrices import sketch_matrix
+from flora_dist.core.state.settings import KNOBS, FloraConfig
+from flora_dist.core.state.spec import geometry_of
 from flora_dist.reference import compress, expand
-from flora_dist.sketch.keys import Purpose, derive_key, name_key
-from flora_dist.sketch.matrices import sketch_matrix
 from tests.battery import zoo
 from tests.battery.oracle import SAMPLES, STEPS, Case, reference_of, trainable
 

@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 import flora_dist
 from flora_dist import Flora
-from flora_dist.optimizer.stand_in import CompressedGradient, stands_in
+from flora_dist.gradients.placeholder import CompressedGradient, stands_in
 from tests.conftest import pool_of
 from tests.gradients import small
 from tests.gradients.small import Small, attached, inputs, refused

@@ -22,10 +22,10 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import flora_dist
+from flora_dist.core.sketch import keys
+from flora_dist.core.sketch.keys import canonical_name
 from flora_dist.ddp import FloraState, flora_hook
-from flora_dist.integrations import ddp_hook
-from flora_dist.sketch import keys
-from flora_dist.sketch.keys import canonical_name
+from flora_dist.frameworks import ddp_hook
 from flora_dist.trainer.traffic import Traffic
 from tests.battery import zoo
 from tests.conftest import pool_of

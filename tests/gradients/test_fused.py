@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from flora_dist.integrations import fused, linear
-from flora_dist.sketch import matrices
+from flora_dist.core.sketch import matrices
+from flora_dist.gradients import fused
+from flora_dist.gradients import fused_linear as linear
 from tests.battery import zoo
 from tests.battery.layouts import _parallelize
 from tests.battery.oracle import distances, trainable

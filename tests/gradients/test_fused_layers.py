@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 import flora_dist
 from flora_dist import Flora
-from flora_dist.integrations.attach import Handle
+from flora_dist.gradients.attach import Handle
 from tests.gradients.small import SETTINGS, Small, attached, formed, inputs
 
 EQUAL = 1e-12

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 import flora_dist
 from flora_dist import Flora
-from flora_dist.integrations.attach import Handle
-from flora_dist.optimizer.stand_in import stands_in
+from flora_dist.gradients.attach import Handle
+from flora_dist.gradients.placeholder import stands_in
 from tests.conftest import launched_pool_of, pool_of
 from tests.gradients import small
 from tests.gradients.small import SETTINGS, Small, attached, formed

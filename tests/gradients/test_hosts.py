@@ -29,8 +29,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from flora_dist import Flora
-from flora_dist.integrations.attach import Handle
-from flora_dist.optim.gradient import SketchedGradient
+from flora_dist.core.step.gradient import SketchedGradient
+from flora_dist.gradients.attach import Handle
 from tests.battery.oracle import distances
 from tests.battery.test_layouts import EXACT
 from tests.conftest import pool_of

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import flora_dist
 from flora_dist import Flora
-from flora_dist.optimizer.stand_in import CompressedGradient, stands_in
+from flora_dist.gradients.placeholder import CompressedGradient, stands_in
 from tests.battery import zoo
 from tests.battery.oracle import STEPS, distances, reference_of, trainable
 from tests.battery.test_layouts import EXACT

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flora_dist.comm import routes
-from flora_dist.optimizer.gradients import Gradients
+from flora_dist.gradients import average as routes
+from flora_dist.gradients.cycle import Gradients
 from flora_dist.trainer.traffic import Traffic
 from tests.battery.test_layouts import EXACT
 from tests.bench.wire_counter import Collectives, Payload

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from flora_dist.launch.near_end import Session
-from flora_dist.launch.processes import MARK, of_job, workers
+from flora_dist.cluster.launch.near_end import Session
+from flora_dist.cluster.launch.processes import MARK, of_job, workers
 
 SLEEPS = "import time; time.sleep(1000)"
 # It ends neither by SIGTERM nor with its parent, and has a child of its own.
@@ -37,7 +37,11 @@ class Agent:
         self.job = uuid.uuid4().hex
         self.heard: dict[int, bytes] = {1: b"", 2: b""}
         serves = "serve(agent.Host)"
-        words = ["from flora_dist.launch import agent, far_end", *changes, f"far_end.{serves}"]
+        words = [
+            "from flora_dist.cluster.launch import agent, far_end",
+            *changes,
+            f"far_end.{serves}",
+        ]
         command = [sys.executable, "-u", "-c", "; ".join(words)]
         self.session = Session("here", command, {MARK: self.job}, self.hear)
         self.session.hello(LIMIT_S)
@@ -145,7 +149,7 @@ def test_a_link_that_takes_nothing_any_more_falls_silent_all_the_same() -> None:
     """What a rank prints fills the pipe; the agent must not wait for room in it."""
     job = uuid.uuid4().hex
     code = "import sys\nwhile True: print('x' * 1000)"
-    program = "from flora_dist.launch import agent, far_end; far_end.SILENCE_S = 1.0; "
+    program = "from flora_dist.cluster.launch import agent, far_end; far_end.SILENCE_S = 1.0; "
     agent = subprocess.Popen(
         [sys.executable, "-u", "-c", f"{program}far_end.serve(agent.Host)"],
         stdin=subprocess.PIPE,

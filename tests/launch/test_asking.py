@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from flora_dist.cli import main
-from flora_dist.launch.commands import LAUNCHERS
-from flora_dist.launch.hosts import is_local, read_hostfile, read_nodes
-from flora_dist.launch.locks import locks
-from flora_dist.launch.variables import as_file, exported, held_back, own_file
-from flora_dist.launch.worker import FOLDERS, decode, encode, settled
+from flora_dist.cluster.launch.commands import LAUNCHERS
+from flora_dist.cluster.launch.hosts import is_local, read_hostfile, read_nodes
+from flora_dist.cluster.launch.locks import locks
+from flora_dist.cluster.launch.variables import as_file, exported, held_back, own_file
+from flora_dist.cluster.launch.worker import FOLDERS, decode, encode, settled
 
 ROOT = Path(__file__).resolve().parents[2]
 STRANGE = ["a b", "", "$HOME", "`id`", "{x: [1, 'y']}", '"', "%n", "50%", "é", "a\nb", "--set", "*"]
@@ -123,7 +123,7 @@ def test_a_dry_run_prints_what_a_shell_can_run(
         words = shlex.split(command)
         assert words[0] == "env"
         assert "OMP_NUM_THREADS=3" in words
-        assert words[-3:] == ["flora_dist.launch.worker", "train.py", "an%20argument"]
+        assert words[-3:] == ["flora_dist.cluster.launch.worker", "train.py", "an%20argument"]
 
 
 def test_a_dry_run_starts_nothing_on_hosts_that_do_not_exist(

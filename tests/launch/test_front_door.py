@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from flora_dist.launch.outlet import FOR_EVER_S, Outlet
-from flora_dist.launch.worker import meet_here
-from flora_dist.world import listen_at
+from flora_dist.cluster.launch.outlet import FOR_EVER_S, Outlet
+from flora_dist.cluster.launch.worker import meet_here
+from flora_dist.cluster.world import listen_at
 
 LIMIT_S = 240.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ LOUD = """
 import json, os, sys
 from pathlib import Path
 import torch.distributed as dist
-from flora_dist.launch.processes import of_job
+from flora_dist.cluster.launch.processes import of_job
 
 dist.init_process_group("gloo")
 dist.barrier()
@@ -131,7 +131,7 @@ def test_an_output_that_the_shell_has_closed_is_told_and_its_number_is_not_taken
     """The next pipe would have had it: lines of the job would have gone to ssh."""
     code = """
 import os
-from flora_dist.launch.front import Front
+from flora_dist.cluster.launch.front import Front
 with Front() as front:
     assert min(os.pipe()) > 2
     front.pass_on(1, b"a line\\n")

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from flora_dist import Flora
-from flora_dist.comm.groups import Peers
-from flora_dist.optimizer import consistency
+from flora_dist.core.comm.groups import Peers
+from flora_dist.core.consistency import compare as consistency
 from tests.battery.flat import layout_of
 from tests.optimizer import runs
 

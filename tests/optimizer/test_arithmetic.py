@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flora_dist import Flora
-from flora_dist.sketch.ops import exact_products
+from flora_dist.core.sketch.ops import exact_products
 from tests.optimizer import runs
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flora_dist import Flora
-from flora_dist.sketch.keys import Purpose, derive_key, name_key
-from flora_dist.sketch.matrices import sketch_matrix
+from flora_dist.core.sketch.keys import Purpose, derive_key, name_key
+from flora_dist.core.sketch.matrices import sketch_matrix
 
 ROWS, COLUMNS, RANK, KAPPA, STEPS, LR, BETA = 12, 7, 2, 5, 12, 0.02, 0.9
 

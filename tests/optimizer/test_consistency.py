@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flora_dist.optim.config import KNOBS
-from flora_dist.optimizer import consistency
+from flora_dist.core.consistency import compare as consistency
+from flora_dist.core.state.settings import KNOBS
 from tests.battery import layouts
 from tests.battery.oracle import STEPS, Case
 from tests.conftest import pool_of

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flora_dist
 from flora_dist import Flora
-from flora_dist.optimizer import consistency
-from flora_dist.optimizer.disagreement import Said, complaint
-from flora_dist.optimizer.fingerprints import MOST_ELEMENTS
+from flora_dist.core.consistency import compare as consistency
+from flora_dist.core.consistency.disagreement import Said, complaint
+from flora_dist.core.consistency.fingerprints import MOST_ELEMENTS
 from tests.battery import zoo
 from tests.conftest import pool_of
 from tests.optimizer import consistency_runs as held

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flora_dist.optimizer.fingerprints import fingerprints
+from flora_dist.core.consistency.fingerprints import fingerprints
 from tests.conftest import pool_of
 from tests.optimizer import consistency_runs as held
 from tests.optimizer import runs

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from flora_dist import Flora, reference
-from flora_dist.optim import config, momentum_rules
-from flora_dist.optim.momentum_rules import Squares
+from flora_dist.core.state import settings as config
+from flora_dist.core.step import momentum_rules
+from flora_dist.core.step.momentum_rules import Squares
 from tests.battery.oracle import Case, distances, reference_of
 
 SHAPES = {"matrix": (12, 16), "dense": (6, 3), "experts": (2, 4, 16), "vector": (5,)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flora_dist import Flora
-from flora_dist.optim.config import MOMENTA, SKETCHES, TRANSFERS
+from flora_dist.core.state.settings import MOMENTA, SKETCHES, TRANSFERS
 from tests.battery.oracle import Case, distances, reference_of
 from tests.optimizer import runs
 

@@ -72,7 +72,7 @@ def test_lr_and_weight_decay_may_be_tensors(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # small pieces: each expert is its own, so that a rate of one element meets several
-    monkeypatch.setattr("flora_dist.optim.views.CPU_ELEMENTS", 16)
+    monkeypatch.setattr("flora_dist.core.step.views.CPU_ELEMENTS", 16)
     finals = []
     for as_tensor in (False, True):
         parameters = runs.build(dtype=dtype)

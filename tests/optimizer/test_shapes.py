@@ -120,7 +120,7 @@ def test_a_parameter_larger_than_a_piece_is_the_run_of_one_piece(
 ) -> None:
     settings = {"momentum": momentum, "scale_parameter": True, "weight_decay": 0.1}
     whole = runs.expected_run(range(7), **settings)
-    monkeypatch.setattr("flora_dist.optim.views.CPU_ELEMENTS", limit)
+    monkeypatch.setattr("flora_dist.core.step.views.CPU_ELEMENTS", limit)
     start = runs.values(runs.build())
     pieces = runs.run(range(7), **settings)
     # float64 sums in another order: rounding of 1e-16, far below the project's bound
@@ -130,7 +130,7 @@ def test_a_parameter_larger_than_a_piece_is_the_run_of_one_piece(
 def test_pieces_round_low_precision_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     finals = []
     for limit in (1 << 17, 16):
-        monkeypatch.setattr("flora_dist.optim.views.CPU_ELEMENTS", limit)
+        monkeypatch.setattr("flora_dist.core.step.views.CPU_ELEMENTS", limit)
         parameters = runs.build(dtype=torch.bfloat16)
         optimizer = Flora(parameters.items(), **runs.SETTINGS, state_dtype="bfloat16")
         runs.train(optimizer, parameters, range(1))

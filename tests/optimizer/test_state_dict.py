@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 from flora_dist import Flora
-from flora_dist.optim import config
+from flora_dist.core.state import settings as config
 from tests.optimizer import runs
 
 State = dict[str, Any]

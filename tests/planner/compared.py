@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flora_dist.optim.config import FloraConfig
-from flora_dist.planner.methods import asked
-from flora_dist.planner.model import read_model
-from flora_dist.planner.plan import plan
-from flora_dist.planner.request import BACKENDS, Request
+from flora_dist.cluster.planner.methods import asked
+from flora_dist.cluster.planner.model import read_model
+from flora_dist.cluster.planner.plan import plan
+from flora_dist.cluster.planner.request import BACKENDS, Request
+from flora_dist.core.state.settings import FloraConfig
 from tests.conftest import launched_pool_of
 from tests.planner.measured import measure
 from tests.planner.runs import BLOCK, BUCKET, MODELS, Case

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import flora_dist
 from flora_dist import Flora
-from flora_dist.layouts.dtensor import local_of
-from flora_dist.planner.wire import RING_PASSES
+from flora_dist.cluster.planner.wire import RING_PASSES
+from flora_dist.core.layouts.dtensor import local_of
 from tests.bench.memory import LiveBytes
 from tests.bench.wire_counter import Collectives
 from tests.planner.runs import BACKENDS, BLOCK, MODELS, Case, Run, build, loss_of

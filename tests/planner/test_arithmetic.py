@@ -10,12 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from flora_dist.layouts.flat import FlatPart, cut_each, cut_line
-from flora_dist.optim.config import MOMENTA, FloraConfig
-from flora_dist.optim.spec import geometry_of, state_tensors
-from flora_dist.planner.activations import Batch, activation_bytes
-from flora_dist.planner.memory import memory
-from flora_dist.planner.methods import (
+from flora_dist.cluster.planner.activations import Batch, activation_bytes
+from flora_dist.cluster.planner.memory import memory
+from flora_dist.cluster.planner.methods import (
     Method,
     adamw_8bit_state,
     asked,
@@ -24,12 +21,15 @@ from flora_dist.planner.methods import (
     galore_state,
     others,
 )
-from flora_dist.planner.model import Model, Parameter, Sizes, read_model
-from flora_dist.planner.plan import Plan, plan
-from flora_dist.planner.request import BACKENDS, Request
-from flora_dist.planner.search import search, sizes
-from flora_dist.planner.shares import Share, line_length, shares_by_rank
-from flora_dist.planner.wire import payloads
+from flora_dist.cluster.planner.model import Model, Parameter, Sizes, read_model
+from flora_dist.cluster.planner.plan import Plan, plan
+from flora_dist.cluster.planner.request import BACKENDS, Request
+from flora_dist.cluster.planner.search import search, sizes
+from flora_dist.cluster.planner.shares import Share, line_length, shares_by_rank
+from flora_dist.cluster.planner.wire import payloads
+from flora_dist.core.layouts.flat import FlatPart, cut_each, cut_line
+from flora_dist.core.state.settings import MOMENTA, FloraConfig
+from flora_dist.core.state.spec import geometry_of, state_tensors
 from tests.planner.measured import bytes_of, kept_by_autograd
 from tests.planner.runs import MODELS
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_dist import planner
+from flora_dist.cluster import planner
 from tests.planner.runs import MODELS
 
 LLAMA_7B = str(MODELS / "llama_7b.json")

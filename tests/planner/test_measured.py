@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from flora_dist.planner import activations, memory, wire
-from flora_dist.planner.model import Parameter
+from flora_dist.cluster.planner import activations, memory, wire
+from flora_dist.cluster.planner.model import Parameter
 from tests.planner import compared
 from tests.planner.compared import RANKS, differences, planned
 from tests.planner.runs import Case

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from flora_dist.planner.model import Parameter, read_model
+from flora_dist.cluster.planner.model import Parameter, read_model
 from tests.planner.runs import MODELS
 
 FILES = sorted(MODELS.glob("*.json"))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flora_dist.sketch.keys import Purpose, canonical_name, derive_key, name_key
+from flora_dist.core.sketch.keys import Purpose, canonical_name, derive_key, name_key
 
 ONE = {
     "seed": 7,
@@ -78,7 +78,7 @@ def test_a_longer_seed_is_an_error_that_names_it(seed: int) -> None:
 
 def test_another_process_derives_the_same_keys() -> None:
     code = (
-        "from flora_dist.sketch.keys import *;"
+        "from flora_dist.core.sketch.keys import *;"
         "print(derive_key(seed=1, name_key=name_key('a.b'), purpose=Purpose.MOMENTUM, window=0))"
     )
     run = subprocess.run(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_dist.sketch import ops
-from flora_dist.sketch.keys import Purpose, derive_key
-from flora_dist.sketch.matrices import KINDS, relative_noise, shrink_factor, sketch_matrix
+from flora_dist.core.sketch import ops
+from flora_dist.core.sketch.keys import Purpose, derive_key
+from flora_dist.core.sketch.matrices import KINDS, relative_noise, shrink_factor, sketch_matrix
 
 SAMPLES = 4000
 BLOCK, RANK, ROWS = 16, 4, 3

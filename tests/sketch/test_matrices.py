@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_dist.sketch import matrices
-from flora_dist.sketch.keys import Purpose, derive_key
-from flora_dist.sketch.matrices import KINDS, sketch_matrices, sketch_matrix
-from flora_dist.sketch.philox import draws63, grid16, grid_signs
+from flora_dist.core.sketch import matrices
+from flora_dist.core.sketch.keys import Purpose, derive_key
+from flora_dist.core.sketch.matrices import KINDS, sketch_matrices, sketch_matrix
+from flora_dist.core.sketch.philox import draws63, grid16, grid_signs
 
 KEY = 0x0123456789ABCDEF
 

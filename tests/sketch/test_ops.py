@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_dist.sketch import ops
+from flora_dist.core.sketch import ops
 
 GEN = torch.Generator().manual_seed(3)
 SHAPES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_dist.sketch import philox
+from flora_dist.core.sketch import philox
 
 KEY = 0x0123456789ABCDEF
 Grid = Callable[..., Tensor]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_dist.sketch.philox import grid16
-from flora_dist.sketch.rounding import round_stochastic
+from flora_dist.core.sketch.philox import grid16
+from flora_dist.core.sketch.rounding import round_stochastic
 
 DTYPES = [torch.bfloat16, torch.float16]
 # mantissa bits, exponent of the smallest normal number

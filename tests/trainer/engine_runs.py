@@ -17,13 +17,13 @@ from flora_dist.trainer.checkpoint import Checkpoints, Start, find_start, load
 from flora_dist.trainer.config import CheckpointConfig, Config
 from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.data import Order, read_corpus
+from flora_dist.trainer.engine import build_learner, check_learner
 from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
-from flora_dist.trainer.learner import build_learner, check_learner
 from flora_dist.trainer.loop import Job, accumulate, train
 from flora_dist.trainer.metrics import Metrics, Progress
 from flora_dist.trainer.plan import make_plan
-from flora_dist.trainer.spread import Learner, World
+from flora_dist.trainer.replicated import Learner, World
 from flora_dist.trainer.tokenizer import ByteTokenizer
 from tests.trainer.ragged import micro_batches, tiny_model, token_count
 from tests.trainer.support import TINY, tensor_hashes

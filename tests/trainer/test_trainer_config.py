@@ -17,8 +17,8 @@ import yaml
 from flora_dist import cli
 from flora_dist.trainer.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig
 from flora_dist.trainer.configfile import as_yaml, load_config
-from flora_dist.trainer.extras import needs_train_extra
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
+from flora_dist.trainer.optional_imports import needs_train_extra
 from tests.trainer.support import ENVIRONMENT, ROOT, TINY
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

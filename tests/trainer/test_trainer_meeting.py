@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from flora_dist.trainer.meeting import agree_on_name
+from flora_dist.trainer.rendezvous import agree_on_name
 
 SOON, LATE = timedelta(seconds=0.2), timedelta(seconds=60)
 

@@ -19,8 +19,8 @@ from flora_dist.checkpoint.folder import read_manifest
 from flora_dist.trainer.backend import spread
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.loop import accumulate
+from flora_dist.trainer.replicated import World
 from flora_dist.trainer.run import run
-from flora_dist.trainer.spread import World
 from tests.trainer.ragged import MICRO_BATCH, micro_batches, tiny_model, token_count, whole_batch
 from tests.trainer.support import (
     Workers,

@@ -25,15 +25,15 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from flora_dist.sketch.keys import canonical_name
+from flora_dist.core.sketch.keys import canonical_name
 from flora_dist.trainer import loop
 from flora_dist.trainer.backend import find_world, process_group, spread
 from flora_dist.trainer.checkpoint import Position, Start, check_same_start
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.loop import accumulate
+from flora_dist.trainer.replicated import World
 from flora_dist.trainer.run import run
-from flora_dist.trainer.spread import World
 from flora_dist.trainer.traffic import Traffic
 from tests.trainer.ragged import MICRO_BATCH, micro_batches, tiny_model, token_count
 from tests.trainer.support import TINY, tiny_overrides

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import flora_dist.deepspeed as flora_deepspeed
 from flora_dist import Flora, checkpoint
-from flora_dist.integrations import deepspeed_checkpoint
+from flora_dist.frameworks.deepspeed import checkpoint as deepspeed_checkpoint
 from tests.zero import engines, small
 from tests.zero.engines import Run
 from tests.zero.small import Config, Model, config_of, start, states, train

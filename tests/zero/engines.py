@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import flora_dist.deepspeed
 from flora_dist import Flora
-from flora_dist.layouts.flat import FlatLayout, FlatPart
-from flora_dist.sketch.keys import canonical_name
+from flora_dist.core.layouts.flat import FlatLayout, FlatPart
+from flora_dist.core.sketch.keys import canonical_name
 from tests.battery import zoo
 from tests.battery.mutations import mutated
 from tests.battery.oracle import STEPS, Case

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flora_dist.optim.config import KNOBS, FloraConfig
+from flora_dist.core.state.settings import KNOBS, FloraConfig
 from flora_dist.reference import Reference, ReferenceSettings
 from tests.battery import zoo
 from tests.battery.oracle import STEPS, distances, random_bits, sketches, trainable

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 import flora_dist.deepspeed
 from flora_dist import Flora
-from flora_dist.integrations import deepspeed as integration
-from flora_dist.integrations.deepspeed_config import prepared
-from flora_dist.layouts.flat import Span
+from flora_dist.core.layouts.flat import Span
+from flora_dist.frameworks.deepspeed import attach as integration
+from flora_dist.frameworks.deepspeed.config import prepared
 from tests.zero.engines import Run, build, config_of
 
 Fault = Callable[[Any], AbstractContextManager[Any]]

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flora_dist import Flora
-from flora_dist.layouts.flat import FlatPart
-from flora_dist.optimizer.roster import Roster
+from flora_dist.core.layouts.flat import FlatPart
+from flora_dist.core.parameters.registry import Roster
 from tests.battery.oracle import STEPS
 from tests.battery.variants import differing
 from tests.zero.engines import (

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flora_dist.layouts.flat import FlatPart
+from flora_dist.core.layouts.flat import FlatPart
 from tests.battery import zoo
 from tests.battery.oracle import STEPS, trainable
 from tests.gradients.oracle import GradientSketch, SketchedCase, norm_of

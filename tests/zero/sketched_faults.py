@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flora_dist.integrations import deepspeed_gradients, deepspeed_steps
-from flora_dist.integrations.deepspeed_steps import Sketched
+from flora_dist.frameworks.deepspeed import gradients as deepspeed_gradients
+from flora_dist.frameworks.deepspeed import steps as deepspeed_steps
+from flora_dist.frameworks.deepspeed.steps import Sketched
 from tests.gradients import faults
 from tests.zero import engines, low_precision
 from tests.zero.engines import Run

@@ -15,7 +15,7 @@ from torch import nn
 
 import flora_dist.deepspeed
 from flora_dist import Flora
-from flora_dist.integrations.deepspeed_config import (
+from flora_dist.frameworks.deepspeed.config import (
     check_flora_block,
     optimizer_settings,
     prepared,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from flora_dist.optimizer import consistency
+from flora_dist.core.consistency import compare as consistency
 from tests.conftest import launched_pool_of
 from tests.zero.small import PARAMS, STAGES, build, config_of, start, states, train
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from flora_dist.comm.groups import GroupReducer
+from flora_dist.core.comm.groups import GroupReducer
 from tests.bench.zero_bytes import RULES, counted
 from tests.conftest import launched_pool_of
 from tests.zero.small import PARAMS, build, config_of, start, train

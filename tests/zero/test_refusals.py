@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import flora_dist.deepspeed
 import flora_dist.register  # noqa: F401 - for what it does
-from flora_dist.integrations.deepspeed_config import check_features
+from flora_dist.frameworks.deepspeed.config import check_features
 from tests.conftest import launched_pool_of
 from tests.zero.small import WIDTH, build, config_of, start
 

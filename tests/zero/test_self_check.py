@@ -12,9 +12,9 @@ import deepspeed
 import pytest
 import torch.distributed as dist
 
-from flora_dist.integrations import deepspeed as integration
-from flora_dist.integrations.spans import Partition
-from flora_dist.layouts.flat import Span, cut_line
+from flora_dist.core.layouts.flat import Span, cut_line
+from flora_dist.frameworks.deepspeed import attach as integration
+from flora_dist.frameworks.spans import Partition
 from tests.conftest import launched_pool_of
 from tests.zero.small import PARAMS, build, config_of, start
 

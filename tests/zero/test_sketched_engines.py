@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flora_dist.deepspeed
 from flora_dist import Flora
-from flora_dist.integrations.deepspeed_config import prepared
+from flora_dist.frameworks.deepspeed.config import prepared
 from tests.bench.wire_counter import Collectives
 from tests.conftest import launched_pool_of
 from tests.zero import sketched_faults

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_dist import Flora
-from flora_dist.integrations import deepspeed_zero_grad
+from flora_dist.frameworks.deepspeed import zero_grad as deepspeed_zero_grad
 from tests.conftest import launched_pool_of
 from tests.zero.small import batch, config_of, start, train, weights
 

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One for each host of a job: runs what is to run there, and leaves nothing of it behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flora_dist.cluster.launch.far_end import Voice, serve
+from flora_dist.cluster.launch.files import kept
+from flora_dist.cluster.launch.locks import locks
+from flora_dist.cluster.launch.outlet import pump
+from flora_dist.cluster.launch.processes import MARK, end_all, of_job, signal_each, workers
+
+_PATIENCE_S = 3.0
+_LAST_LINES_S = 1.0
+_CANNOT_START = 127
+
+
+class Host:
+    """A job's part on this host."""
+
+    def __init__(self, voice: Voice) -> None:
+        self._voice = voice
+        self._job = os.environ[MARK]
+        self._files = ExitStack()
+        self._pumps: list[threading.Thread] = []
+        self._changing = threading.Lock()
+        self._over = False
+
+    def asks(self) -> Mapping[str, Callable[..., Any]]:
+        """By name, what may be asked."""
+        return {"prepare": self.prepare, "run": self.run, "stop": self.stop, "end": self.end}
+
+    def prepare(self, folder: str, files_folder: str, files: Mapping[str, str]) -> dict[str, Any]:
+        """What the front door must know of this host before anything starts.
+
+        Args:
+            folder: where the job runs.
+            files_folder: of the texts that its command reads here.
+            files: these, by name.
+        """
+        with self._changing:
+            if not self._over:
+                self._files.enter_context(kept(Path(files_folder), files))
+        return {
+            "folder_exists": Path(folder).is_dir(),
+            "locks": [asdict(lock) for lock in locks()],
+        }
+
+    def run(self, folder: str, command: Sequence[str]) -> int:
+        """Run it to its end; its code, that of Popen, or a shell's 127 where it cannot start."""
+        with self._changing:
+            if self._over:
+                return -signal.SIGTERM
+            try:
+                child = self._started(folder, command)
+            except OSError as error:
+                self._voice.pass_on(2, f"{command[0]} cannot start in {folder}: {error}\n".encode())
+                return _CANNOT_START
+        return child.wait()
+
+    def _started(self, folder: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C of the terminal is the front door's
+        )
+        for stream, pipe in ((1, child.stdout), (2, child.stderr)):
+            assert pipe is not None
+            self._pumps.append(pump(pipe, partial(self._voice.pass_on, stream)))
+        return child
+
+    def stop(self) -> None:
+        """Ask the ranks to save and end."""
+        signal_each(workers(of_job(self._job)), signal.SIGTERM)
+
+    def end(self) -> int:
+        """End what is left of the job, whoever started it; how many processes there were."""
+        with self._changing:
+            self._over = True
+            ended = end_all(self._job, patience_s=_PATIENCE_S)
+            for thread in self._pumps:
+                thread.join(_LAST_LINES_S)
+            self._files.close()
+        return ended
+
+
+if __name__ == "__main__":
+    serve(Host)

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that the fullest rank holds, category by category.
+
+weights       parameters at rest between steps, with the fp32 masters that ZeRO steps. FSDP2: fp32
+              shards, each row count rounded up to the ranks. DDP: fp32 (bfloat16 is autocast).
+              ZeRO 0: the model, fp32 copies where it is in bfloat16. ZeRO 1, 2: the model's padded
+              line, and fp32 masters of one part. ZeRO 3: a chunk of each parameter and its fp32
+              master; parameters below 100,000 elements whole besides.
+gradients     elements held after a backward, at the most: between micro-batches or before the step.
+              FSDP2: shards in fp32, or whole fp32 gradients while micro-batches are not
+              synchronised; at level sharded all shards of a unit that has a dense one, since they
+              are views of one buffer. ZeRO 1, 2 keep every parameter of which the rank owns a
+              piece, whole (stage_1_and_2.py, get_all_grad_tensors); ZeRO 1 all, between
+              micro-batches, and the bucket that they are views of. Where gradients are sketched,
+              DeepSpeed makes the same in zeros, and once more the buffer that 1-D gradients are
+              copied into (copy_grads_in_partition). ZeRO 3: its permanent buffer of a chunk of
+              each, and its bucket.
+accumulators  sketches C of what is sketched in fp32, of whole parameters (``compressed``,
+              ``fused``) or of shards (``sharded``), and the matrices A of this step and the last.
+state         methods.py.
+activations   activations.py; with LoRA also X A^T of each adapter.
+temporary     not exact: the most of what comes and goes beside all these. FSDP2: the gathered root
+              and a layer, the largest unit's gradient and its fp32 buffer. ZeRO 1, 2: the bucket
+              (two with overlap_comm), a flat copy of what is reduced from it, and a micro-batch's
+              gradients beside their sum; or in the step the flat copy of the part's gradients, or
+              fp64 of the largest for its norm. ZeRO 0: a flat copy likewise. ZeRO 3: that, and
+              gathered weights. DDP: the largest gradient. All: instead, the gradient of the logits.
+
+The total is all of them at once: gradients grow while activations go, so a real peak is lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from flora_dist.cluster.planner.activations import activation_bytes, logits_gradient_bytes
+from flora_dist.cluster.planner.methods import FP32, Method
+from flora_dist.cluster.planner.model import ROOT, TABLES, Parameter
+from flora_dist.cluster.planner.request import DENSE, Cut, Request
+from flora_dist.cluster.planner.shares import Share, line_length, shares_by_rank
+from flora_dist.cluster.planner.wire import sketch_numbers
+
+PERSISTENT = 100_000
+"""Elements below which ZeRO-3 keeps a parameter whole: stage3_param_persistence_threshold."""
+MAX_LIVE = 1_000_000_000
+"""Elements that ZeRO-3 gathers at most: stage3_max_live_parameters."""
+FP64 = 8
+Ranks = Sequence[Sequence[Share]]
+"""Shares of every rank that may hold most of something."""
+CATEGORIES = ("weights", "gradients", "accumulators", "state", "activations", "temporary")
+"""In the order in which they are shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Bytes of one category on the rank that holds most of it."""
+
+    total: int
+    tables: int = 0
+    """Of them, of embeddings and head."""
+
+
+def memory(request: Request, method: Method) -> dict[str, Held]:
+    """Bytes by category."""
+    ranks = shares_by_rank(method.trained, method.backend.cut, request.shards)
+    return {
+        "weights": _weights(request, method, ranks),
+        "gradients": _gradients(request, method, ranks),
+        "accumulators": _accumulators(request, method),
+        "state": _most(_sum(shares, method.state) for shares in ranks),
+        "activations": Held(total=_activations(request, method)),
+        "temporary": Held(total=_temporary(request, method)),
+    }
+
+
+def _most(held: Iterable[Held]) -> Held:
+    return max(held, key=lambda each: each.total)
+
+
+def _sum(shares: Iterable[Share], of: Callable[[Share], int]) -> Held:
+    found = [(share.parameter.kind in TABLES, of(share)) for share in shares]
+    return _held(found)
+
+
+def _held(found: Sequence[tuple[bool, int]]) -> Held:
+    return Held(
+        total=sum(size for _, size in found),
+        tables=sum(size for is_table, size in found if is_table),
+    )
+
+
+# ---- weights
+
+
+def _frozen_cut(method: Method) -> Cut:
+    """ZeRO 1 and 2 leave what is not trained whole."""
+    return "whole" if method.backend.cut == "line" else method.backend.cut
+
+
+def _weights(request: Request, method: Method, ranks: Ranks) -> Held:
+    backend, element = method.backend, request.element
+    if backend.stage is None:
+        trained = _sum(ranks[0], lambda share: FP32 * share.stored)
+    elif backend.cut == "whole":
+        copies = 0 if element == FP32 else FP32
+        trained = _sum(ranks[0], lambda share: (element + copies) * share.stored)
+    elif backend.cut == "line":
+        trained = _line_weights(request, method, ranks)
+    else:
+        trained = _sum(ranks[0], lambda share: _chunk_bytes(share, element))
+    frozen = shares_by_rank(method.frozen, _frozen_cut(method), request.shards)[0]
+    rest = _sum(frozen, lambda share: element * share.stored)
+    return Held(total=trained.total + rest.total, tables=trained.tables + rest.tables)
+
+
+def _line_weights(request: Request, method: Method, ranks: Ranks) -> Held:
+    """The whole line, and fp32 masters of one part of it, both with their padding.
+
+    All parts are of one size; of tables, the part that has most of them.
+    """
+    line = line_length(method.trained, request.shards)
+    tables = sum(p.numel for p in method.trained if p.kind in TABLES)
+    masters = max(_sum(shares, lambda share: share.elements).tables for shares in ranks)
+    return Held(
+        total=request.element * line + FP32 * line // request.shards,
+        tables=request.element * tables + FP32 * masters,
+    )
+
+
+def _chunk_bytes(share: Share, element: int) -> int:
+    whole = element * share.parameter.numel if share.parameter.numel < PERSISTENT else 0
+    return (element + FP32) * share.stored + whole
+
+
+# ---- gradients
+
+
+def _gradients(request: Request, method: Method, ranks: Ranks) -> Held:
+    backend, element = method.backend, request.element
+    dense = frozenset(p.name for p in method.trained if method.sketch_of(p) is None)
+    unsynchronised = request.accumulate > 1 and method.level != "sharded"
+    if backend.cut == "each":
+        flat = _sum(ranks[0], lambda share: element * share.stored)
+        return Held(total=flat.total + element * request.bucket, tables=flat.tables)
+    if backend.cut == "line":
+        parts = _most(_part_of_line(element, shares, dense) for shares in ranks)
+        is_kept = backend.stage == 1 and unsynchronised
+        if not is_kept:
+            return parts
+        between = _whole(method, dense, element)
+        return _most([parts, replace(between, total=between.total + element * request.bucket)])
+    if backend.cut == "whole" or unsynchronised:
+        return _whole(method, dense, FP32 if backend.stage is None else element)
+    return _sum(ranks[0], partial(_shard_bytes, dense=_alive_with(method, dense)))
+
+
+def _whole(method: Method, dense: frozenset[str], element: int) -> Held:
+    return _held(
+        [(p.kind in TABLES, element * p.numel * (p.name in dense)) for p in method.trained]
+    )
+
+
+def _alive_with(method: Method, dense: frozenset[str]) -> frozenset[str]:
+    """Parameters of which FSDP2 keeps the reduced shard: at level sharded, of a unit's all."""
+    if method.level != "sharded":
+        return dense
+    units = {p.layer for p in method.trained if p.name in dense}
+    return frozenset(p.name for p in method.trained if p.layer in units)
+
+
+def _shard_bytes(share: Share, *, dense: frozenset[str]) -> int:
+    return FP32 * share.stored * (share.parameter.name in dense)
+
+
+def _part_of_line(element: int, shares: Sequence[Share], dense: frozenset[str]) -> Held:
+    """Every parameter of which a piece is in the part, whole; see the module's docstring."""
+    zeros = [share for share in shares if share.parameter.name not in dense]
+    copied = shares if len(zeros) < len(shares) else []
+    return _sum([*copied, *zeros], lambda share: element * share.parameter.numel)
+
+
+# ---- accumulators
+
+
+def _accumulators(request: Request, method: Method) -> Held:
+    if method.level == DENSE:
+        return Held(total=0)
+    cut: Cut = method.backend.cut if method.level == "sharded" else "whole"
+
+    def both(share: Share) -> int:
+        return FP32 * (sketch_numbers(share, method.sketch) + _matrix(share, method))
+
+    return _sum(shares_by_rank(method.trained, cut, request.shards)[0], both)
+
+
+def _matrix(share: Share, method: Method) -> int:
+    """Numbers of A, of the coming step and the last."""
+    geometry = method.sketch_of(share.parameter)
+    if geometry is None or geometry.rank is None:
+        return 0
+    return 2 * geometry.num_matrices * geometry.rank * geometry.block
+
+
+# ---- activations
+
+
+def _activations(request: Request, method: Method) -> int:
+    # bfloat16 under DDP is autocast; the other backends have the weights themselves in it.
+    autocast = method.backend.name == "ddp" and request.element != FP32
+    batch = replace(request.batch, autocast=autocast)
+    adapters = batch.tokens * _adapter_numbers(method) * request.element
+    return activation_bytes(request.model, batch, _fused(method)) + adapters
+
+
+def _fused(method: Method) -> tuple[int, int] | None:
+    if method.level != "fused":
+        return None
+    assert isinstance(method.sketch.block, int)
+    assert method.sketch.rank is not None
+    return method.sketch.rank, method.sketch.block
+
+
+def _adapter_numbers(method: Method) -> int:
+    """X A^T of a token, at all adapters."""
+    return method.adapter_rank * sum(p.kind == "matrix" for p in method.frozen)
+
+
+# ---- temporary
+
+
+def _temporary(request: Request, method: Method) -> int:
+    logits = logits_gradient_bytes(request.model, request.batch)
+    return _TEMPORARY[method.backend.cut](request, method, logits)
+
+
+def _of_replicas(request: Request, method: Method, logits: int) -> int:
+    if method.backend.stage is None:
+        return max(logits, FP32 * _largest(method.trained))
+    return request.element * _flat_copy(request, method) + max(
+        logits, FP32 * _largest(method.trained)
+    )
+
+
+def _of_units(request: Request, method: Method, logits: int) -> int:
+    element, every = request.element, _units((*method.trained, *method.frozen))
+    root = every.pop(ROOT, 0)
+    is_reduced = method.level == "sharded"
+    reduced = [p for p in method.trained if is_reduced or method.sketch_of(p) is None]
+    gradient, buffer = (max(_units(p).values(), default=0) for p in (method.trained, reduced))
+    gathered = element * (root + max(every.values(), default=0))
+    return gathered + max(logits, element * gradient + FP32 * buffer)
+
+
+def _of_line(request: Request, method: Method, logits: int) -> int:
+    element, largest = request.element, _largest(method.trained)
+    part = line_length(method.trained, request.shards) // request.shards
+    again = part + largest if request.accumulate > 1 else 0
+    backward = request.bucket + _flat_copy(request, method) + again
+    return max(element * backward + max(logits, element * largest), FP32 * part, FP64 * largest)
+
+
+def _flat_copy(request: Request, method: Method) -> int:
+    """Elements that DeepSpeed copies together to reduce them, a bucket at most."""
+    dense = sum(p.numel for p in method.trained if method.sketch_of(p) is None)
+    return min(dense, request.bucket)
+
+
+def _of_chunks(request: Request, method: Method, logits: int) -> int:
+    element, largest = request.element, _largest(method.trained)
+    numel = sum(parameter.numel for parameter in (*method.trained, *method.frozen))
+    gathered = min(numel, MAX_LIVE) + _flat_copy(request, method)
+    return element * gathered + max(logits, element * largest)
+
+
+def _largest(parameters: Iterable[Parameter]) -> int:
+    return max(parameter.numel for parameter in parameters)
+
+
+def _units(parameters: Iterable[Parameter]) -> dict[int, int]:
+    """Elements by FSDP2's unit: a layer, or the root."""
+    sizes: dict[int, int] = {}
+    for parameter in parameters:
+        sizes[parameter.layer] = sizes.get(parameter.layer, 0) + parameter.numel
+    return sizes
+
+
+_TEMPORARY = {"whole": _of_replicas, "rows": _of_units, "line": _of_line, "each": _of_chunks}

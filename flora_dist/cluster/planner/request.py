@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan is asked about, checked once: model, cluster, batch and Flora's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from flora_dist.cluster.planner.activations import Batch
+from flora_dist.cluster.planner.model import Model
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.spec import LEVELS
+
+PRECISIONS = {"float32": 4, "bfloat16": 2}
+"""Of forward and backward -> bytes of a number."""
+WIRE_DTYPES = PRECISIONS
+"""Of sketches on the wire -> bytes of a number."""
+DENSE = LEVELS[0]
+
+Cut = Literal["whole", "rows", "line", "each"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """How a framework holds a model."""
+
+    name: str
+    cut: Cut
+    """Whole on every rank; FSDP2's chunks of rows; ZeRO's one line in equal parts (1, 2); each
+    parameter in equal chunks (3)."""
+    stage: int | None = None
+    """Of ZeRO; None: torch's own."""
+    levels: tuple[str, ...] = LEVELS
+    """What of the gradients can be compressed."""
+
+
+_UNCUT = tuple(level for level in LEVELS if level != "sharded")
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(name="ddp", cut="whole", levels=_UNCUT),
+        Backend(name="fsdp2", cut="rows"),
+        Backend(name="hsdp", cut="rows"),
+        Backend(name="zero0", cut="whole", stage=0, levels=_UNCUT),
+        Backend(name="zero1", cut="line", stage=1, levels=_UNCUT),
+        Backend(name="zero2", cut="line", stage=2, levels=_UNCUT),
+        Backend(name="zero3", cut="each", stage=3, levels=_UNCUT),
+    )
+}
+"""Name -> how it holds a model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One question; ``ValueError`` where it makes no sense."""
+
+    model: Model
+    nodes: int = 1
+    gpus: int = 1
+    """Per node; a rank each."""
+    backend: Backend
+    flora: FloraConfig
+    gradients: str = DENSE
+    """Level, of ``LEVELS``."""
+    gradient_rank: int | None = None
+    """Numbers per block of sketched gradients; None: the momentum's."""
+    wire_dtype: str = "float32"
+    micro_batch: int = 1
+    """Sequences of a rank's forward."""
+    sequence_length: int = 1024
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    precision: str = "float32"
+    checkpointing: bool = False
+    bucket: int = 500_000_000
+    """Elements of ZeRO's reduction buffer, ``reduce_bucket_size``; DeepSpeed's default."""
+    galore_rank: int = 1
+    lora_rank: int = 1
+
+    def __post_init__(self) -> None:
+        for option in (
+            *("nodes", "gpus", "micro_batch", "sequence_length", "accumulate", "bucket"),
+            *("galore_rank", "lora_rank"),
+        ):
+            check_whole(option, getattr(self, option))
+        if self.gradient_rank is not None:
+            check_whole("gradient_rank", self.gradient_rank)
+            replace(self.flora, rank=self.gradient_rank)  # checks that it is below the block
+        _check_choice("gradients", self.gradients, LEVELS)
+        _check_choice("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
+        _check_choice("precision", self.precision, tuple(PRECISIONS))
+        if self.gradients not in self.backend.levels:
+            raise ValueError(
+                f"--gradients {self.gradients} needs gradients that the framework shards; "
+                f"--backend {self.backend.name} has {', '.join(self.backend.levels)}. Use "
+                "compressed, or fsdp2."
+            )
+        positions = self.model.sizes.positions
+        if self.sequence_length > positions:
+            raise ValueError(
+                "--sequence-length must be within the model's positions; it is "
+                f"{self.sequence_length}, {self.model.name} has {positions}. Lower it."
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Of the cluster."""
+        return self.nodes * self.gpus
+
+    @property
+    def shards(self) -> int:
+        """Ranks that a parameter is cut among, where it is cut: HSDP's are one node's."""
+        return self.gpus if self.backend.name == "hsdp" else self.ranks
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in forward and backward."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def batch(self) -> Batch:
+        """A rank's micro-batch."""
+        return Batch(
+            sequences=self.micro_batch,
+            length=self.sequence_length,
+            element=self.element,
+            checkpointing=self.checkpointing,
+        )
+
+    @property
+    def gradient_config(self) -> FloraConfig:
+        """Blocks and numbers per block of sketched gradients."""
+        if self.gradient_rank is None:
+            return self.flora
+        return replace(self.flora, rank=self.gradient_rank)
+
+
+def check_whole(option: str, value: int) -> None:
+    """Refuse a number below 1.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if value < 1:
+        raise ValueError(
+            f"--{option.replace('_', '-')} must be a whole number of at least 1; got {value}. "
+            "Pass 1 or more."
+        )
+
+
+def check_positive(option: str, value: float) -> None:
+    """Refuse zero, negative numbers, infinity and NaN.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not 0.0 < value < float("inf"):
+        raise ValueError(
+            f"--{option} must be a number above 0; got {value:g}. Pass a finite number above 0."
+        )
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"--{option.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}. "
+            "Pass one of these."
+        )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The smallest cluster on which a method fits: ranks of one node first, then whole nodes."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from flora_dist.cluster.planner.methods import Method
+from flora_dist.cluster.planner.plan import Plan, plan
+from flora_dist.cluster.planner.request import Request
+
+LIMIT = 1024
+"""Ranks beyond which nothing is looked for."""
+
+Methods = Callable[[Request], Iterator[Method]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Where a method fits first."""
+
+    nodes: int
+    gpus: int
+    """Per node."""
+    fits: bool
+    """False: not even here, on the largest cluster that was tried."""
+    plan: Plan
+    """On that cluster."""
+
+
+def search(request: Request, methods: Methods, memory: int) -> list[Found]:
+    """Find for each method the fewest ranks whose fullest holds at most ``memory`` bytes.
+
+    A rank of a larger cluster is taken to hold no more, which padding breaks by a few bytes.
+
+    Args:
+        request: whose ``gpus`` are what a node has; ``nodes`` is not read.
+        methods: of a request, in the same order for each.
+        memory: bytes per rank.
+    """
+    clusters = [replace(request, nodes=nodes, gpus=gpus) for nodes, gpus in sizes(request.gpus)]
+    count = len([*methods(request)])
+    return [_first(clusters, methods, place, memory) for place in range(count)]
+
+
+def _first(clusters: Sequence[Request], methods: Methods, place: int, memory: int) -> Found:
+    def planned(index: int) -> Plan:
+        return plan(clusters[index], [*methods(clusters[index])][place])
+
+    chosen = bisect_left(range(len(clusters)), 1, key=lambda i: planned(i).total <= memory)
+    index = min(chosen, len(clusters) - 1)
+    found = planned(index)
+    return Found(
+        nodes=clusters[index].nodes,
+        gpus=clusters[index].gpus,
+        fits=found.total <= memory,
+        plan=found,
+    )
+
+
+def sizes(gpus: int, limit: int = LIMIT) -> Iterator[tuple[int, int]]:
+    """Clusters as (nodes, ranks per node), growing: 1, 2, 4 .. ranks, then full nodes.
+
+    >>> list(sizes(8, limit=24))
+    [(1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (3, 8)]
+    >>> list(sizes(6, limit=12))
+    [(1, 1), (1, 2), (1, 4), (1, 6), (2, 6)]
+    """
+    size = 1
+    while size < gpus:
+        yield 1, size
+        size *= 2
+    for nodes in range(1, max(1, limit // gpus) + 1):
+        yield nodes, gpus

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank gives to the collectives of one optimizer step, and the bytes a ring sends for it.
+
+A ring of w ranks moves (w - 1) / w of a buffer per pass from every rank: an all-reduce takes two
+passes, a reduce-scatter and an all-gather one (Patarasuk & Yuan 2009; NCCL's model of bus
+bandwidth). gloo takes two for a reduce-scatter. Sources of what is sent, and how often:
+
+    ddp           one all-reduce of the gradients, after the last micro-batch (``no_sync``)
+    fsdp2, hsdp   per micro-batch an all-gather of each layer before forward and before backward,
+                  of the root once; one reduce-scatter of gradients in fp32 after the last
+                  micro-batch (``set_requires_gradient_sync``), after each at level sharded; hsdp
+                  within a node, with an all-reduce of what has arrived between nodes
+    zero 0, 1     one all-reduce of the gradients (DeepSpeed's default for every bucket, 0.19)
+    zero 2        the same after every micro-batch
+    zero 3        a reduce-scatter after every micro-batch, and an all-gather of the weights, or two
+                  where they are more than max_reuse_distance (10^9)
+    zero 1, 2     one all-gather of the updated weights
+    sketches      one message per step: presence of each parameter and its sketches, a line for
+                  every rank, each as long as the longest (gradients/average.py)
+    Flora's step  where parameters are sharded, an all-reduce of column sums
+                  (core/step/matrix.py); the few numbers of rows that two ranks share are left out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from flora_dist.cluster.planner.methods import Method, blocks_of
+from flora_dist.cluster.planner.model import ROOT, Parameter
+from flora_dist.cluster.planner.request import DENSE, WIRE_DTYPES, Request
+from flora_dist.cluster.planner.shares import Share, chunk, line_length, shares_by_rank
+from flora_dist.core.state.settings import FloraConfig
+
+RING_PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "all_to_all": 1}
+"""Kind of a collective -> passes over the ring."""
+MAX_REUSE_DISTANCE = 1_000_000_000
+"""Elements within which ZeRO-3 keeps what it has gathered: DeepSpeed's default."""
+_FP32 = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """Collectives of one kind and purpose, in one optimizer step."""
+
+    purpose: str
+    """"gradients", "sketches", "weights" or "messages"."""
+    kind: str
+    buffer: int
+    """Bytes of the whole buffers."""
+    ranks: int
+    together: int = 1
+    """Such groups that share a node's link: HSDP's, between nodes."""
+    stays: bool = False
+    """Within a node."""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each rank sends."""
+        return RING_PASSES[self.kind] * (self.ranks - 1) * self.buffer // self.ranks
+
+
+def payloads(request: Request, method: Method) -> list[Payload]:
+    """All that travels; nothing on one rank."""
+    found = [*_of_gradients(request, method), *_of_weights(request, method)]
+    found += [*_of_sketches(request, method), *_of_messages(request, method)]
+    return [payload for payload in found if payload.ranks > 1 and payload.buffer]
+
+
+def sent_bytes(found: Sequence[Payload]) -> int:
+    """Bytes that each rank sends in a step."""
+    return sum(payload.sent for payload in found)
+
+
+def link_bytes(request: Request, found: Sequence[Payload]) -> int:
+    """Bytes that the busiest link carries one way: a node's to the next, or a rank's on one node.
+
+    A ring that visits node after node crosses each node's link with what one rank sends.
+    """
+    if request.nodes == 1:
+        return sent_bytes(found)
+    return sum(payload.sent * payload.together for payload in found if not payload.stays)
+
+
+# ---- gradients
+
+
+def _of_gradients(request: Request, method: Method) -> Iterator[Payload]:
+    backend, ranks = method.backend, request.shards
+    plain = [p for p in method.trained if method.sketch_of(p) is None]
+    # Level sharded: the framework reduces all of them, every time.
+    reduced = method.trained if method.level == "sharded" else plain
+    numel = sum(parameter.numel for parameter in reduced)
+    if backend.cut == "rows":
+        stored = sum(chunk(parameter, "rows", ranks) for parameter in reduced) * _FP32
+        times = request.accumulate if method.level == "sharded" else 1
+        yield from _scattered(request, "gradients", stored * times)
+    elif backend.cut == "each":
+        stored = sum(chunk(parameter, "each", ranks) for parameter in reduced) * ranks
+        size = stored * request.element * request.accumulate
+        yield Payload(purpose="gradients", kind="reduce_scatter", buffer=size, ranks=ranks)
+    else:
+        element = _FP32 if backend.stage is None else request.element
+        times = request.accumulate if backend.stage == 2 else 1
+        size = numel * element * times
+        yield Payload(purpose="gradients", kind="all_reduce", buffer=size, ranks=request.ranks)
+
+
+def _of_sketches(request: Request, method: Method) -> Iterator[Payload]:
+    if method.level in {DENSE, "sharded"}:
+        return
+    sketched = [p for p in method.trained if method.sketch_of(p) is not None]
+    longest = max(
+        sum(sketch_numbers(share, method.sketch) for share in shares)
+        for shares in shares_by_rank(method.trained, method.backend.cut, request.shards)
+    )
+    line = (len(sketched) + longest) * WIRE_DTYPES[request.wire_dtype]
+    if method.backend.cut == "whole":
+        yield Payload(purpose="sketches", kind="all_reduce", buffer=line, ranks=request.ranks)
+    else:
+        yield from _scattered(request, "sketches", line)
+
+
+def sketch_numbers(share: Share, config: FloraConfig) -> int:
+    """Numbers of C for what a rank holds of a parameter; 0 where its gradient stays dense."""
+    geometry = blocks_of(share.parameter, config)
+    if geometry.rank is None:
+        return 0
+    return sum(tile.num_blocks(geometry.block) for tile in share.tiles) * geometry.rank
+
+
+def _scattered(request: Request, purpose: str, kept: int) -> Iterator[Payload]:
+    """A reduce-scatter that leaves ``kept`` bytes on each rank, and HSDP's all-reduce of them."""
+    shards, replicas = request.shards, request.ranks // request.shards
+    yield Payload(
+        purpose=purpose,
+        kind="reduce_scatter",
+        buffer=kept * shards,
+        ranks=shards,
+        stays=replicas > 1,
+    )
+    yield Payload(purpose=purpose, kind="all_reduce", buffer=kept, ranks=replicas, together=shards)
+
+
+# ---- weights
+
+
+def _of_weights(request: Request, method: Method) -> Iterator[Payload]:
+    backend, shards, element = method.backend, request.shards, request.element
+    everything = (*method.trained, *method.frozen)
+    size = 0
+    if backend.cut == "rows":
+        size = request.accumulate * sum(
+            (1 if parameter.layer == ROOT else 2) * chunk(parameter, "rows", shards)
+            for parameter in everything
+        )
+        size *= shards * element
+    elif backend.cut == "line":
+        size = line_length(method.trained, shards) * element
+    elif backend.cut == "each":
+        size = shards * element * sum(chunk(p, "each", shards) for p in everything)
+        numel = sum(parameter.numel for parameter in everything)
+        size *= request.accumulate * (1 if numel <= MAX_REUSE_DISTANCE else 2)
+    stays = request.ranks > shards
+    yield Payload(purpose="weights", kind="all_gather", buffer=size, ranks=shards, stays=stays)
+
+
+# ---- Flora's own
+
+
+def _of_messages(request: Request, method: Method) -> Iterator[Payload]:
+    if method.flora is None or method.backend.cut == "whole":
+        return
+    numbers = sum(_message_numbers(parameter, method.flora) for parameter in method.trained)
+    yield Payload(
+        purpose="messages",
+        kind="all_reduce",
+        buffer=numbers * _FP32,
+        ranks=request.shards,
+        stays=request.ranks > request.shards,
+    )
+
+
+def _message_numbers(parameter: Parameter, config: FloraConfig) -> int:
+    """Presence, column sums, and what the clipped update's norm follows from (clip is on)."""
+    geometry = blocks_of(parameter, config)
+    if geometry.is_vector:
+        return 2
+    columns = geometry.num_matrices * geometry.num_columns
+    if config.momentum == "flora_strict" and geometry.rank is not None:
+        return 1 + columns + geometry.num_matrices
+    if config.momentum in {"flora", "flora_strict"}:
+        return 1 + 3 * columns + geometry.num_matrices
+    return 1 + 2 * columns

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who sums with whom: the ranks of some axes of a device mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from flora_dist.core.protocols import Reducer
+
+T = TypeVar("T")
+Peers: TypeAlias = "dist.ProcessGroup | DeviceMesh | Sequence[dist.ProcessGroup] | None"
+"""Whom to talk to: a group, a mesh, groups that reach everyone one after the other as the axes of a
+mesh do, or None: the default group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshReducer:
+    """Sums over the given axes of a mesh, one all-reduce each; compares by value."""
+
+    mesh: DeviceMesh
+    axes: tuple[int, ...]
+
+    def sum_(self, message_S: Tensor) -> None:
+        """Replace a flat message by its sum; every rank gets the same bits."""
+        # With CPU offload the step runs on the CPU while the mesh's groups may only know the
+        # accelerator; the message is small.
+        device = self.mesh.device_type
+        there = message_S if message_S.device.type == device else message_S.to(device)
+        for axis in self.axes:
+            dist.all_reduce(there, group=self.mesh.get_group(axis))
+        if there is not message_S:
+            message_S.copy_(there)
+
+    def exchange(self, sent_S: Tensor, sizes: Mapping[int, int]) -> Tensor:
+        """Never asked: with column shards every rank holds pieces of the same rows."""
+        raise AssertionError(f"parts of a mesh sum their cuts; got {sizes} for {sent_S.shape}")
+
+    @property
+    def rank(self) -> int:
+        """Place among the ranks of the mesh."""
+        return self.mesh.get_rank()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupReducer:
+    """Sums over the ranks of a process group; compares by value."""
+
+    group: dist.ProcessGroup
+
+    def sum_(self, message_S: Tensor) -> None:
+        """Replace a flat message by its sum; every rank gets the same bits."""
+        there = message_S.to(group_device(message_S, self.group))
+        dist.all_reduce(there, group=self.group)
+        if there is not message_S:
+            message_S.copy_(there)
+
+    def exchange(self, sent_S: Tensor, sizes: Mapping[int, int]) -> Tensor:
+        """Send each peer its share of a flat message; returns theirs, laid out alike."""
+        there = sent_S.to(group_device(sent_S, self.group))
+        received = torch.empty_like(there)
+        splits = [sizes.get(peer, 0) for peer in range(dist.get_world_size(self.group))]
+        dist.all_to_all_single(received, there, splits, splits, group=self.group)
+        return received.to(sent_S.device)
+
+    @property
+    def rank(self) -> int:
+        """Place in the group."""
+        return dist.get_rank(self.group)
+
+
+# New in torch 2.13, where the older name is deprecated.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def reduce_scatter(lines_WS: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of the line (S,) that stands at this rank's place."""
+    received_S = lines_WS.new_empty(lines_WS.shape[1])
+    _reduce_scatter(received_S, lines_WS.view(-1), group=group)
+    return received_S
+
+
+def all_reduce_(message_S: Tensor, group: dist.ProcessGroup) -> None:
+    """Replace a flat message by its sum over the ranks of a group."""
+    dist.all_reduce(message_S, group=group)
+
+
+def any_process(flag: Tensor) -> bool:
+    """Whether a flag () is set on any process of the default group, which must all call this."""
+    count = flag.to(device=group_device(flag, None), dtype=torch.float32)
+    dist.all_reduce(count)
+    return bool(count.item() > 0)
+
+
+def smallest(numbers_S: Tensor, peers: Peers) -> Tensor:
+    """The smallest of each number over all peers, on whatever device their groups know."""
+    for group in _groups(peers):
+        numbers_S = numbers_S.to(group_device(numbers_S, group))
+        dist.all_reduce(numbers_S, op=dist.ReduceOp.MIN, group=group)
+    return numbers_S
+
+
+def gather(mine: T, peers: Peers) -> list[T]:
+    """What each of the peers gave, in an order that is the same on all."""
+    known = [mine]
+    for group in _groups(peers):
+        lists = [known] * dist.get_world_size(group)
+        dist.all_gather_object(lists, known, group=group)
+        known = [value for each in lists for value in each]
+    return known
+
+
+def _groups(peers: Peers) -> Sequence[dist.ProcessGroup | None]:
+    if isinstance(peers, DeviceMesh):
+        return [peers.get_group(axis) for axis in range(peers.ndim)]
+    return peers if isinstance(peers, Sequence) else [peers]
+
+
+def place_of(reducer: Reducer | None) -> tuple[int, int]:
+    """Which shard of how many a part is; parts of one place on several ranks are replicas."""
+    if reducer is None:
+        return 0, 1
+    if isinstance(reducer, GroupReducer):
+        return reducer.rank, dist.get_world_size(reducer.group)
+    assert isinstance(reducer, MeshReducer)
+    coordinate = reducer.mesh.get_coordinate()
+    assert coordinate is not None, "this process is outside the mesh of its own parameter"
+    place, sizes = 0, [reducer.mesh.size(axis) for axis in reducer.axes]
+    for axis, size in zip(reducer.axes, sizes, strict=True):
+        place = place * size + coordinate[axis]
+    return place, math.prod(sizes)
+
+
+def group_device(tensor: Tensor, group: dist.ProcessGroup | None) -> str:
+    """The tensor's own, or the accelerator's where the group knows no other (CPU offload)."""
+    if f"{tensor.device.type}:" in str(dist.get_backend_config(group)):
+        return tensor.device.type
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None, "the group's backend knows no device of this machine"
+    return accelerator.type
+
+
+def has_peers() -> bool:
+    """Whether there is a process group at all."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def process_rank() -> int:
+    """This process's rank in the default group; 0 where there is none."""
+    return dist.get_rank() if has_peers() else 0

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Terms of many parameters packed in one flat message, summed, and handed back.
+
+Ranks agree on the layout of a message without a word: parameters of one kind stand together, kinds
+and parameters in the order of their names. Terms of cut rows and blocks that only a few ranks share
+travel between those, so that no rank's bytes grow with their number.
+
+Shape suffixes: P parameters of a batch, S numbers of a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from flora_dist.core.protocols import SLOTTED, Reducer, Terms
+from flora_dist.core.tiles import Cuts, Peer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sender:
+    """Parameters of one kind whose terms come together: the first dim of each term is P of them."""
+
+    kind: Hashable
+    """Equal for the same parameters on all ranks, whoever sends them together."""
+    names: tuple[str, ...]
+    """Of the parameters, ascending."""
+    cuts: Cuts
+    """Of each parameter."""
+    sends_all: bool
+    """False: no rank shares these matrices; only whether there is a gradient travels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A stretch of a message: one term of parameters that follow each other."""
+
+    sender: int
+    term: str
+    first: int
+    """Place of the first parameter among the sender's."""
+    count: int
+
+
+_Names: TypeAlias = tuple[tuple[str, ...], ...]
+
+
+class Message:
+    """Sums terms over the ranks of a reducer; its layout is found once and kept."""
+
+    def __init__(self, senders: Sequence[Sender], reducer: Reducer) -> None:
+        """``senders``: in any order; every parameter of the reducer's ranks belongs to one."""
+        self._senders, self._reducer = senders, reducer
+        self._runs: dict[_Names, list[_Run]] = {}
+        self._places: dict[_Names, dict[int, Tensor]] = {}
+
+    def sum(self, terms: Sequence[Terms]) -> list[Terms]:
+        """A message, and an exchange where cuts have peers.
+
+        Args:
+            terms: of each sender; names, order and shapes equal on all ranks, but for the shapes
+                of terms that are exchanged.
+
+        Returns:
+            The sums, with the names, shapes, dtypes and devices of ``terms``.
+        """
+        exchanged, common = self._split(terms)
+        sums = [dict(own) for own in terms]
+        self._through(common, self._reducer.sum_, sums)
+        swap = partial(self._swap_, terms=exchanged)
+        self._through(exchanged, swap, sums)
+        return sums
+
+    def _split(self, terms: Sequence[Terms]) -> tuple[list[Terms], list[Terms]]:
+        """What is exchanged among peers, and what everyone sums."""
+        exchanged: list[Terms] = []
+        common: list[Terms] = []
+        for sender, own in zip(self._senders, terms, strict=True):
+            slotted = SLOTTED if sender.cuts.peers is not None else ()
+            sent = own if sender.sends_all else {k: v for k, v in own.items() if k == "presence"}
+            exchanged.append({name: value for name, value in sent.items() if name in slotted})
+            common.append({name: value for name, value in sent.items() if name not in slotted})
+        return exchanged, common
+
+    def _through(
+        self, terms: Sequence[Terms], send: Callable[[Tensor], None], sums: list[Terms]
+    ) -> None:
+        """Pack terms into one message, let it be summed in place, unpack; none of nothing."""
+        values = [value for own in terms for value in own.values()]
+        if not values:
+            return
+        names = tuple(tuple(own) for own in terms)
+        if names not in self._runs:
+            self._runs[names] = _lay_out(self._senders, names)
+        runs = self._runs[names]
+        # Parameters of several dtypes share the message: the widest loses nothing.
+        dtype = torch.float32
+        for value in values:
+            dtype = torch.promote_types(dtype, value.dtype)
+        device = values[0].device
+        parts = [_part(self._senders, terms, run).to(device=device, dtype=dtype) for run in runs]
+        message_S = torch.cat(parts)
+        send(message_S)
+        received: dict[tuple[int, str], list[Tensor]] = {}
+        for run, part_S in zip(runs, torch.split(message_S, [len(p) for p in parts]), strict=True):
+            received.setdefault((run.sender, run.term), []).append(part_S)
+        for (sender, term), found in received.items():
+            own = terms[sender][term]
+            whole_S = found[0] if len(found) == 1 else torch.cat(found)
+            sums[sender][term] = whole_S.view(own.shape).to(own)
+
+    def _swap_(self, message_S: Tensor, terms: Sequence[Terms]) -> None:
+        """Add what peers hold of the same rows and blocks, in the order of ranks: equal bits."""
+        names = tuple(tuple(own) for own in terms)
+        if names not in self._places:
+            places = _shared_places(self._senders, terms, self._runs[names])
+            self._places[names] = {
+                peer: torch.tensor(places[peer], device=message_S.device) for peer in sorted(places)
+            }
+        indices, reducer = self._places[names], self._reducer
+        sizes = {peer: len(index) for peer, index in indices.items()}
+        sent_S = torch.cat([message_S[:0], *(message_S[index] for index in indices.values())])
+        received = torch.split(reducer.exchange(sent_S, sizes), [*sizes.values()])
+        theirs = dict(zip(indices, received, strict=True))
+        own_S = message_S.clone()
+        message_S.zero_()
+        for rank in sorted([*indices, reducer.rank]):
+            if rank == reducer.rank:
+                message_S += own_S
+            else:
+                message_S.index_add_(0, indices[rank], theirs[rank])
+
+
+def sum_terms(terms: Sequence[Terms], message: Message | None) -> list[Terms]:
+    """Sum terms over ranks; None: no other rank holds anything, the terms are the sums."""
+    return list(terms) if message is None else message.sum(terms)
+
+
+def _lay_out(senders: Sequence[Sender], names: _Names) -> list[_Run]:
+    """The order of a message: kinds, their terms, their parameters; stretches of one sender."""
+    kinds: dict[Hashable, list[int]] = {}
+    for index, sender in enumerate(senders):
+        if names[index]:
+            kinds.setdefault(sender.kind, []).append(index)
+    runs: list[_Run] = []
+    for indices in sorted(kinds.values(), key=lambda own: min(senders[i].names[0] for i in own)):
+        ordered = sorted(
+            (name, index, place)
+            for index in indices
+            for place, name in enumerate(senders[index].names)
+        )
+        for term in names[indices[0]]:
+            for _, index, place in ordered:
+                last = runs[-1] if runs else None
+                if last is not None and (last.sender, last.term) == (index, term):
+                    runs[-1] = _Run(sender=index, term=term, first=last.first, count=last.count + 1)
+                else:
+                    runs.append(_Run(sender=index, term=term, first=place, count=1))
+    return runs
+
+
+def _part(senders: Sequence[Sender], terms: Sequence[Terms], run: _Run) -> Tensor:
+    """The numbers of a stretch."""
+    value, count = terms[run.sender][run.term], len(senders[run.sender].names)
+    if run.count < count:
+        each = value.shape[0] // count
+        value = value[run.first * each : (run.first + run.count) * each]
+    return value.reshape(-1)
+
+
+def _shared_places(
+    senders: Sequence[Sender], terms: Sequence[Terms], runs: Sequence[_Run]
+) -> dict[int, list[int]]:
+    """For each peer, the numbers of the message that it shares, in an order both sides have."""
+    places: dict[int, list[int]] = {}
+    start = 0
+    for run in runs:
+        cuts, numbers = senders[run.sender].cuts, _part(senders, terms, run).numel()
+        # Parameters with cuts of their own are never sent together with others.
+        slots = len(cuts.rows if run.term == "rows" else cuts.blocks)
+        width = numbers // max(1, slots * run.count)
+        for peer in cuts.peers or ():
+            shared = places.setdefault(peer.rank, [])
+            for slot in _slots(peer, run.term):
+                first = start + slot * width
+                shared.extend(range(first, first + width))
+        start += numbers
+    return {peer: shared for peer, shared in places.items() if shared}
+
+
+def _slots(peer: Peer, term: str) -> tuple[int, ...]:
+    return peer.rows if term == "rows" else peer.blocks

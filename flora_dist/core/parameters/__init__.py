@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors are stepped, their names, state and report."""

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is looked at before anything changes: groups when they are added, gradients at a step."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.core.parameters import names as naming
+from flora_dist.core.parameters.registry import Roster
+from flora_dist.core.parameters.trainable import Group, Slot, check_compressed, check_level
+from flora_dist.core.sketch.matrices import smallest_stable_kappa
+from flora_dist.core.state.settings import check_group_keys, check_settings
+from flora_dist.core.state.spec import geometry_of
+
+# Keys that torch itself and its schedulers write into groups.
+_TORCH_KEYS = (
+    "params",
+    "param_names",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "swa_lr",
+    "max_momentum",
+    "base_momentum",
+)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_not_captured() -> None:
+    """Refuse to step inside a CUDA graph."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "Flora counts steps and windows on the host; a CUDA graph would replay one step for "
+            "ever. Leave optimizer.step() out of the capture."
+        )
+
+
+def check_not_in_turns(roster: Roster) -> None:
+    """Refuse to look at gradients outside an engine's step."""
+    if roster.is_stepped_in_turns:
+        raise RuntimeError(
+            "under DeepSpeed gradients are there inside its step alone. Call "
+            'engine.get_global_grad_norm(), or set "gradient_clipping" in the config.'
+        )
+
+
+def takes_part(slot: Slot) -> bool:
+    """Whether a parameter has a place in the step, and in its message.
+
+    One rule on every layout, on which ranks agree: what requires no gradient now is not stepped.
+    A gradient that was left over before it was frozen may be there on some ranks alone.
+    """
+    if 0 in slot.part.shape:  # nothing to step, and means over no rows
+        return False
+    return slot.part.trains
+
+
+def check_levels(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Refuse to step state of dense gradients with sketched ones, and the reverse."""
+    for slot in slots:
+        if slot.has_state(state.get(slot.tensor, {})):
+            check_level(slot, slot.own_state(state[slot.tensor]))
+
+
+def check_keys(group: Group, defaults: Group) -> None:
+    """Refuse a key of a group that is nearly that of a setting."""
+    check_group_keys(group.keys(), (*defaults, *_TORCH_KEYS))
+
+
+def check_group(group: Group) -> None:
+    """Refuse settings and shapes that cannot be right, and warn of a transfer that amplifies."""
+    config = check_settings(group)
+    names = naming.names_of([group])
+    unstable = 0
+    for name, tensor in zip(names, naming.tensors_of(group), strict=True):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"parameters must be real floating-point tensors of 16, 32 or 64 bits; {name!r} "
+                f"is {kind}. Leave it out of the optimizer."
+            )
+        size = geometry_of(name, tuple(tensor.shape), config)
+        if tensor.requires_grad:
+            check_compressed(name, size, config)
+        if size.rank is not None and config.transfer == "paper" and config.momentum != "none":
+            smallest = smallest_stable_kappa(
+                config.sketch, rank=size.rank, block=size.block, beta1=config.beta1
+            )
+            unstable = max(unstable, smallest if config.kappa < smallest else 0)
+    if unstable:
+        warnings.warn(
+            f"transfer='paper' amplifies noise faster than beta1={config.beta1} forgets it below "
+            f"kappa={unstable}; got kappa={config.kappa}. Use transfer='shrink' or a larger kappa.",
+            UserWarning,
+            stacklevel=_depth_of_caller(),
+        )
+
+
+def _depth_of_caller() -> int:
+    """The ``stacklevel`` of the user's line, seen from the caller of this function."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in {"flora_dist", "torch"}:
+        frame, depth = frame.f_back, depth + 1
+    return depth

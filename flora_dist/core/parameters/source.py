@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the gradients of a step come from: what stands in ``.grad``, or sketches kept since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.state.spec import LEVELS
+from flora_dist.core.step.gradient import Gradient
+
+
+class GradientSource(Protocol):
+    """Gives each step its gradients."""
+
+    level: str
+    """Of ``LEVELS``: what of the gradients is compressed."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something has come in since the last step that a checkpoint would lose."""
+
+    def check(self, slot: Slot) -> None:
+        """Refuse a gradient that cannot be stepped, before there is state."""
+
+    def read(self, slots: Sequence[Slot]) -> list[Gradient]:
+        """The gradient of each slot; every rank calls this."""
+
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """What ranks must agree on besides the level: of all under "", or by parameter."""
+
+    def forget(self) -> None:
+        """Drop what came in: the step is done."""
+
+
+class DenseGradients:
+    """What autograd, or the framework, has left in ``.grad``."""
+
+    level = LEVELS[0]
+
+    @property
+    def is_open(self) -> bool:
+        """Never: nothing is kept outside of ``.grad``."""
+        return False
+
+    def check(self, slot: Slot) -> None:
+        """Refuse sparse gradients, and those whose layout does not fit the parameter's.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        gradient = slot.tensor.grad
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ValueError(
+                f"gradients must be dense; that of {slot.name!r} is {gradient.layout}. Build the "
+                "module with sparse=False."
+            )
+        slot.part.gradient()  # refuses what its layout cannot read
+
+    def read(self, slots: Sequence[Slot]) -> list[Gradient]:
+        """This rank's elements of each slot's gradient."""
+        return [slot.part.gradient() for slot in slots]
+
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """Nothing but the level."""
+        return {}
+
+    def forget(self) -> None:
+        """Nothing: ``zero_grad()`` is the user's."""

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept for a parameter: its geometry in blocks and the one list of its state tensors.
+
+Three readers: the optimizer allocates from it, checkpoints check against it, the planner adds it
+up. Standard library only; dtypes are names.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.tiles import Grid
+
+FORMAT_VERSION = 1
+"""Version of the state's names, shapes and meanings; kept with every parameter's state."""
+LEVELS = ("dense", "sharded", "compressed", "fused")
+"""What of the gradients is compressed; kept as an index with every parameter's state."""
+VECTOR_EPS = 1e-12
+"""Smallest eps of 1-D parameters: the rounding noise of a gradient that is truly zero (a key bias
+in attention) must not be normalised into full steps."""
+
+
+SMALLEST_BATCHED = 8
+"""Last dim from which a 3-D parameter is a batch of matrices; below, a 1-D convolution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """A parameter as a batch of E matrices of N rows and M columns, cut in blocks or dense."""
+
+    shape: tuple[int, ...]
+    """The parameter's own shape, all ranks together."""
+    num_matrices: int
+    """E: experts of a batch, 1 otherwise."""
+    num_rows: int
+    """N."""
+    num_columns: int
+    """M."""
+    block: int
+    """B, columns per block; M where dense."""
+    rank: int | None
+    """R, numbers per block; None where dense."""
+    dense_because: str
+    """Why the parameter is dense; empty where compressed."""
+    falls_short: bool = False
+    """Dense although compressing was asked for: it would not halve the parameter."""
+
+    @property
+    def is_vector(self) -> bool:
+        """At most one dimension: the second moment is kept per element, not factored."""
+        return len(self.shape) <= 1
+
+    @property
+    def blocks_per_row(self) -> int:
+        """K; the last block of a row may be shorter."""
+        return -(-self.num_columns // max(1, self.block))
+
+
+Along = Literal["rows", "columns", "elements"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateTensor:
+    """One tensor of a parameter's state, all ranks together."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """"bfloat16", or "arithmetic": float32, float64 for a float64 parameter."""
+    along: Along
+    """How it is cut when the parameter is: with the rows (trailing dims whole), with the elements,
+    or not at all except by matrices (columns)."""
+    block: int = 1
+    """along="rows": columns of the parameter that one entry (``shape[-1]`` numbers of a momentum,
+    one of ``row``) stands for."""
+
+
+def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geometry:
+    """Cut a parameter in blocks by its shape and settings alone, never by its layout.
+
+    >>> g = geometry_of("w", (10, 100), FloraConfig(rank=8, block=64))
+    >>> g.blocks_per_row, g.block, g.rank
+    (2, 64, 8)
+    >>> geometry_of("narrow", (10, 6), FloraConfig(rank=8, block=64)).block
+    4
+
+    Raises:
+        ValueError: ``block="full"`` with hadamard on a side that is no power of two.
+    """
+    num_matrices, num_rows, num_columns = matrix_sizes(shape)
+    block, rank, reason, falls_short = num_columns, None, "", False
+    if len(shape) <= 1:
+        reason = "1-D"
+    elif config.rank is None:
+        reason = "rank=None"
+    elif 0 in shape:
+        reason = "no elements"
+    else:
+        block, rank = _block_and_rank(name, num_rows, num_columns, config)
+        if 2 * -(-num_columns // block) * rank > num_columns:
+            reason = f"rank {rank} per block of {block} would not halve {num_columns} columns"
+            block, rank, falls_short = num_columns, None, True
+    return Geometry(
+        shape=shape,
+        num_matrices=num_matrices,
+        num_rows=num_rows,
+        num_columns=num_columns,
+        block=block,
+        rank=rank,
+        dense_because=reason,
+        falls_short=falls_short,
+    )
+
+
+def is_batch(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is a batch of matrices, each with its own sketch and statistics (experts).
+
+    A 3-D shape is, unless its last dim is that of a 1-D convolution's kernel: a matrix per output
+    channel would have thousands of sketches of a few numbers each.
+    """
+    return len(shape) == 3 and shape[2] >= SMALLEST_BATCHED
+
+
+def matrix_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """E, N, M of a parameter: experts are a batch, other dimensions fold into the columns.
+
+    >>> [matrix_sizes(s) for s in ((5,), (4, 5), (3, 4, 16), (80, 40, 3), (8, 3, 2, 2))]
+    [(1, 1, 5), (1, 4, 5), (3, 4, 16), (1, 80, 120), (1, 8, 12)]
+    """
+    if len(shape) <= 1:
+        return 1, 1, math.prod(shape)
+    if is_batch(shape):
+        return shape[0], shape[1], shape[2]
+    return 1, shape[0], math.prod(shape[1:])
+
+
+def grid_of(shape: tuple[int, ...], block: int) -> Grid:
+    """A parameter's matrices, cut in blocks of so many columns."""
+    matrices, rows, columns = matrix_sizes(shape)
+    return Grid(num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
+
+
+def _block_and_rank(name: str, rows: int, columns: int, config: FloraConfig) -> tuple[int, int]:
+    assert config.rank is not None
+    if config.block == "full":
+        side = min(rows, columns)
+        if config.sketch == "hadamard" and side.bit_count() != 1:
+            raise ValueError(
+                f"a hadamard block must be a power of two; {name!r} with block='full' has {side} "
+                "as the smaller of rows and columns. Pass block=64, sketch='rademacher', or "
+                "rank=None for its group."
+            )
+        return side, config.rank
+    block = min(int(config.block), 1 << (columns.bit_length() - 1))
+    return block, max(1, config.rank * block // int(config.block))
+
+
+def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor, ...]:
+    """The state of one parameter; shapes are of the whole parameter.
+
+    Vectors keep ``second`` per element; matrices keep Adafactor's ``row`` and ``column`` means of
+    the squared gradient. ``momentum`` has rank numbers per block, or one per element where dense.
+    """
+    low = "bfloat16" if config.state_dtype == "bfloat16" else "arithmetic"
+    shape = geometry.shape
+    batch = shape[:1] if is_batch(shape) else ()
+    lines = (*batch, geometry.num_rows)
+    tensors = []
+    if config.momentum != "none":
+        if geometry.rank is None:
+            tensors.append(StateTensor(name="momentum", shape=shape, dtype=low, along="elements"))
+        else:
+            sketch = (*lines, geometry.blocks_per_row, geometry.rank)
+            tensors.append(
+                StateTensor(
+                    name="momentum", shape=sketch, dtype=low, along="rows", block=geometry.block
+                )
+            )
+    if geometry.is_vector:
+        tensors.append(
+            StateTensor(name="second", shape=shape, dtype="arithmetic", along="elements")
+        )
+    else:
+        columns = (*batch, geometry.num_columns)
+        tensors += [
+            StateTensor(
+                name="row",
+                shape=lines,
+                dtype="arithmetic",
+                along="rows",
+                block=geometry.num_columns,
+            ),
+            StateTensor(name="column", shape=columns, dtype="arithmetic", along="columns"),
+        ]
+    return tuple(tensors)

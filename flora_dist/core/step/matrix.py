@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step of a batch of matrices, from whatever tiles this rank holds.
+
+    R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
+    X = G / sqrt(R C / mean(R));  U from the rule;  W <- (1 - lr wd) W - lr U / max(1, RMS(U)/clip)
+
+RMS looks as if it needed C first, so a message more; but mean(R) = mean(C), and with S1_j the sum
+over rows of G_ij^2 / R_i (R is local), |X|^2 = mean(R) sum_j S1_j / C_j: S1 travels with the
+column sums. The same holds for <X, M A>. Rows that several ranks hold pieces of know R only
+after message 1; their share of RMS, and the sketches of their cut blocks, are message 2. The strict
+rule's RMS follows from the momentum alone, which cut blocks have after that: message 3.
+
+Shape suffixes: E matrices of a piece, H all that are here, S all that are summed, P parameters,
+N rows, M columns, W columns of a piece, K blocks of a piece, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flora_dist.core.protocols import Terms
+from flora_dist.core.sketch.ops import Blocks
+from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.core.step.cut_blocks import add_partial_, fill_
+from flora_dist.core.step.elements import (
+    Writer,
+    clip_factor,
+    copy_to_,
+    joined,
+    rate_of,
+    read_gradient,
+)
+from flora_dist.core.step.momentum_rules import Squares, rule_of
+from flora_dist.core.step.pieces import Piece, build_pieces
+from flora_dist.core.step.views import as_batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one look at the gradients tells."""
+
+    terms: Terms
+    rows: Mapping[int, Tensor]
+    """The new R (E, N) of each piece of whole rows, by its place among the pieces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """The normalisation, known from message 1."""
+
+    rows: Mapping[int, Tensor]
+    """The new R (E, N) of every piece."""
+    column_HM: Tensor
+    """The new C."""
+    factor_HM: Tensor
+    """sqrt(mean(R) / C)."""
+    squares: Squares
+    """Sums over whole rows."""
+    weight_H: Tensor | None
+    """|W|^2 where lr scales with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coupled:
+    """The normalisation, and what of cut rows and blocks must be summed still."""
+
+    terms: Terms
+    settled: Settled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tallied:
+    """The same with the sums of message 2, and what the strict rule must sum still."""
+
+    terms: Terms
+    settled: Settled
+    sums: Terms
+
+
+class MatrixPhases:
+    """``Phases`` of a batch of matrices in torch's operators; see the module's docstring."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._rule = rule_of(batch.config, batch.geometry)
+        self._cuts = batch.members[0].cuts
+        self._columns = [
+            member.local["column"].view(-1, batch.geometry.num_columns) for member in batch.members
+        ]
+        weights = self._weights()
+        # Channels-last convolutions are no matrices where they lie: copied there and back.
+        self._is_copied = any(
+            own and own[0].data_ptr() != member.weight.data_ptr()
+            for own, member in zip(weights, batch.members, strict=True)
+        )
+        self._pieces = build_pieces(batch, weights)
+        clips = batch.config.clip is not None
+        self._asks_update = clips and self._rule is not None and self._rule.asks_update
+        self._knows_sums_early = clips and not self._asks_update
+        self._asks_history = (
+            self._knows_sums_early and self._rule is not None and self._rule.asks_history
+        )
+
+    # ---- message 1
+
+    def measure(self, now: Moment) -> Measured:
+        """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
+        batch = self._batch
+        self._refresh_copies()
+        terms, rows = self._empty_terms(now), {}
+        for index, piece in enumerate(self._pieces):
+            gradient_ENW = read_gradient(batch, now, piece)
+            square_ENW = gradient_ENW.square()
+            row_EN = None
+            if piece.cut_rows is None:
+                row_EN = rows[index] = self._advance_row(piece, square_ENW.sum(2), now)
+            self._add_sums_(terms, piece, square_ENW, row_EN)
+            if "history" in terms:
+                self._add_history_(terms, piece, gradient_ENW, row_EN, now)
+            if "weight" in terms:
+                weight_ENW = joined(piece.weights).to(batch.dtype)
+                terms["weight"][piece.summed] += _square_sum(weight_ENW)
+        return Measured(terms=terms, rows=rows)
+
+    def is_finite(self, measured: Measured) -> Tensor:
+        """Whether this rank's gradients are (): NaN, inf and overflow reach their squares."""
+        return measured.terms["columns"].sum().isfinite()
+
+    def is_zero(self, measured: Measured) -> Tensor:
+        """Whether this rank's gradients are all zeros ()."""
+        return ~measured.terms["columns"].any()
+
+    def _empty_terms(self, now: Moment) -> Terms:
+        batch, members = self._batch, len(self._batch.members)
+        summed = members * batch.matrices_summed
+        terms = {
+            "presence": self._zeros(members) + float(not now.is_missing),
+            "columns": self._zeros(summed, batch.geometry.num_columns),
+        }
+        if self._knows_sums_early:
+            terms["squares"] = torch.zeros_like(terms["columns"])
+        if self._asks_history:
+            terms["cross"] = torch.zeros_like(terms["columns"])
+            terms["history"] = self._zeros(summed)
+        if batch.config.scale_parameter:
+            terms["weight"] = self._zeros(summed)
+        if self._cuts.rows_anywhere:
+            terms["rows"] = self._zeros(members, len(self._cuts.rows))
+        return terms
+
+    def _add_sums_(
+        self, terms: Terms, piece: Piece, square_ENW: Tensor, row_EN: Tensor | None
+    ) -> None:
+        summed = piece.summed
+        if row_EN is None:
+            terms["columns"][summed, slice(*piece.tile.columns)] += square_ENW.sum(1)
+            terms["rows"][piece.members, piece.cut_rows] += square_ENW.sum(2)
+        elif "squares" not in terms:
+            terms["columns"][summed] += square_ENW.sum(1)
+        else:
+            # columns: sum_i G^2; squares: sum_i G^2 / R_i: one pass over the squares for both
+            scales_E2N = torch.stack([torch.ones_like(row_EN), 1 / row_EN], dim=1)
+            sums_E2M = scales_E2N @ square_ENW
+            terms["columns"][summed] += sums_E2M[:, 0]
+            terms["squares"][summed] += sums_E2M[:, 1]
+
+    def _add_history_(
+        self, terms: Terms, piece: Piece, gradient_ENW: Tensor, row_EN: Tensor | None, now: Moment
+    ) -> None:
+        old_ENW = now.basis.read(self._momentum(piece), piece.place)
+        terms["history"][piece.summed] += _square_sum(old_ENW)
+        if row_EN is not None:
+            # cross: sum_i G (M A) / sqrt(R_i)
+            cross_E1M = row_EN.rsqrt().unsqueeze(1) @ (gradient_ENW * old_ENW)
+            terms["cross"][piece.summed] += cross_E1M.squeeze(1)
+
+    # ---- between the messages
+
+    def couple(self, now: Moment, measured: Measured, totals: Terms) -> Coupled:
+        """Normalisation is known now; what cut rows and cut blocks still need."""
+        settled = self._settle(now, measured, totals)
+        terms = self._empty_terms_of_cuts()
+        if terms:
+            for index, piece in enumerate(self._pieces):
+                if piece.cut_rows is not None:
+                    self._couple_piece(index, piece, settled, terms, now)
+        return Coupled(terms=terms, settled=settled)
+
+    def _settle(self, now: Moment, measured: Measured, totals: Terms) -> Settled:
+        held, size = self._batch.held, self._batch.geometry
+        # C <- b2 C + (1-b2) colmean(G^2 + eps)
+        mean_HM = totals["columns"][held] / size.num_rows + self._batch.config.eps
+        column_HM = now.beta2 * joined(self._columns) + (1 - now.beta2) * mean_HM
+        # mean(R) = mean(C): both are the moving mean of all of G^2 + eps
+        mean_H1 = column_HM.mean(1, keepdim=True)
+        # Roots first: their quotient would overflow for a large gradient beside an empty column.
+        factor_HM = mean_H1.sqrt() * column_HM.rsqrt()
+        rows = dict(measured.rows)
+        for index, piece in enumerate(self._pieces):
+            if piece.cut_rows is not None:
+                sums_EN = totals["rows"][piece.members, piece.cut_rows]
+                rows[index] = self._advance_row(piece, sums_EN, now)
+        return Settled(
+            rows=rows,
+            column_HM=column_HM,
+            factor_HM=factor_HM,
+            squares=self._squares_of_whole_rows(totals, factor_HM),
+            weight_H=totals["weight"][held] if "weight" in totals else None,
+        )
+
+    def _squares_of_whole_rows(self, totals: Terms, factor_HM: Tensor) -> Squares:
+        held, zeros_H = self._batch.held, self._zeros(factor_HM.shape[0])
+        if "squares" not in totals:
+            return Squares(x2=zeros_H, cross=zeros_H, history=zeros_H)
+        # |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
+        x2_H = (totals["squares"][held] * factor_HM * factor_HM).sum(1)
+        if "cross" not in totals:
+            return Squares(x2=x2_H, cross=zeros_H, history=zeros_H)
+        cross_H = (totals["cross"][held] * factor_HM).sum(1)
+        return Squares(x2=x2_H, cross=cross_H, history=totals["history"][held])
+
+    def _empty_terms_of_cuts(self) -> Terms:
+        batch, members = self._batch, len(self._batch.members)
+        terms: Terms = {}
+        if self._cuts.rows_anywhere and self._knows_sums_early:
+            terms["squares"] = self._zeros(members * batch.matrices_summed)
+            if self._asks_history:
+                terms["cross"] = torch.zeros_like(terms["squares"])
+        if batch.sketches is not None and self._cuts.blocks_anywhere:
+            assert batch.geometry.rank is not None
+            terms["blocks"] = self._zeros(members, len(self._cuts.blocks), batch.geometry.rank)
+        return terms
+
+    def _couple_piece(
+        self, index: int, piece: Piece, settled: Settled, terms: Terms, now: Moment
+    ) -> None:
+        x = self._normalise(index, piece, settled, now, None)
+        if "squares" in terms:
+            terms["squares"][piece.summed] += _square_sum(x.elements_ENW)
+        if "cross" in terms:
+            old_ENW = now.basis.read(self._momentum(piece), piece.place)
+            terms["cross"][piece.summed] += _sum(x.elements_ENW * old_ENW)
+        if "blocks" in terms:
+            compressed = now.basis.compress(x, piece.place)
+            add_partial_(terms["blocks"][piece.members], compressed, piece.edges)
+
+    def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
+        """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
+        terms: Terms = {}
+        known = Tallied(terms=terms, settled=coupled.settled, sums=totals)
+        if self._asks_update:
+            terms["update"] = self._zeros(len(self._batch.members) * self._batch.matrices_summed)
+            for index, piece in enumerate(self._pieces):
+                update_ENW, _ = self._advance(index, piece, known, now, None)
+                terms["update"][piece.summed] += _square_sum(update_ENW)
+        return known
+
+    # ---- the step itself
+
+    def finish(self, now: Moment, tallied: Tallied, totals: Terms) -> None:
+        """Clip, update weights and state."""
+        settled, writer = tallied.settled, Writer(batch=self._batch, now=now)
+        clips_input = self._rule is None or self._rule.clips_input
+        square_sum_H = self._square_sum(tallied, totals)
+        factor_H = clip_factor(square_sum_H, self._batch)
+        rate = rate_of(now, settled.weight_H, self._batch)
+        for index, piece in enumerate(self._pieces):
+            here = piece.place.matrices
+            update_ENW, momentum = self._advance(
+                index, piece, tallied, now, factor_H[here] if clips_input else None
+            )
+            if momentum is not None:
+                writer.write_momentum_(
+                    piece.momenta, momentum, members=piece.members, tile=piece.tile
+                )
+            own_rate = rate if settled.weight_H is None else _at(rate, here)
+            writer.step_weights_(
+                piece.weights,
+                update_ENW,
+                own_rate if clips_input else own_rate * factor_H[here],
+                members=piece.members,
+                tile=piece.tile,
+            )
+            copy_to_(piece.rows, settled.rows[index])
+        self._write_copies_()
+        copy_to_(self._columns, settled.column_HM)
+
+    def _square_sum(self, tallied: Tallied, totals: Terms) -> Tensor:
+        """Squared norm (H,) of what is clipped, over all ranks."""
+        held, squares, sums = self._batch.held, tallied.settled.squares, tallied.sums
+        if self._asks_update:
+            return totals["update"][held]
+        if "squares" in sums:
+            cross_H = sums["cross"][held] if "cross" in sums else torch.zeros_like(squares.cross)
+            squares = Squares(
+                x2=squares.x2 + sums["squares"][held],
+                cross=squares.cross + cross_H,
+                history=squares.history,
+            )
+        if self._rule is None or not self._knows_sums_early:
+            return squares.x2
+        return self._rule.square_sum(squares)
+
+    def _advance(
+        self, index: int, piece: Piece, tallied: Tallied, now: Moment, factor_E: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The update of a piece, from X times ``factor``, and its new momentum."""
+        x = self._normalise(index, piece, tallied.settled, now, factor_E)
+        if self._rule is None:
+            return x.elements_ENW, None
+        compressed = now.basis.compress(x, piece.place)
+        if piece.edges and "blocks" in tallied.sums:
+            whole_PSR = tallied.sums["blocks"][piece.members]
+            fill_(compressed, whole_PSR, piece.edges, factor_E)
+        momentum = self._momentum(piece)
+        return self._rule.advance(x, compressed, momentum, now.basis, piece.place)
+
+    def _normalise(
+        self, index: int, piece: Piece, settled: Settled, now: Moment, factor_E: Tensor | None
+    ) -> Blocks:
+        # X = G / sqrt(R C / mean(R)), times the clip where X is what is clipped
+        gradient_ENW = read_gradient(self._batch, now, piece)
+        scale_EN = settled.rows[index].rsqrt()
+        if factor_E is not None:
+            scale_EN = scale_EN * factor_E.unsqueeze(1)
+        factor_EW = settled.factor_HM[piece.place.matrices, slice(*piece.tile.columns)]
+        x = now.basis.room(gradient_ENW, piece.place)
+        torch.mul(gradient_ENW, scale_EN.unsqueeze(2), out=x.elements_ENW)
+        x.elements_ENW.mul_(factor_EW.unsqueeze(1))
+        return x
+
+    def _advance_row(self, piece: Piece, square_sum_EN: Tensor, now: Moment) -> Tensor:
+        # R <- b2 R + (1-b2) rowmean(G^2 + eps)
+        mean_EN = square_sum_EN / self._batch.geometry.num_columns + self._batch.config.eps
+        return now.beta2 * joined(piece.rows) + (1 - now.beta2) * mean_EN
+
+    # ---- what is here
+
+    def _weights(self) -> list[list[Tensor]]:
+        shape = self._batch.geometry.shape
+        return [as_batches(m.weight, m.tiles, shape=shape) for m in self._batch.members]
+
+    def _refresh_copies(self) -> None:
+        if self._is_copied:
+            self._pieces = build_pieces(self._batch, self._weights())
+
+    def _write_copies_(self) -> None:
+        if not self._is_copied:
+            return
+        (member,) = self._batch.members
+        written = joined([weight.flatten(0, 1) for p in self._pieces for weight in p.weights])
+        member.weight.copy_(written.view(member.weight.shape))
+        self._pieces = []  # gives the copies' memory back
+
+    def _momentum(self, piece: Piece) -> Tensor:
+        return joined(piece.momenta).to(self._batch.dtype)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._batch.dtype, device=self._batch.device)
+
+
+# Rows first: a sum over a whole piece would be cut among threads where it is one number, and not
+# where there are several, so that bits would depend on what is stepped together.
+
+
+def _sum(x_ENW: Tensor) -> Tensor:
+    return x_ENW.sum(2).sum(1)
+
+
+def _square_sum(x_ENW: Tensor) -> Tensor:
+    return _sum(x_ENW.square())
+
+
+def _at(rate: float | Tensor, here: slice) -> float | Tensor:
+    return rate[here] if isinstance(rate, Tensor) else rate

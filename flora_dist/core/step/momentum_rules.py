@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The momentum rules, one formula each. X is the normalised gradient, M the momentum, b = beta1.
+
+Sources: Flora (arXiv 2402.03293) Algorithm 2 and its authors' torch code; ``blend`` is ours.
+
+Shape suffixes: E matrices, N rows, W columns of the piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from flora_dist.core.sketch.ops import Blocks
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.spec import Geometry
+from flora_dist.core.step.basis import Basis, Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Squares:
+    """Sums over a whole matrix, (E,) each, from which RMS(U) follows."""
+
+    x2: Tensor
+    """|X|^2."""
+    cross: Tensor
+    """<X, M A_old>; 0 where the rule does not ask for history."""
+    history: Tensor
+    """|M A_old|^2; 0 likewise."""
+
+
+class Rule(Protocol):
+    """How a normalised gradient and a momentum make an update."""
+
+    clips_input: ClassVar[bool]
+    """X is clipped before the rule; otherwise U after it."""
+    asks_history: ClassVar[bool]
+    """RMS(U) needs the sums that hold M A_old."""
+    asks_update: ClassVar[bool]
+    """RMS(U) does not follow from sums known before the normalisation: a message of its own."""
+
+    def advance(
+        self, x: Blocks, compressed: Tensor, momentum: Tensor, basis: Basis, place: Place
+    ) -> tuple[Tensor, Tensor]:
+        """U and the new M, from X, its sketch in the new window, and the stored M.
+
+        U may take the memory of X, or be M.
+        """
+
+    def square_sum(self, squares: Squares) -> Tensor:
+        """Squared norm (E,) of what is clipped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloraRule:
+    """The authors' torch code: read in the old window, then move, then add."""
+
+    beta: float
+    clips_input: ClassVar[bool] = False
+    asks_history: ClassVar[bool] = True
+    asks_update: ClassVar[bool] = False
+
+    def advance(
+        self, x: Blocks, compressed: Tensor, momentum: Tensor, basis: Basis, place: Place
+    ) -> tuple[Tensor, Tensor]:
+        # M <- b move(M) + (1-b) X A_new^T
+        new = advanced(momentum, compressed, basis, place, beta=self.beta)
+        # U = (1-b) X + b M A_old
+        basis.mix_(x, momentum, place, beta=self.beta)
+        return x.elements_ENW, new
+
+    def square_sum(self, squares: Squares) -> Tensor:
+        # |(1-b) X + b M A|^2, term by term
+        b = self.beta
+        cross = 2 * b * (1 - b) * squares.cross
+        return (1 - b) ** 2 * squares.x2 + cross + b**2 * squares.history
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloraStrictRule:
+    """Algorithm 2: move, add, read in the new window."""
+
+    beta: float
+    clips_input: ClassVar[bool] = False
+    asks_history: ClassVar[bool] = False
+    asks_update: ClassVar[bool] = True
+
+    def advance(
+        self, x: Blocks, compressed: Tensor, momentum: Tensor, basis: Basis, place: Place
+    ) -> tuple[Tensor, Tensor]:
+        del x
+        # M <- b move(M) + (1-b) X A_new^T;  U = M A_new
+        new = advanced(momentum, compressed, basis, place, beta=self.beta)
+        return basis.expand(new, place), new
+
+    def square_sum(self, squares: Squares) -> Tensor:
+        raise AssertionError(f"RMS(U) comes with the third message; asked from {squares}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendRule:
+    """Momentum inside the sketched subspace, the gradient itself outside.
+
+    Needs A A^T = (block/rank) I. ``gain`` 1 is the projection; block/rank the unbiased estimate of
+    full momentum with the gradient as control variate. A dense momentum is exact: its gain is 1.
+    """
+
+    beta: float
+    gain: float
+    clips_input: ClassVar[bool] = True
+    asks_history: ClassVar[bool] = False
+    asks_update: ClassVar[bool] = False
+
+    def advance(
+        self, x: Blocks, compressed: Tensor, momentum: Tensor, basis: Basis, place: Place
+    ) -> tuple[Tensor, Tensor]:
+        # M <- b move(M) + (1-b) c
+        new = advanced(momentum, compressed, basis, place, beta=self.beta)
+        # U = X + gain (rank/block) (M - c) A_new
+        return basis.correct_(x, new, compressed, place, gain=self.gain), new
+
+    def square_sum(self, squares: Squares) -> Tensor:
+        return squares.x2
+
+
+def advanced(
+    momentum: Tensor, compressed: Tensor, basis: Basis, place: Place, *, beta: float
+) -> Tensor:
+    """M <- b move(M) + (1-b) c."""
+    return (1 - beta) * compressed + beta * basis.move(momentum, place)
+
+
+def _none(config: FloraConfig, geometry: Geometry) -> None:
+    """No momentum: U = X, and X is what is clipped."""
+    del config, geometry
+
+
+def _blend(config: FloraConfig, geometry: Geometry) -> Rule:
+    rank = geometry.rank
+    gain = 1.0 if rank is None else config.gain_at(geometry.block / rank)
+    return BlendRule(beta=config.beta1, gain=gain)
+
+
+def _flora(config: FloraConfig, geometry: Geometry) -> Rule:
+    del geometry
+    return FloraRule(beta=config.beta1)
+
+
+def _flora_strict(config: FloraConfig, geometry: Geometry) -> Rule:
+    # Dense momentum changes no basis: there it is ``flora``, and needs one message.
+    made = FloraRule if geometry.rank is None else FloraStrictRule
+    return made(beta=config.beta1)
+
+
+RULES: dict[str, Callable[[FloraConfig, Geometry], Rule | None]] = {
+    "flora": _flora,
+    "flora_strict": _flora_strict,
+    "blend": _blend,
+    "none": _none,
+}
+"""By the names of ``settings.MOMENTA``; None: no momentum."""
+
+
+def rule_of(config: FloraConfig, geometry: Geometry) -> Rule | None:
+    """The rule of a group's parameters; None: no momentum, U = X with X clipped."""
+    return RULES[config.momentum](config, geometry)

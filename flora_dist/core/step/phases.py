@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step over all parameters: measure, sum, couple, sum, tally, sum, finish.
+
+Three messages at most per group of ranks, whatever the number of parameters; most layouts and rules
+have nothing to say in the second and third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.core.comm.groups import any_process
+from flora_dist.core.protocols import Terms
+from flora_dist.core.step.basis import Basis, DenseBasis
+from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.core.step.gradient import Gradient
+from flora_dist.core.step.plan import Plan
+
+
+def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state: bool) -> None:
+    """Update the parameters of a plan.
+
+    ``gradients``: in the order of the slots that were planned. ``may_only_create_state``: a first
+    step of rate 0 on zeros does not count.
+    """
+    moments = [
+        _moment(entry.batch, [gradients[place] for place in entry.places]) for entry in plan.entries
+    ]
+    pairs = list(zip(plan.entries, moments, strict=True))
+    measured = [entry.phases.measure(now) for entry, now in pairs]
+    totals = plan.sum([stage.terms for stage in measured])
+    asks_finite = any(entry.batch.config.skip_nonfinite for entry in plan.entries)
+    if asks_finite and not _are_finite(plan, measured):
+        return
+    if may_only_create_state and _only_creates_state(plan, moments, measured):
+        return
+    absent = _absent(plan, totals)
+    if absent:
+        plan = plan.without(absent)
+        moments, measured, totals = (
+            _kept(values, absent) for values in (moments, measured, totals)
+        )
+    _apply(plan, moments, measured, totals)
+
+
+def _apply(
+    plan: Plan, moments: Sequence[Moment], measured: Sequence[Any], totals: Sequence[Terms]
+) -> None:
+    """The rest of the step, once it is known that there is one."""
+    phases = [entry.phases for entry in plan.entries]
+    steps = list(zip(phases, moments, strict=True))
+    coupled = [
+        each.couple(now, stage, total)
+        for (each, now), stage, total in zip(steps, measured, totals, strict=True)
+    ]
+    totals = plan.sum([stage.terms for stage in coupled])
+    tallied = [
+        each.tally(now, stage, total)
+        for (each, now), stage, total in zip(steps, coupled, totals, strict=True)
+    ]
+    totals = plan.sum([stage.terms for stage in tallied])
+    for (each, now), stage, total in zip(steps, tallied, totals, strict=True):
+        each.finish(now, stage, total)
+    for entry, now in zip(plan.entries, moments, strict=True):
+        for member in entry.batch.members:
+            member.state["step"], member.state["window"] = now.step, now.window
+
+
+def _moment(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
+    """A batch at its coming step."""
+    first, config = batch.members[0], batch.config
+    step, old_window = int(first.state["step"]) + 1, int(first.state["window"])
+    window = step // config.kappa
+    basis: Basis = DenseBasis()
+    if batch.sketches is not None:
+        basis = batch.sketches.change(old_window, window, dtype=batch.dtype, device=batch.device)
+    return Moment(
+        gradients=gradients,
+        is_missing=gradients[0] is None,
+        lr=_number(first.group["lr"]),
+        weight_decay=_number(first.group["weight_decay"]),
+        step=step,
+        window=window,
+        beta2=beta2_at(step, config.beta2),
+        basis=basis,
+    )
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def beta2_at(step: int, beta2: float | None) -> float:
+    """Decay of the second moment at the ``step``-th real step, counted from 1.
+
+    None: 1 - t^-0.8 (Adafactor, arXiv 1804.04235, section 7.2). A constant: Adam's bias
+    correction written as a moving rate, beta2 (1 - beta2^(t-1)) / (1 - beta2^t).
+
+    >>> beta2_at(1, None), beta2_at(1, 0.99)
+    (0.0, 0.0)
+    """
+    if beta2 is None:
+        return float(1.0 - step**-0.8)
+    return beta2 * (1.0 - beta2 ** (step - 1)) / (1.0 - beta2**step)
+
+
+def _kept(values: Sequence[Any], absent: set[int]) -> list[Any]:
+    return [value for index, value in enumerate(values) if index not in absent]
+
+
+def _absent(plan: Plan, totals: Sequence[Terms]) -> set[int]:
+    """Entries of which no rank has a gradient; asks the device only where this rank has none."""
+    missing = [i for i, entry in enumerate(plan.entries) if not entry.has_gradients]
+    if not missing:
+        return set()
+    counts = torch.cat([totals[index]["presence"].double().cpu() for index in missing])
+    return {i for i, count in zip(missing, counts.tolist(), strict=True) if count == 0}
+
+
+def _are_finite(plan: Plan, measured: Sequence[Any]) -> bool:
+    """Whether all gradients are finite on all processes, which then skip or step together."""
+    pairs = zip(plan.entries, measured, strict=True)
+    return not _anywhere(plan, [~entry.phases.is_finite(stage) for entry, stage in pairs])
+
+
+def _only_creates_state(plan: Plan, moments: Sequence[Moment], measured: Sequence[Any]) -> bool:
+    """Whether this is a first step of rate 0 on gradients of zeros, which must not count.
+
+    torch.distributed.checkpoint makes an optimizer create its state so when it is asked for the
+    state before the first step. Looks at the device in a first step of rate 0 only.
+    """
+    if not all(now.step == 1 and now.lr == 0 for now in moments):
+        return False
+    pairs = zip(plan.entries, measured, strict=True)
+    return not _anywhere(plan, [~entry.phases.is_zero(stage) for entry, stage in pairs])
+
+
+def _anywhere(plan: Plan, flags: Sequence[Tensor]) -> bool:
+    """Whether a flag () is set, on any process where parameters are sharded."""
+    if not flags:
+        return False
+    flag = torch.stack([each.to(flags[0].device) for each in flags]).any()
+    is_sharded = any(entry.batch.reducer is not None for entry in plan.entries)
+    return any_process(flag) if is_sharded else bool(flag.item())

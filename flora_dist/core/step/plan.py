@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step, planned once: which parameters are stepped together, and where their sums travel.
+
+A plan holds until something structural changes: which parameters take part and have gradients,
+their settings, their memory, their steps. Parameters stand together where nothing but their memory
+differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flora_dist.core.comm.message import Message, Sender, sum_terms
+from flora_dist.core.protocols import Reducer, Terms
+from flora_dist.core.step.basis import BatchSketches
+from flora_dist.core.step.batch import Batch, Member, Phases, arithmetic_dtype
+from flora_dist.core.step.gradient import Gradient, SketchedGradient
+from flora_dist.core.step.matrix import MatrixPhases
+from flora_dist.core.step.vector import VectorPhases
+from flora_dist.core.step.views import work_limit
+
+# Torch cuts a sum that gives one number among threads from here on, and none that gives several:
+# what is longer stands alone, so that its bits do not depend on what else is stepped.
+LONGEST_SUM = 1 << 15
+# ZeRO steps each of its groups by itself; where gradients come and go, plans are made anew.
+MOST_PLANS = 64
+State = Mapping[Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Entry:
+    """A batch, how it is stepped, and which of the step's gradients are its members'."""
+
+    batch: Batch
+    phases: Phases
+    places: tuple[int, ...]
+    """Of its members among those that were planned."""
+    sender: Sender
+    has_gradients: bool
+
+
+class Plan:
+    """Batches of a step, in the order of their first names, and their messages."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = sorted(entries, key=lambda entry: entry.sender.names[0])
+        self._messages: list[tuple[list[int], Message | None]] = []
+        groups: dict[Reducer | None, list[int]] = {}
+        for index, entry in enumerate(self.entries):
+            groups.setdefault(entry.batch.reducer, []).append(index)
+        for reducer, indices in groups.items():
+            senders = [self.entries[index].sender for index in indices]
+            message = None if reducer is None else Message(senders, reducer)
+            self._messages.append((indices, message))
+
+    def is_current(self, state: State) -> bool:
+        """Whether weights, state and steps are still those that this was made for."""
+        for entry in self.entries:
+            first = entry.batch.members[0].state
+            for member in entry.batch.members:
+                own = member.layout.state_of(state.get(member.tensor, {}), member.part)
+                if own is not member.state or not _is_as_planned(member, first):
+                    return False
+        return True
+
+    def without(self, absent: set[int]) -> Plan:
+        """The same without some of the entries."""
+        return Plan([entry for i, entry in enumerate(self.entries) if i not in absent])
+
+    def sum(self, terms: Sequence[Terms]) -> list[Terms]:
+        """Sum each batch's terms over its ranks: a message per group of ranks."""
+        totals: list[Terms] = [{} for _ in self.entries]
+        for indices, message in self._messages:
+            sums = sum_terms([terms[index] for index in indices], message)
+            for index, total in zip(indices, sums, strict=True):
+                totals[index] = total
+        return totals
+
+
+def _is_as_planned(member: Member, first: Mapping[str, Any]) -> bool:
+    """Whether a member is as far as the first of its batch, and its memory still its own."""
+    state = member.state
+    if state["step"] != first["step"] or state["window"] != first["window"]:
+        return False
+    for name, tensor in member.kept.items():
+        if state.get(name) is not tensor:
+            return False
+    for tensor, address in zip(member.local.values(), member.local_addresses, strict=True):
+        if tensor.data_ptr() != address:
+            return False
+    return member.part.address() == member.address
+
+
+class Plans:
+    """The last plan of each selection of parameters that is stepped."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Plan] = {}
+
+    def find(self, key: Hashable, state: State) -> Plan | None:
+        """The plan that was kept, if it still holds."""
+        plan = self._kept.get(key)
+        return plan if plan is not None and plan.is_current(state) else None
+
+    def keep(self, key: Hashable, plan: Plan) -> None:
+        """Keep a plan; the oldest goes where there are many."""
+        if len(self._kept) >= MOST_PLANS:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key] = plan
+
+
+def make_plan(members: Sequence[Member], gradients: Sequence[Gradient]) -> Plan:
+    """Plan a step of parameters that have state, given in an order that all ranks share."""
+    alike: dict[Hashable, list[int]] = {}
+    for index, (member, gradient) in enumerate(zip(members, gradients, strict=True)):
+        key: Hashable = index
+        if _may_stand_with_others(member, gradient):
+            key = _kind(member), _here(member, gradient)
+        alike.setdefault(key, []).append(index)
+    entries = [
+        _entry(some, members, gradients)
+        for indices in alike.values()
+        for some in _chunks(indices, members[indices[0]])
+    ]
+    return Plan(entries)
+
+
+def _entry(
+    indices: Sequence[int], members: Sequence[Member], gradients: Sequence[Gradient]
+) -> Entry:
+    own = tuple(members[index] for index in indices)
+    first = own[0]
+    batch = _batch(own)
+    sender = Sender(
+        kind=_kind(first),
+        names=tuple(member.name for member in own),
+        cuts=first.cuts,
+        sends_all=first.part.splits_matrices or first.geometry.is_vector,
+    )
+    return Entry(
+        batch=batch,
+        phases=VectorPhases(batch) if first.geometry.is_vector else MatrixPhases(batch),
+        places=tuple(indices),
+        sender=sender,
+        has_gradients=gradients[indices[0]] is not None,
+    )
+
+
+def _batch(members: tuple[Member, ...]) -> Batch:
+    first = members[0]
+    size, splits = first.geometry, first.part.splits_matrices
+    sketches = [member.sketches for member in members if member.sketches is not None]
+    here = first.matrices[1] - first.matrices[0]
+    is_part = len(members) == 1 and splits
+    sources, offset = [], 0
+    for tile in first.tiles:
+        sources.append((offset, tile.sizes))
+        offset += tile.num_elements
+    return Batch(
+        members=members,
+        geometry=size,
+        config=first.config,
+        sign=-1.0 if first.group["maximize"] else 1.0,
+        dtype=arithmetic_dtype(first.weight.dtype),
+        device=first.weight.device,
+        sketches=BatchSketches(sketches) if sketches else None,
+        reducer=first.part.reducer,
+        sources=tuple(sources),
+        matrices_here=here,
+        matrices_summed=size.num_matrices if splits else here,
+        held=slice(*first.matrices) if is_part else slice(0, len(members) * here),
+        elements_per_matrix=size.num_rows * size.num_columns,
+    )
+
+
+def _kind(member: Member) -> Hashable:
+    """What parameters of a batch, and of a stretch of a message, have in common on all ranks."""
+    part, cuts = member.part, member.cuts
+    return (
+        member.geometry,
+        member.config,
+        id(member.group),
+        member.group["maximize"],
+        member.weight.dtype,
+        part.reducer,
+        part.splits_matrices,
+        cuts.rows_anywhere,
+        cuts.blocks_anywhere,
+        cuts.peers is None,
+        member.state["step"],
+        member.state["window"],
+    )
+
+
+def _here(member: Member, gradient: Gradient) -> Hashable:
+    """What they have in common on this rank besides."""
+    return (
+        member.tiles,
+        member.matrices,
+        member.weight.device,
+        isinstance(gradient, SketchedGradient),
+        tuple((name, tuple(t.shape), t.dtype) for name, t in member.local.items()),
+    )
+
+
+def _may_stand_with_others(member: Member, gradient: Gradient) -> bool:
+    size, tiles, part = member.geometry, member.tiles, member.part
+    first, last = member.matrices
+    is_cut = bool(tiles) and tiles[0].columns != (0, size.num_columns) and not size.is_vector
+    shares_cuts = member.cuts.peers is not None and len(member.cuts.rows) > 0
+    longest = max((max(tile.sizes[1:]) for tile in tiles), default=0)
+    return (
+        gradient is not None
+        and len(tiles) <= 1
+        and not (is_cut and size.num_matrices > 1)
+        and not shares_cuts
+        and not (part.splits_matrices and last - first < size.num_matrices)
+        and member.weight.is_contiguous()
+        and longest < LONGEST_SUM
+        and (member.sketches is None or member.sketches.is_small)
+    )
+
+
+def _chunks(indices: Sequence[int], first: Member) -> Sequence[Sequence[int]]:
+    """Vectors are stepped whole: as many together as make a piece of work. Matrices are cut."""
+    if not first.geometry.is_vector:
+        return [indices]
+    count = max(1, work_limit(first.weight.device) // max(1, first.weight.numel()))
+    return [indices[start : start + count] for start in range(0, len(indices), count)]

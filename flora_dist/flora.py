@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Flora optimizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.core.comm.groups import Peers, process_rank
+from flora_dist.core.consistency import compare as consistency
+from flora_dist.core.parameters import loading
+from flora_dist.core.parameters import names as naming
+from flora_dist.core.parameters.checks import (
+    check_group,
+    check_keys,
+    check_levels,
+    check_not_captured,
+    check_not_in_turns,
+    takes_part,
+)
+from flora_dist.core.parameters.first_step import Beginning
+from flora_dist.core.parameters.norms import clip_factor, global_norm, scale_
+from flora_dist.core.parameters.registry import Roster
+from flora_dist.core.parameters.report import Report
+from flora_dist.core.parameters.source import DenseGradients, GradientSource
+from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.turns import Player, take_turn
+from flora_dist.core.protocols import Layout
+from flora_dist.core.sketch.ops import exact_products
+from flora_dist.core.state.settings import KNOBS, config_of
+from flora_dist.core.state.spec import LEVELS
+from flora_dist.core.step.gradient import Gradient
+from flora_dist.core.step.phases import run_step
+
+
+class Flora(torch.optim.Optimizer):
+    """Adafactor's second moment with momentum kept as random projections (arXiv 2402.03293).
+
+    Each row of a matrix is cut in blocks; a block's momentum is ``rank`` numbers, its product with
+    a random matrix A regenerated from ``seed``, the parameter's name and the step's window. Every
+    rank keeps only the state of its own shard, and the same seed gives the same run on one
+    process, DDP, FSDP1, FSDP2, HSDP, tensor parallelism and ZeRO 0 to 3, to float rounding.
+
+    ``step()`` sends one message of sums, an all-reduce per sharded axis of the mesh; one more with
+    ``flora_strict``, and one more where columns are sharded; none on plain tensors. Under ZeRO and
+    FSDP1: two all-reduces, and two exchanges among those who share a cut row or block. Parameters
+    sharded over other axes have messages of their own; the number does not depend on that of
+    parameters, nor a rank's bytes on the number of ranks.
+
+    Args:
+        params: parameters, groups, or ``model.named_parameters()`` (preferred: projections hang
+            on names; without names on positions).
+        lr: step size; a number or a tensor.
+        rank: numbers kept per block; None keeps a group dense.
+        block: consecutive row elements per block, a power of two, or "full": the smaller of rows
+            and columns.
+        sketch: "hadamard" (least noise), "gaussian" (the paper) or "rademacher".
+        momentum: "blend" (momentum inside the sketched subspace, the gradient itself outside),
+            "flora" (the authors' code), "flora_strict" (Algorithm 2) or "none".
+        blend_gain: weight of the sketched momentum under "blend", 1 to block/rank; None:
+            min(2, block / (2 rank)).
+        beta1: decay of the momentum.
+        kappa: steps between projections.
+        transfer: momentum at a new projection: "shrink" (least squares), "paper" or "reset".
+        beta2: decay of the second moment, bias-corrected as in Adam; None: 1 - t^-0.8.
+        eps: added to squared gradients; 1-D parameters use at least 1e-12.
+        clip: largest root mean square of an update, per matrix; None: no clipping.
+        weight_decay: decoupled, times lr.
+        scale_parameter: multiply lr by max(1e-3, RMS(weight)), per matrix.
+        state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
+        stochastic_rounding: round low-precision weights and momentum stochastically, with bits
+            that are equal wherever the inputs are.
+        skip_nonfinite: skip the whole step if a gradient, or its square (from 1.8e19 on in
+            float32), holds NaN or inf; in any group, for all.
+            DeepSpeed steps group after group: there each decides for itself.
+        strict: raise where a matrix expected to be compressed would be dense.
+        seed: one per run, equal on all ranks.
+        maximize: step uphill.
+        check_every: steps from one ``check_consistency()`` to the next; None: only where gradients,
+            ZeRO or FSDP1 are attached and where a checkpoint is loaded. One for all groups.
+
+    Each setting may stand in a parameter group. A parameter without gradient is skipped, and one
+    that is frozen, whatever its ``.grad``; if only some ranks have one, the others count as zero.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(64, 64)
+    >>> optimizer = Flora(model.named_parameters(), lr=1e-3, rank=8, block=64)
+    >>> report = optimizer.report()
+    >>> report.state_bytes, report.adamw_bytes
+    (3072, 33280)
+
+    Raises:
+        ValueError: a setting, a shape or a name that cannot be right; nothing has changed then.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        rank: int | None = 8,
+        block: int | str = 64,
+        sketch: str = "hadamard",
+        momentum: str = "blend",
+        blend_gain: float | None = None,
+        beta1: float = 0.9,
+        kappa: int = 1000,
+        transfer: str = "shrink",
+        beta2: float | None = None,
+        eps: float = 1e-30,
+        clip: float | None = 1.0,
+        weight_decay: float | Tensor = 0.0,
+        scale_parameter: bool = False,
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = True,
+        skip_nonfinite: bool = False,
+        strict: bool = False,
+        seed: int = 0,
+        maximize: bool = False,
+        check_every: int | None = None,
+    ) -> None:
+        given = locals()
+        defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
+        config_of(defaults)
+        self._rhythm = consistency.Rhythm(check_every)
+        self._roster = Roster()
+        self._announced = False
+        self._source: GradientSource = DenseGradients()
+        self._beginning, self._player = Beginning(), Player()
+        super().__init__(naming.as_groups(params), defaults)
+
+    @classmethod
+    def paper(
+        cls, params: Any, lr: float | Tensor = 1e-3, *, rank: int = 256, **settings: Any
+    ) -> Flora:
+        """The authors' algorithm: whole rows, Gaussian, transfer without scale, parameter scale.
+
+        With their random numbers it is theirs to 1e-15 for rows >= columns, and for Algorithm 1. It
+        differs for fewer rows; for a rank above columns / 2 (theirs projects, ours is dense) and an
+        aspect ratio above 4 (theirs is dense); in weight decay (theirs lr RMS(W) wd, ours lr wd);
+        in 1-D parameters of tiny gradients (eps), 3-D and 4-D ones; and in low precision, which
+        ours rounds stochastically by default. ``settings`` override the preset.
+        """
+        preset = {
+            "block": "full",
+            "sketch": "gaussian",
+            "momentum": "flora",
+            "transfer": "paper",
+            "kappa": 1000,
+            "scale_parameter": True,
+        }
+        return cls(params, lr, rank=rank, **{**preset, **settings})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with any settings of their own; their steps count from 1."""
+        group = naming.tidy_group(param_group)
+        check_keys(group, self.defaults)
+        merged = {**self.defaults, **group}
+        check_group(merged)
+        naming.check_unique(naming.names_of([*self.param_groups, group]))
+        super().add_param_group(group)
+        self._roster.enter(self.param_groups[-1]["params"])
+
+    def attach_layout(
+        self, layout: Layout, tensors: Sequence[Sequence[Tensor]] | None = None
+    ) -> None:
+        """Let an integration say how tensors are held; the last one attached is asked first.
+
+        Copies of the optimizer (pickle, deepcopy) go without: attach again.
+
+        Args:
+            layout: claims the tensors that the host has put into the groups.
+            tensors: what each group holds at its steps, for a host that takes tensors out of the
+                groups between them (ZeRO-3); None: what stands in the groups.
+
+        Raises:
+            ValueError: there is state already, of other tensors than the layout's.
+        """
+        if self.state:
+            raise ValueError(
+                "a layout must be attached before the first step; this optimizer has state for "
+                f"{len(self.state)} tensors. Attach right after the engine is built."
+            )
+        self._roster.attach(layout, tensors)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters; returns what ``closure`` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_not_captured()
+        with torch.no_grad():
+            if self._roster.is_rehearsal(self.param_groups, self.state):
+                return loss
+            slots = self._present_slots()
+            # torch's DCP asks for state by a step on zeros, but not under ZeRO, which has others.
+            alone = not self._roster.is_stepped_in_turns
+            with exact_products({slot.tensor.device.type for slot in slots}):
+                self._create_state(slots)
+                self.announce()
+                slots.sort(key=attrgetter("name"))
+                gradients = self._source.read(slots)
+                plan = self._roster.planned(slots, gradients, self.state)
+                with self._beginning.watched(slots, gradients, self):
+                    run_step(plan, gradients, may_only_create_state=alone)
+            if alone:
+                self._source.forget()
+            self._rhythm.count(self, slots)
+        return loss
+
+    @torch.no_grad()
+    def check_consistency(self, group: Peers = None) -> None:
+        """Compare ranks: names, shapes, seed, settings, level, steps, and statistics bit for bit.
+
+        Column means must be equal on all ranks that hold some of a matrix; of replicas weights and
+        all state. One all-reduce of 4 KiB; of large models each call reads other parameters.
+        Without a process group there is nobody to compare with.
+
+        Args:
+            group: who calls this: a process group, a mesh, or the groups of its axes; None: the
+                default group. Ranks with other layers, or with plain parameters of their own, do
+                not belong together.
+
+        Raises:
+            ValueError: on every rank, naming the field and the ranks that differ.
+        """
+        consistency.check(self, group)
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Norm () of the mean gradient over all parameters and ranks, for every level.
+
+        Exact for what is dense. Of sketches sqrt(sum |C|^2), whose square is unbiased: within 12 %
+        even for a gradient of rank 1. Call it on every rank after the last micro-batch: it averages
+        the sketches, in place of ``step()``, and costs one small all-reduce per group of ranks.
+
+        Raises:
+            RuntimeError: under DeepSpeed, which has its own: ``engine.get_global_grad_norm()``.
+        """
+        return global_norm(*self._current_gradients())
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients to a ``grad_norm()`` of at most ``max_norm``; returns it as it was.
+
+        Raises:
+            ValueError: ``max_norm`` is not above 0.
+            RuntimeError: under DeepSpeed, whose key is "gradient_clipping".
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be above 0; got {max_norm!r}. Raise it.")
+        slots, gradients = self._current_gradients()
+        norm = global_norm(slots, gradients)
+        scale_(gradients, clip_factor(norm, max_norm))
+        return norm
+
+    def attach_gradients(self, source: GradientSource) -> None:
+        """Let an integration say where gradients come from.
+
+        Raises:
+            ValueError: there is state already, made by the other algorithm; nothing has changed.
+        """
+        before = self._source
+        self._use(source)
+        try:
+            if source.level != LEVELS[0]:
+                check_levels(self.slots(), self.state)
+        except ValueError:
+            self._use(before)
+            raise
+
+    def _use(self, source: GradientSource) -> None:
+        self._source = source
+        self._roster.set_level(source.level)
+
+    @property
+    def gradients(self) -> GradientSource:
+        """Where a step takes its gradients from."""
+        return self._source
+
+    @property
+    def roster(self) -> Roster:
+        """Who holds what, for checkpoints."""
+        return self._roster
+
+    def slots(self) -> list[Slot]:
+        """Every parameter as the optimizer holds it, for integrations; in the order of groups."""
+        return self._roster.everything(self.param_groups, self.state)
+
+    def report(self) -> Report:
+        """What is compressed and what is dense and why, with bytes, on this rank.
+
+        Before the first step too; parameters that need no gradient are left out.
+        """
+        slots = [slot for slot in self.slots() if takes_part(slot)]
+        return Report(
+            level=self._roster.level,
+            rows=tuple(slot.report_row() for slot in slots),
+            unnamed=sum(slot.position is not None for slot in slots),
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` gave: dtypes bit for bit, settings as saved.
+
+        Raises:
+            ValueError: state of another model, seed, level or optimizer; nothing has changed then.
+        """
+        with loading.beside_torch(self, partial(self._roster.fresh, state=self.state)):
+            super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rhythm": self._rhythm, "_player": self._player.copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_roster" not in self.__dict__:  # unpickled or deep-copied
+            self._roster = Roster()
+            self._source = DenseGradients()
+            self._announced = True
+            self._beginning = Beginning()  # a copy without its model has tensors that nobody trains
+            for group in self.param_groups:
+                self._roster.enter(group["params"])
+        self._roster.forget()
+
+    def _create_state(self, slots: Sequence[Slot]) -> None:
+        """Of those that have none yet, in the order of groups."""
+        check_levels(slots, self.state)
+        take_turn(self._player, slots)
+        for slot in slots:
+            if not slot.has_state(self.state[slot.tensor]):
+                slot.create_state(self.state[slot.tensor])
+
+    def _present_slots(self) -> list[Slot]:
+        """Those that take part in a step, in the order of groups; their gradients are sound."""
+        slots = [s for s in self._roster.present(self.param_groups, self.state) if takes_part(s)]
+        for slot in slots:
+            self._source.check(slot)
+        return slots
+
+    def _current_gradients(self) -> tuple[list[Slot], list[Gradient]]:
+        check_not_in_turns(self._roster)
+        slots = sorted(self._present_slots(), key=attrgetter("name"))
+        return slots, self._source.read(slots)
+
+    def announce(self) -> None:
+        """Print the report's summary once, on process 0; the first step does if nobody has."""
+        if not self._announced and process_rank() == 0:
+            sys.stderr.write(self.report().summary() + "\n")
+        self._announced = True

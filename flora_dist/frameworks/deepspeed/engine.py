@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine with Flora from a DeepSpeed config: build, attach, hand back what DeepSpeed gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from torch import nn
+from torch.optim import Optimizer
+
+from flora_dist.flora import Flora
+from flora_dist.frameworks.deepspeed.attach import attach
+from flora_dist.frameworks.deepspeed.config import (
+    check_features,
+    check_filled_in,
+    check_flora_block,
+    gradient_request,
+    optimizer_settings,
+    prepared,
+)
+
+BuildOptimizer = Callable[[Any], Optimizer]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Flora | BuildOptimizer | None = None,
+    model_parameters: Any = None,
+    config: str | dict[str, Any] | None = None,
+    config_params: str | dict[str, Any] | None = None,
+    **more: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` with Flora: same arguments, same results.
+
+    The optimizer is the one given (a Flora, or a callable that makes one), else built from the
+    config: ``"optimizer": {"type": "Flora", "params": {"lr": 1e-3, "rank": 8}}``, over
+    ``model_parameters`` or all parameters that need a gradient. ``"flora": {"gradients":
+    "compressed", "gradient_rank": 8, "wire_dtype": "float32"}`` says what is compressed of the
+    gradients: "dense" nothing, "compressed" what is kept and sent, "fused" also what linear layers
+    form. ``zero_allow_untested_optimizer`` and ``zero_force_ds_cpu_optimizer`` are set.
+
+    Args:
+        args: an object with ``deepspeed_config``, where ``config`` is not given.
+        model: the module, before any wrapper.
+        optimizer: overrides the config's.
+        model_parameters: parameters, named parameters or groups.
+        config: a path, or the config itself.
+        config_params: older name of ``config``.
+        more: passed on as they are: ``training_data``, ``lr_scheduler``, ``mpu`` and others.
+
+    Returns:
+        engine, ZeRO's optimizer, data loader, scheduler; the last two None where not asked for.
+
+    Raises:
+        ValueError: an unknown key or setting, with the nearest known one; an "auto"; a feature
+            that would be computed wrong.
+        TypeError: another optimizer than Flora.
+    """
+    if model is None:
+        raise ValueError("initialize needs a model; got None. Pass model=.")
+    args, settings = _settings(args, config if config is not None else config_params)
+    check_filled_in(settings)
+    check_features(settings)
+    check_flora_block(settings)
+    if optimizer is None:
+        parameters = model_parameters
+        if parameters is None:
+            parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = Flora(parameters, **optimizer_settings(settings))
+    elif isinstance(optimizer, Optimizer) and not isinstance(optimizer, Flora):
+        raise TypeError(
+            f"flora_dist.deepspeed.initialize runs Flora; got {type(optimizer).__name__}. Use "
+            "deepspeed.initialize for it."
+        )
+    if isinstance(optimizer, Flora):
+        _check_owned(optimizer, model)
+        _check_gradient_rank(optimizer, settings)
+    results: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        config=prepared(settings),
+        **more,
+    )
+    attach(results[0])
+    return results
+
+
+def _check_owned(optimizer: Flora, model: nn.Module) -> None:
+    """Refuse parameters of another module: DeepSpeed fails at them with a riddle."""
+    own = set(map(id, model.parameters()))
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            if id(tensor) not in own:
+                raise ValueError(
+                    "every parameter of the optimizer must belong to the model; one of shape "
+                    f"{tuple(tensor.shape)} does not. Make its module part of the model."
+                )
+
+
+def _check_gradient_rank(optimizer: Flora, config: dict[str, Any]) -> None:
+    """Refuse a rank that blocks cannot have before DeepSpeed builds anything."""
+    rank = gradient_request(config).gradient_rank
+    for group in optimizer.param_groups:
+        block = group["block"]
+        if rank is not None and block != "full" and rank >= block:
+            raise ValueError(
+                f'"flora"."gradient_rank" must be below block; got {rank}, and a group with '
+                f"block={block}. Lower it, or raise block."
+            )
+
+
+def _settings(args: Any, config: str | dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """The config as a dict, and ``args`` without it: DeepSpeed takes one of the two."""
+    named = getattr(args, "deepspeed_config", None)
+    if (config is None) == (named is None):
+        given = "both" if named is not None else "neither"
+        raise ValueError(
+            f"initialize takes config= or args.deepspeed_config; got {given}. Pass one of them."
+        )
+    if named is not None:
+        args, config = copy.copy(args), named
+        args.deepspeed_config = None
+    loaded: dict[str, Any] = config if isinstance(config, dict) else load_ds_config(config)
+    return args, loaded

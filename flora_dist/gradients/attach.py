@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep gradients as sketches: ``attach(model, optimizer, gradients=...)``, once, after sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from flora_dist.core.comm.groups import Peers
+from flora_dist.core.consistency.compare import check
+from flora_dist.core.layouts.dtensor import local_of
+from flora_dist.core.parameters.checks import takes_part
+from flora_dist.core.parameters.source import DenseGradients
+from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.state.spec import Geometry
+from flora_dist.flora import Flora
+from flora_dist.gradients.cycle import Flow, Gradients
+from flora_dist.gradients.flows import WIRE_DTYPES, check_request, flow_for, geometry_for
+from flora_dist.gradients.fused import Place, fuse
+from flora_dist.gradients.on_ddp import host_of_ddp
+from flora_dist.gradients.on_fsdp2 import host_of_shards, host_of_unsharded
+from flora_dist.gradients.on_plain import host_of_plain
+from flora_dist.gradients.placeholder import stands_in
+from flora_dist.gradients.report import GradientReport, row_of
+from flora_dist.gradients.sources import Host, Source
+
+_attached: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Flora,
+    gradients: str,
+    *,
+    gradient_rank: int | None = None,
+    wire_dtype: str = "float32",
+) -> Handle:
+    """Keep gradients as sketches from backward to step (arXiv 2402.03293, Algorithm 1).
+
+    Every gradient that arrives is multiplied by a small random matrix, added to an accumulator and
+    freed; the step then works on the unbiased estimate that the sketches stand for, with a fresh
+    projection every step. Call it on every rank, after sharding and before the first step. Clip
+    with ``optimizer.clip_grad_norm_``; torch's own clipping and GradScaler raise.
+
+    Args:
+        model: the model that is trained: plain, DDP, FSDP2, HSDP, FSDP2 over tensor parallelism.
+        optimizer: over its parameters. Those it keeps dense (1-D, ``rank=None``) stay on the
+            framework's own path.
+        gradients: "sharded": the framework reduces full gradients, this rank keeps sketches of its
+            shard. "compressed": sketches of full gradients are kept and averaged, once per step,
+            in place of gradients. "fused": the same, and linear layers never form the gradient,
+            but where their weight is another tensor at that forward (``functional_call``, tied
+            later, masked) or has a hook; call ``backward()`` without ``inputs=``, which would
+            leave the sketches out.
+        gradient_rank: numbers per block, over the blocks of the optimizer's groups; None: their
+            ``rank``.
+        wire_dtype: what travels under "compressed" and "fused": "float32" or "bfloat16".
+
+    Returns:
+        A handle: ``report()``, ``remove()``. The same one for a second call with the same
+        arguments.
+
+    Raises:
+        TypeError: the optimizer is not Flora.
+        ValueError: a level this model cannot have, a setting that cannot be right, an optimizer
+            that has stepped with dense gradients, or ranks that differ; nothing has changed then.
+    """
+    if not isinstance(optimizer, Flora):
+        raise TypeError(
+            f"attach needs a Flora; got {type(optimizer).__name__}. Pass the optimizer inside, if "
+            "a framework has wrapped it."
+        )
+    request = (gradients, gradient_rank, wire_dtype)
+    known = _attached.get(optimizer)
+    if known is not None:
+        if known.request == request and known.model() is model:
+            return known
+        raise ValueError(
+            f"an optimizer keeps gradients in one way; this one is attached as {known.request}, "
+            f"asked for {request}. Call remove() on its handle first."
+        )
+    peers = _peers(model)
+    if peers is not None:  # first of all: what follows talks to others, by level and names
+        words = ("gradients", "gradient_rank", "wire_dtype")
+        check(optimizer, peers, asked=dict(zip(words, request, strict=True)))
+    check_request(gradients, wire_dtype)
+    slots = [slot for slot in optimizer.slots() if takes_part(slot)]
+    _check_owned(slots, model)
+    sizes = {slot.part.name: geometry_for(slot, gradient_rank) for slot in slots}
+    host = _host(model, [s for s in slots if sizes[s.part.name].rank is not None], gradients)
+    late = partial(_check_late, ref(optimizer), frozenset(sizes), gradient_rank, host.check)
+    host = replace(host, check=late)
+    handle = Handle(model, optimizer, slots, sizes, host, request)
+    _attached[optimizer] = handle
+    return handle
+
+
+def _peers(model: nn.Module) -> Peers:
+    """Who trains the model with this rank, as far as it says so; None: nobody is known."""
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+
+def _check_owned(slots: Sequence[Slot], model: nn.Module) -> None:
+    own = set(map(id, model.parameters()))
+    for slot in slots:
+        if id(slot.tensor) not in own:
+            raise ValueError(
+                f"every parameter of the optimizer must belong to the model; {slot.part.name!r} "
+                "does not. Pass the model that is trained, after wrapping and sharding."
+            )
+
+
+def _check_late(
+    optimizer: ref[Flora],
+    known: frozenset[str],
+    gradient_rank: int | None,
+    check_host: Callable[[], None],
+) -> None:
+    """Refuse matrices that train only since ``attach``: their gradients would be dense, unsaid."""
+    check_host()
+    flora = optimizer()
+    for slot in () if flora is None else flora.slots():
+        is_late = takes_part(slot) and slot.part.name not in known
+        if is_late and geometry_for(slot, gradient_rank).rank is not None:
+            raise ValueError(
+                f"gradients are attached to the parameters that train then; {slot.part.name!r} was "
+                "added or unfrozen since. Call remove() on the handle, and attach again."
+            )
+
+
+def _host(model: nn.Module, slots: Sequence[Slot], level: str) -> Host:
+    """What the model's framework is."""
+    kinds = [type(module) for module in model.modules()]
+    if any(issubclass(kind, FullyShardedDataParallel) for kind in kinds):
+        raise ValueError(
+            "FSDP1 reduces the flat gradient of a whole unit and shows no parameter's own before; "
+            f"gradients={level!r} needs it. Use FSDP2 (fully_shard)."
+        )
+    if level == "fused" and any(map(_replicates, model.modules())):
+        raise ValueError(
+            "DataParallel copies layers to other devices at each forward, and a fused layer would "
+            'compute with the weight of the first. Use DistributedDataParallel, or "compressed".'
+        )
+    if hasattr(model, "zero_optimization"):
+        raise ValueError(
+            "an engine of DeepSpeed takes the level from its config. Set "
+            f'"flora": {{"gradients": "{level}"}} there and call flora_dist.deepspeed.initialize.'
+        )
+    if any(issubclass(kind, FSDPModule) for kind in kinds):
+        return (host_of_shards if level == "sharded" else host_of_unsharded)(model, slots)
+    if isinstance(model, DistributedDataParallel):
+        if level == "sharded":
+            raise ValueError(
+                "DDP shards nothing and reduces after the gradients are complete on each rank; "
+                "gradients='sharded' has nothing to keep. Use gradients='compressed'."
+            )
+        return host_of_ddp(model, slots)
+    if any(issubclass(kind, DistributedDataParallel) for kind in kinds):
+        raise ValueError(
+            "attach takes the DDP module itself; the model holds one inside. Pass that one."
+        )
+    return host_of_plain(slots)
+
+
+def _replicates(module: nn.Module) -> bool:
+    return isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
+
+
+class Handle:
+    """Gradients of one model that are kept as sketches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Flora,
+        slots: Sequence[Slot],
+        sizes: Mapping[str, Geometry],
+        host: Host,
+        request: tuple[str, int | None, str],
+    ) -> None:
+        """Hooks are in place afterwards."""
+        self.model, self.request = ref(model), request
+        self._optimizer, self._host = ref(optimizer), host
+        chosen = [slot for slot in slots if sizes[slot.part.name].rank is not None]
+        flows = [
+            flow_for(slot, source, sizes[slot.part.name], optimizer)
+            for slot, source in zip(chosen, host.sources, strict=True)
+        ]
+        self.gradients = Gradients(
+            flows, level=request[0], wire_dtype=WIRE_DTYPES[request[2]], check=host.check
+        )
+        optimizer.attach_gradients(self.gradients)
+        host.install(host.sources)
+        self._sizes = sizes
+        engines = [_hooks_of_engine(source) for source in host.sources]
+        self._hooks = [
+            _hook(source.tensor, partial(_take, self.gradients, flow))
+            for source, flow in zip(host.sources, flows, strict=True)
+        ]
+        # Hooks stay beside fused layers: other modules may use the same weights.
+        everything = zip(host.sources, flows, engines, self._hooks, strict=True)
+        places = {
+            id(source.in_module): Place(flow=flow, tensor=source.tensor, hooks=known | {hook.id})
+            for source, flow, known, hook in everything
+        }
+        self._fused = fuse(model, self.gradients, places if request[0] == "fused" else {})
+        self._hooks.append(optimizer.register_load_state_dict_post_hook(self._refresh))
+
+    def _refresh(self, _: torch.optim.Optimizer) -> None:
+        self._fused.refresh()
+
+    def report(self) -> GradientReport:
+        """Per parameter: sketched where, or dense and why; bytes kept and bytes sent per step."""
+        flows, where, level = self.gradients.flows, self._fused.where, self.request[0]
+        wire_dtype = WIRE_DTYPES[self.request[2]]
+        return GradientReport(
+            level=level,
+            rows=tuple(
+                row_of(
+                    name,
+                    size,
+                    flows.get(name),
+                    where=where.get(name, level),
+                    wire_dtype=wire_dtype,
+                )
+                for name, size in self._sizes.items()
+            ),
+        )
+
+    def remove(self) -> None:
+        """Restore everything; the optimizer must not have stepped with sketches by then.
+
+        Raises:
+            ValueError: it has: what it keeps belongs to another algorithm.
+        """
+        optimizer = self._optimizer()
+        if optimizer is not None and _attached.get(optimizer) is self:
+            optimizer.attach_gradients(DenseGradients())
+            del _attached[optimizer]
+        self.gradients.forget()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._fused.remove()
+        self._host.restore()
+
+
+def _hook(tensor: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Torch's method has no types."""
+    handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(hook)
+    return handle
+
+
+def _hooks_of_engine(source: Source) -> frozenset[int]:
+    """An engine's own, which know that gradients are taken away; other hosts have none."""
+    tensor: Any = source.tensor
+    return frozenset(tensor._post_accumulate_grad_hooks or () if source.visible is None else ())
+
+
+@torch.no_grad()
+def _take(gradients: Gradients, flow: Flow, tensor: Tensor) -> None:
+    """The hook: a gradient has been added to ``tensor.grad``."""
+    gradient = tensor.grad
+    if gradient is None or stands_in(gradient):  # added to the sketches already
+        return
+    gradients.take(flow, _local_gradient(flow, tensor, gradient))
+    if tensor is not flow.visible:
+        tensor.grad = None
+
+
+def _local_gradient(flow: Flow, tensor: Tensor, gradient: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor) or not isinstance(gradient, DTensor):
+        return gradient
+    if gradient.placements != tensor.placements:
+        raise ValueError(
+            f"a gradient must be placed like its parameter; {flow.part.name!r} has the placements "
+            f'{tensor.placements}, its gradient {gradient.placements}. Use gradients="dense".'
+        )
+    return local_of(gradient)

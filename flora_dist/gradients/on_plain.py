@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process, and tensor parallelism alone: gradients arrive at the parameters themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.distributed.tensor import DTensor
+
+from flora_dist.core.layouts.dtensor import tiles_at
+from flora_dist.core.layouts.replicated import whole
+from flora_dist.core.parameters.trainable import Slot
+from flora_dist.gradients.average import Route
+from flora_dist.gradients.sources import Host, Source, nothing
+
+
+def host_of_plain(slots: Sequence[Slot]) -> Host:
+    """Parameters whose ``.grad`` is complete after backward, whole or as this rank's shard."""
+    return Host(
+        sources=[source_at_parameter(slot) for slot in slots],
+        install=nothing,
+        restore=nothing,
+        check=nothing,
+    )
+
+
+def source_at_parameter(slot: Slot) -> Source:
+    """Nothing is averaged any more: the framework has done it, or there is nobody to ask."""
+    tensor = slot.tensor
+    is_sharded = isinstance(tensor, DTensor)
+    tiles = tiles_at(tensor) if isinstance(tensor, DTensor) else whole(tuple(tensor.shape))
+    return Source(
+        tensor=tensor,
+        visible=tensor,
+        tiles=tiles,
+        route=Route(kept=(tiles,)),
+        is_partial=is_sharded,
+    )

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of each parameter's gradient: sketched or dense and why, bytes kept and sent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flora_dist.core.state.spec import Geometry
+from flora_dist.gradients.cycle import Flow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientRow:
+    """One parameter on this rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    how: str
+    """Sketched how and where, or dense and why."""
+    is_sketched: bool
+    held_bytes: int
+    """Of sketches between backward and step; 0 where dense: what the framework holds."""
+    sent_bytes: int
+    """Of sketches that this rank gives to a step's collectives; 0 where dense: the framework's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientReport:
+    """All parameters that train; ``str()`` is a table."""
+
+    level: str
+    rows: tuple[GradientRow, ...]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all accumulators on this rank."""
+        return sum(row.held_bytes for row in self.rows)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload of this rank per step, however many micro-batches."""
+        return sum(row.sent_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        table = [("parameter", "shape", "gradient", "held bytes", "sent bytes")]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            table.append((row.name, shape, row.how, f"{row.held_bytes:,}", f"{row.sent_bytes:,}"))
+        table.append(("all", "", self.level, f"{self.held_bytes:,}", f"{self.sent_bytes:,}"))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        left = 3  # names, shapes and reasons to the left, numbers to the right
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if place < left else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in table
+        )
+
+
+def row_of(
+    name: str, size: Geometry, flow: Flow | None, *, where: str, wire_dtype: torch.dtype | None
+) -> GradientRow:
+    """One parameter; ``flow`` is None where its gradient is dense."""
+    if flow is None:
+        return GradientRow(
+            name=name,
+            shape=size.shape,
+            how=f"dense: {size.dense_because}",
+            is_sketched=False,
+            held_bytes=0,
+            sent_bytes=0,
+        )
+    accumulator = flow.accumulator
+    numbers = flow.route.numbers_sent(block=accumulator.block, rank=accumulator.rank)
+    wire = wire_dtype or accumulator.dtype
+    return GradientRow(
+        name=name,
+        shape=size.shape,
+        how=f"{where}, {accumulator.rank} per block of {accumulator.block}",
+        is_sketched=True,
+        held_bytes=math.prod(accumulator.sums_shape) * accumulator.dtype.itemsize,
+        sent_bytes=numbers * wire.itemsize,
+    )

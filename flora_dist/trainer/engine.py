@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model, optimizer and schedule put together as the backend needs it, after its own checks."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from flora_dist.trainer.backend import bound_waits, spread
+from flora_dist.trainer.config import Config, OptimizerConfig
+from flora_dist.trainer.gradients import check_level, keep_sketched
+from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
+from flora_dist.trainer.replicated import Learner, World
+from flora_dist.trainer.storage import TorchStorage, TorchStorageBehind
+
+_DTENSORS = ("fsdp2", "hsdp")
+_FLAT = ("fsdp1", "deepspeed")
+
+
+def check_learner(config: Config, world: World) -> None:
+    """Refuse what the backend cannot do.
+
+    Raises:
+        ValueError: Adafactor, checkpoints or sketched gradients where they do not work, or a
+            DeepSpeed config that contradicts the run's.
+    """
+    check_level(config)
+    name = config.backend.name
+    if config.optimizer.name == "adafactor" and name in _DTENSORS:
+        raise ValueError(
+            "torch.optim.Adafactor cannot step DTensors (torch 2.13: its in-place squares need a "
+            f"placement change); backend.name={name!r}. Use none or ddp."
+        )
+    if config.optimizer.name == "adafactor" and name in _FLAT:
+        raise ValueError(
+            "torch.optim.Adafactor needs whole matrices: in flat parts it keeps second moments "
+            f"element by element; backend.name={name!r}. Use none or ddp."
+        )
+    _check_storage(config)
+    if name == "deepspeed":
+        from flora_dist.trainer.deepspeed_engine import check_engine
+
+        check_engine(config, world)
+
+
+def _check_storage(config: Config) -> None:
+    """Refuse checkpoints that the backend could not write.
+
+    Raises:
+        ValueError: of another optimizer than Flora in flat parts, or behind DeepSpeed's back.
+    """
+    checkpoint, backend, optimizer = config.checkpoint, config.backend.name, config.optimizer.name
+    if checkpoint.every is None and checkpoint.resume is None:
+        return
+    if backend in _FLAT and optimizer != "flora":
+        raise ValueError(
+            f"in flat parts only Flora says which element its state belongs to; backend.name="
+            f"{backend!r} and optimizer.name={optimizer!r} have checkpoint.every="
+            f"{checkpoint.every!r} and checkpoint.resume={checkpoint.resume!r}. Set both to null, "
+            "or use ddp, fsdp2 or hsdp."
+        )
+    if backend == "deepspeed" and checkpoint.asynchronous:
+        raise ValueError(
+            "an engine's checkpoint is written before training goes on; backend.name='deepspeed' "
+            "has checkpoint.asynchronous=True. Set it to false."
+        )
+
+
+def build_learner(
+    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World
+) -> Learner:
+    """Spread the model and give it the optimizer and the run's schedule."""
+    builder = {"fsdp1": _fsdp1, "deepspeed": _deepspeed}.get(config.backend.name, _plain)
+    learner = builder(model, optimizer, config, world)
+    bound_waits(config.backend)
+    return learner
+
+
+def _plain(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:
+    model_spread = spread(model, config, world)
+    built = build_optimizer(optimizer, model.named_parameters(), seed=config.train.seed)
+    report = keep_sketched(model_spread.module, built, config.gradients)
+    factor = schedule_factor(config.schedule, config.train.steps)
+    storage = TorchStorageBehind if config.checkpoint.asynchronous else TorchStorage
+    return Learner(
+        spread=model_spread,
+        optimizer=built,
+        scheduler=LambdaLR(built, factor),
+        gradients=report,
+        storage=storage(module=model_spread.module, optimizer=built),
+    )
+
+
+def _fsdp1(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:
+    from flora_dist import Flora, fsdp1
+
+    learner = _plain(model, optimizer, config, world)
+    if isinstance(learner.optimizer, Flora):
+        fsdp1.attach(learner.spread.module, learner.optimizer)
+    return learner
+
+
+def _deepspeed(
+    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World
+) -> Learner:
+    from flora_dist.trainer.deepspeed_engine import build_engine
+
+    return build_engine(model, optimizer, config, world)
