@@ -20,23 +20,22 @@ from flora_dist.core.parameters.checks import (
     check_group,
     check_keys,
     check_levels,
-    check_not_captured,
     check_not_in_turns,
-    takes_part,
+    create_states,
 )
 from flora_dist.core.parameters.first_step import Beginning
 from flora_dist.core.parameters.norms import clip_factor, global_norm, scale_
-from flora_dist.core.parameters.registry import Roster
+from flora_dist.core.parameters.registry import Roster, takes_part
 from flora_dist.core.parameters.report import Report
 from flora_dist.core.parameters.source import DenseGradients, GradientSource
 from flora_dist.core.parameters.trainable import Slot
 from flora_dist.core.parameters.turns import Player, take_turn
 from flora_dist.core.protocols import Layout
 from flora_dist.core.sketch.ops import exact_products
-from flora_dist.core.state.settings import KNOBS, config_of
+from flora_dist.core.state.settings import KNOBS, PAPER, config_of
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
-from flora_dist.core.step.phases import run_step
+from flora_dist.core.step.phases import check_not_captured, run_step
 
 
 class Flora(torch.optim.Optimizer):
@@ -147,15 +146,7 @@ class Flora(torch.optim.Optimizer):
         in 1-D parameters of tiny gradients (eps), 3-D and 4-D ones; and in low precision, which
         ours rounds stochastically by default. ``settings`` override the preset.
         """
-        preset = {
-            "block": "full",
-            "sketch": "gaussian",
-            "momentum": "flora",
-            "transfer": "paper",
-            "kappa": 1000,
-            "scale_parameter": True,
-        }
-        return cls(params, lr, rank=rank, **{**preset, **settings})
+        return cls(params, lr, rank=rank, **{**PAPER, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with any settings of their own; their steps count from 1."""
@@ -200,20 +191,33 @@ class Flora(torch.optim.Optimizer):
             if self._roster.is_rehearsal(self.param_groups, self.state):
                 return loss
             slots = self._present_slots()
-            # torch's DCP asks for state by a step on zeros, but not under ZeRO, which has others.
-            alone = not self._roster.is_stepped_in_turns
             with exact_products({slot.tensor.device.type for slot in slots}):
-                self._create_state(slots)
-                self.announce()
-                slots.sort(key=attrgetter("name"))
-                gradients = self._source.read(slots)
-                plan = self._roster.planned(slots, gradients, self.state)
-                with self._beginning.watched(slots, gradients, self):
-                    run_step(plan, gradients, may_only_create_state=alone)
-            if alone:
+                self._step(slots)
+            if not self._roster.is_stepped_in_turns:
                 self._source.forget()
-            self._rhythm.count(self, slots)
+            if self._rhythm.every is not None:
+                self._rhythm.count(self, slots)
         return loss
+
+    def _step(self, slots: Sequence[Slot]) -> None:
+        if not all("param_names" in group for group in self.param_groups):
+            take_turn(self._player, slots)
+        ordered = sorted(slots, key=attrgetter("name"))
+        kept = self._roster.kept_plan(ordered, self.state)
+        if kept is None:
+            create_states(slots, self.state)
+        self.announce()
+        gradients = self._source.read(ordered)
+        plan = self._roster.planned(ordered, gradients, self.state, kept)
+        # torch's DCP asks for state by a step on zeros, but not under ZeRO, which has others.
+        step = partial(
+            run_step, plan, gradients, may_only_create_state=not self._roster.is_stepped_in_turns
+        )
+        if self._beginning.is_over:
+            step()
+            return
+        with self._beginning.watched(ordered, gradients, self):
+            step()
 
     @torch.no_grad()
     def check_consistency(self, group: Peers = None) -> None:
@@ -328,14 +332,6 @@ class Flora(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._roster.enter(group["params"])
         self._roster.forget()
-
-    def _create_state(self, slots: Sequence[Slot]) -> None:
-        """Of those that have none yet, in the order of groups."""
-        check_levels(slots, self.state)
-        take_turn(self._player, slots)
-        for slot in slots:
-            if not slot.has_state(self.state[slot.tensor]):
-                slot.create_state(self.state[slot.tensor])
 
     def _present_slots(self) -> list[Slot]:
         """Those that take part in a step, in the order of groups; their gradients are sound."""

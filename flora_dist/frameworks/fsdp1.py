@@ -2,7 +2,8 @@
 """FSDP1: where ``FullyShardedDataParallel`` keeps each parameter, told to Flora as flat spans.
 
 The only file that knows its private names, but for the mark in
-``core/parameters/registry.py``. Read in torch 2.13.0; ``attach`` proves on every model that the map built from them still holds.
+``core/parameters/registry.py``. Read in torch 2.13.0; ``attach`` proves on every model that the
+map built from them still holds.
 """
 
 from __future__ import annotations

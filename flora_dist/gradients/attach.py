@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from flora_dist.core.comm.groups import Peers
 from flora_dist.core.consistency.compare import check
 from flora_dist.core.layouts.dtensor import local_of
-from flora_dist.core.parameters.checks import takes_part
+from flora_dist.core.parameters.registry import takes_part
 from flora_dist.core.parameters.source import DenseGradients
 from flora_dist.core.parameters.trainable import Slot
 from flora_dist.core.state.spec import Geometry

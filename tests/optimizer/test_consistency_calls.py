@@ -280,7 +280,7 @@ def test_the_interval_is_no_setting_of_groups_or_state() -> None:
 def test_copies_keep_the_interval() -> None:
     _, optimizer = runs.trained(2, check_every=5)
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert (twin._rhythm._every, twin._rhythm._taken) == (5, 2)
+        assert (twin._rhythm.every, twin._rhythm._taken) == (5, 2)
 
 
 # ---- attaching

@@ -89,7 +89,7 @@ class Rhythm:
                 f"check_every must be a whole number of at least 1; got {every!r}. Pass 1 or more, "
                 "or None to compare never."
             )
-        self._every, self._taken = every, 0
+        self.every, self._taken = every, 0
         # Stages 1 and 2 of ZeRO show a step no group but the one whose turn it is.
         self._groups: dict[int, Group] = {}
 
@@ -99,7 +99,7 @@ class Rhythm:
         Raises:
             ValueError: on every rank, if ranks differ.
         """
-        if self._every is None:
+        if self.every is None:
             return
         self._groups.update({id(group): group for group in optimizer.param_groups})
         turns, state = optimizer.roster.turns, optimizer.state
@@ -111,7 +111,7 @@ class Rhythm:
         # and wait for each other for ever. But torch's DCP asks for state by a step that is none.
         if any(slot.next_step(state.get(slot.tensor, {})) > 1 for slot in slots):
             self._taken += 1
-            if self._taken % self._every == 0:
+            if self._taken % self.every == 0:
                 check(optimizer, None, groups=groups)
 
 

@@ -32,15 +32,6 @@ _TORCH_KEYS = (
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_not_captured() -> None:
-    """Refuse to step inside a CUDA graph."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-        raise RuntimeError(
-            "Flora counts steps and windows on the host; a CUDA graph would replay one step for "
-            "ever. Leave optimizer.step() out of the capture."
-        )
-
-
 def check_not_in_turns(roster: Roster) -> None:
     """Refuse to look at gradients outside an engine's step."""
     if roster.is_stepped_in_turns:
@@ -50,22 +41,19 @@ def check_not_in_turns(roster: Roster) -> None:
         )
 
 
-def takes_part(slot: Slot) -> bool:
-    """Whether a parameter has a place in the step, and in its message.
-
-    One rule on every layout, on which ranks agree: what requires no gradient now is not stepped.
-    A gradient that was left over before it was frozen may be there on some ranks alone.
-    """
-    if 0 in slot.part.shape:  # nothing to step, and means over no rows
-        return False
-    return slot.part.trains
-
-
 def check_levels(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Refuse to step state of dense gradients with sketched ones, and the reverse."""
     for slot in slots:
         if slot.has_state(state.get(slot.tensor, {})):
             check_level(slot, slot.own_state(state[slot.tensor]))
+
+
+def create_states(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """State of those that have none yet, in the order of groups; others' must be of their level."""
+    check_levels(slots, state)
+    for slot in slots:
+        if not slot.has_state(state[slot.tensor]):
+            slot.create_state(state[slot.tensor])
 
 
 def check_keys(group: Group, defaults: Group) -> None:

@@ -36,7 +36,7 @@ class Beginning:
     """Looks at an optimizer's steps until one has found a gradient."""
 
     def __init__(self) -> None:
-        self._is_over = False
+        self.is_over = False
 
     @contextmanager
     def watched(
@@ -48,15 +48,15 @@ class Beginning:
             ValueError: on every rank, if none has a gradient of any parameter; nothing has changed.
         """
         # Under ZeRO a group whose turn it is may have none, and DeepSpeed's zeros are gradients.
-        if self._is_over or optimizer.roster.is_stepped_in_turns:
+        if self.is_over or optimizer.roster.is_stepped_in_turns:
             yield
             return
         before = _steps(slots, optimizer.state)
         yield
         # Asked first, whatever was counted here: others may hold parameters that counted nothing.
         found = _is_found(slots, gradients)
-        self._is_over = found or before != _steps(slots, optimizer.state)
-        if self._is_over or _only_asks(optimizer.param_groups, gradients):
+        self.is_over = found or before != _steps(slots, optimizer.state)
+        if self.is_over or _only_asks(optimizer.param_groups, gradients):
             return
         if not any(step > 1 for step in before):
             optimizer.state.clear()  # zeros that this step made

@@ -65,7 +65,12 @@ class Roster:
         # Slots hold the groups and tensors, so an id in the signature is not used again.
         signature = tuple((id(g), *map(id, g["params"])) for g in groups)
         slots = self._slots.get(signature)
-        outdated = [slot.tensor for slot in slots or () if slot.is_outdated]
+        # A weight that was replaced in place by one of another shape or dtype.
+        outdated = [
+            slot.tensor
+            for slot in slots or ()
+            if slot.found != (slot.part.shape, slot.tensor.dtype)
+        ]
         if slots is None or outdated:
             self._given.update(map(_identity, outdated))
             if outdated or len(self._slots) >= MOST_SELECTIONS:
@@ -79,14 +84,19 @@ class Roster:
             self._settings[signature] = settings
         return slots
 
-    def planned(self, slots: Sequence[Slot], gradients: Sequence[Gradient], state: State) -> Plan:
-        """The plan of a step of these slots, which have state; made anew where it does not hold."""
+    def kept_plan(self, slots: Sequence[Slot], state: State) -> Plan | None:
+        """The plan of these slots' last step; None where it does not hold any more."""
         # Slots live as long as the plans do, so their ids are not used again.
-        key = tuple(map(id, slots)), tuple(map(type, gradients))
-        plan = self._plans.find(key, state)
-        if plan is None:
-            plan = make_plan([slot.member(state[slot.tensor]) for slot in slots], gradients)
-            self._plans.keep(key, plan)
+        return self._plans.find(tuple(map(id, slots)), state)
+
+    def planned(
+        self, slots: Sequence[Slot], gradients: Sequence[Gradient], state: State, kept: Plan | None
+    ) -> Plan:
+        """The plan of a step of these slots, which have state: the kept one, if it fits."""
+        if kept is not None and kept.kinds == [type(gradient) for gradient in gradients]:
+            return kept
+        plan = make_plan([slot.member(state[slot.tensor]) for slot in slots], gradients)
+        self._plans.keep(tuple(map(id, slots)), plan)
         return plan
 
     def everything(self, groups: Sequence[Group], state: State) -> list[Slot]:
@@ -162,6 +172,17 @@ class Roster:
     def _is_unclaimed(self, tensor: Tensor) -> bool:
         layout = next((layout for layout in self._layouts if layout.claims(tensor)), None)
         return isinstance(layout, ReplicatedLayout)
+
+
+def takes_part(slot: Slot) -> bool:
+    """Whether a parameter has a place in the step, and in its message.
+
+    One rule on every layout, on which ranks agree: what requires no gradient now is not stepped.
+    A gradient that was left over before it was frozen may be there on some ranks alone.
+    """
+    if 0 in slot.part.shape:  # nothing to step, and means over no rows
+        return False
+    return slot.part.trains
 
 
 def is_marked_by_fsdp1(tensor: Tensor) -> bool:

@@ -45,7 +45,7 @@ class Slot:
         """``position``: place among the parameters if they have no names, else None."""
         self.tensor, self.part, self.group, self.level = tensor, part, group, level
         self._layout, self.position, self.name = layout, position, part.name
-        self._found = part.shape, tensor.dtype
+        self.found = part.shape, tensor.dtype
         self._name_key = name_key(part.name)
         self._config: FloraConfig | None = None
 
@@ -64,11 +64,6 @@ class Slot:
         self._cuts = part.cuts(self._geometry.block)
         self._sketches = self._make_sketches(config)
         self._config = config
-
-    @property
-    def is_outdated(self) -> bool:
-        """Whether the weight was replaced in place by one of another shape or dtype."""
-        return self._found != (self.part.shape, self.tensor.dtype)
 
     def _make_sketches(self, config: FloraConfig) -> Sketches | None:
         if self._geometry.rank is None or config.momentum == "none":

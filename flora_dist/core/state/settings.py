@@ -18,6 +18,17 @@ SMALLEST_EPS = 1e-37
 """1 / R of a row without gradient must be finite in fp32."""
 
 
+PAPER: Mapping[str, Any] = {
+    "block": "full",
+    "sketch": "gaussian",
+    "momentum": "flora",
+    "transfer": "paper",
+    "kappa": 1000,
+    "scale_parameter": True,
+}
+"""The authors' algorithm."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloraConfig:
     """Everything that decides a group's arithmetic except ``lr`` and ``weight_decay``.

@@ -21,6 +21,15 @@ from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.plan import Plan
 
 
+def check_not_captured() -> None:
+    """Refuse to step inside a CUDA graph."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "Flora counts steps and windows on the host; a CUDA graph would replay one step for "
+            "ever. Leave optimizer.step() out of the capture."
+        )
+
+
 def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state: bool) -> None:
     """Update the parameters of a plan.
 

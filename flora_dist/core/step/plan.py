@@ -46,7 +46,9 @@ class Entry:
 class Plan:
     """Batches of a step, in the order of their first names, and their messages."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry], kinds: Sequence[type]) -> None:
+        """``kinds``: what each gradient is that was planned for: a tensor, sketched, or None."""
+        self.kinds = list(kinds)
         self.entries = sorted(entries, key=lambda entry: entry.sender.names[0])
         self._messages: list[tuple[list[int], Message | None]] = []
         groups: dict[Reducer | None, list[int]] = {}
@@ -69,7 +71,7 @@ class Plan:
 
     def without(self, absent: set[int]) -> Plan:
         """The same without some of the entries."""
-        return Plan([entry for i, entry in enumerate(self.entries) if i not in absent])
+        return Plan([e for i, e in enumerate(self.entries) if i not in absent], self.kinds)
 
     def sum(self, terms: Sequence[Terms]) -> list[Terms]:
         """Sum each batch's terms over its ranks: a message per group of ranks."""
@@ -126,7 +128,7 @@ def make_plan(members: Sequence[Member], gradients: Sequence[Gradient]) -> Plan:
         for indices in alike.values()
         for some in _chunks(indices, members[indices[0]])
     ]
-    return Plan(entries)
+    return Plan(entries, [type(gradient) for gradient in gradients])
 
 
 def _entry(

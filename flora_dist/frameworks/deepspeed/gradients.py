@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from flora_dist.core.comm.groups import GroupReducer
 from flora_dist.core.layouts.flat import FlatPart, Span
 from flora_dist.core.layouts.replicated import whole
-from flora_dist.core.parameters.checks import takes_part
+from flora_dist.core.parameters.registry import takes_part
 from flora_dist.core.parameters.trainable import Slot
 from flora_dist.core.state.spec import LEVELS, Geometry, matrix_sizes
 from flora_dist.core.tiles import Tile, tiles_of_span
