@@ -15,7 +15,7 @@ from flora_dist.core.protocols import Layout, Part
 from flora_dist.core.state.settings import KNOBS, config_of
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
-from flora_dist.core.step.plan import Plan, Plans, make_plan
+from flora_dist.core.step.plan import PhasesOf, Plan, Plans, make_plan
 
 State = Mapping[Tensor, dict[str, Any]]
 Signature = tuple[tuple[int, ...], ...]
@@ -26,7 +26,9 @@ MOST_SELECTIONS = 256
 class Roster:
     """Layouts, the tensors given to the constructor, and slots once they are needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, phases_of: PhasesOf) -> None:
+        """``phases_of``: how a batch of a plan is stepped."""
+        self._phases_of = phases_of
         self._layouts: list[Layout] = [DTensorLayout(), ReplicatedLayout()]
         self._resident: Sequence[Sequence[Tensor]] | None = None
         self.level = LEVELS[0]
@@ -95,7 +97,8 @@ class Roster:
         """The plan of a step of these slots, which have state: the kept one, if it fits."""
         if kept is not None and kept.kinds == [type(gradient) for gradient in gradients]:
             return kept
-        plan = make_plan([slot.member(state[slot.tensor]) for slot in slots], gradients)
+        members = [slot.member(state[slot.tensor]) for slot in slots]
+        plan = make_plan(members, gradients, self._phases_of)
         self._plans.keep(tuple(map(id, slots)), plan)
         return plan
 

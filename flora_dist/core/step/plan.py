@@ -8,7 +8,7 @@ differs.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,6 @@ from flora_dist.core.protocols import Reducer, Terms
 from flora_dist.core.step.basis import BatchSketches
 from flora_dist.core.step.batch import Batch, Member, Phases, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
-from flora_dist.core.step.matrix import MatrixPhases
-from flora_dist.core.step.vector import VectorPhases
 from flora_dist.core.step.views import work_limit
 
 # Torch cuts a sum that gives one number among threads from here on, and none that gives several:
@@ -29,6 +27,7 @@ LONGEST_SUM = 1 << 15
 # ZeRO steps each of its groups by itself; where gradients come and go, plans are made anew.
 MOST_PLANS = 64
 State = Mapping[Tensor, dict[str, Any]]
+PhasesOf = Callable[[Batch, Gradient], Phases]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,8 +114,13 @@ class Plans:
         self._kept[key] = plan
 
 
-def make_plan(members: Sequence[Member], gradients: Sequence[Gradient]) -> Plan:
-    """Plan a step of parameters that have state, given in an order that all ranks share."""
+def make_plan(
+    members: Sequence[Member], gradients: Sequence[Gradient], phases_of: PhasesOf
+) -> Plan:
+    """Plan a step of parameters that have state, given in an order that all ranks share.
+
+    ``phases_of``: how a batch is stepped, given the kind of its gradients by the first one.
+    """
     alike: dict[Hashable, list[int]] = {}
     for index, (member, gradient) in enumerate(zip(members, gradients, strict=True)):
         key: Hashable = index
@@ -124,7 +128,7 @@ def make_plan(members: Sequence[Member], gradients: Sequence[Gradient]) -> Plan:
             key = _kind(member), _here(member, gradient)
         alike.setdefault(key, []).append(index)
     entries = [
-        _entry(some, members, gradients)
+        _entry(some, members, gradients, phases_of)
         for indices in alike.values()
         for some in _chunks(indices, members[indices[0]])
     ]
@@ -132,7 +136,10 @@ def make_plan(members: Sequence[Member], gradients: Sequence[Gradient]) -> Plan:
 
 
 def _entry(
-    indices: Sequence[int], members: Sequence[Member], gradients: Sequence[Gradient]
+    indices: Sequence[int],
+    members: Sequence[Member],
+    gradients: Sequence[Gradient],
+    phases_of: PhasesOf,
 ) -> Entry:
     own = tuple(members[index] for index in indices)
     first = own[0]
@@ -145,7 +152,7 @@ def _entry(
     )
     return Entry(
         batch=batch,
-        phases=VectorPhases(batch) if first.geometry.is_vector else MatrixPhases(batch),
+        phases=phases_of(batch, gradients[indices[0]]),
         places=tuple(indices),
         sender=sender,
         has_gradients=gradients[indices[0]] is not None,

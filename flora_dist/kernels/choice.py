@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of the phases steps a batch."""
+
+from __future__ import annotations
+
+import torch
+
+from flora_dist.core.step.batch import Batch, Phases
+from flora_dist.core.step.gradient import Gradient, SketchedGradient
+from flora_dist.core.step.matrix import MatrixPhases
+from flora_dist.core.step.vector import VectorPhases
+from flora_dist.kernels.library import found
+from flora_dist.kernels.native import NativePhases
+from flora_dist.kernels.native_vector import NativeVectorPhases
+from flora_dist.kernels.tables import DTYPES
+
+LARGEST_SKETCH = 1 << 15
+"""Numbers of a sketch matrix that the kernels take: it must stay in a CPU's cache. Beyond, products
+are nearly all of the work, and those of torch's library are better."""
+
+
+def phases_of(batch: Batch, gradient: Gradient) -> Phases:
+    """Compiled kernels where they cover the batch, else torch's operators.
+
+    ``gradient``: of the first member; the others' are of its kind.
+    """
+    operators = found().operators
+    is_vector = batch.geometry.is_vector
+    if operators is None or not covers(batch, gradient):
+        return VectorPhases(batch) if is_vector else MatrixPhases(batch)
+    return NativeVectorPhases(batch, operators) if is_vector else NativePhases(batch, operators)
+
+
+def covers(batch: Batch, gradient: Gradient) -> bool:
+    """Whether there are kernels for this device, these dtypes, strides and sketches."""
+    size = batch.geometry
+    if batch.device.type != "cpu" or batch.dtype != torch.float32:
+        return False
+    if size.rank is not None and size.rank * size.block > LARGEST_SKETCH:
+        return False
+    if isinstance(gradient, SketchedGradient):
+        sketch_ERB = gradient.sketch_ERB
+        if sketch_ERB.dtype != torch.float32 or sketch_ERB[0].numel() > LARGEST_SKETCH:
+            return False
+    return all(
+        tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.device.type == "cpu"
+        for member in batch.members
+        for tensor in (member.weight, *member.local.values())
+    )

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+// The step itself of a tile of a matrix: X, M, U, then W <- (1 - lr wd) W - rate U.
+//
+// Every rule is U = keep X + D A with one D per block:
+//     blend   M <- b move(M) + (1-b) c;  U = X + gain (R/B) (M - c) A_new
+//     flora   M <- b move(M) + (1-b) c;  U = (1-b) X + b M_old A_old
+//     strict  M <- b move(M) + (1-b) c;  U = M A_new
+// A dense momentum has A = I and never moves: U is the new M in all of them.
+#pragma once
+#include "lines.h"
+
+namespace flora {
+namespace {
+
+struct Update {
+  const Header& size;
+  const Tile& tile;
+  const Basis& basis;
+  const Now& now;
+  const Settled& settled;
+  const FinishOptions& options;
+  const Room& room;
+  float factor;   // what X was scaled by: whole sketches of cut blocks are not
+};
+
+FLORA_INLINE Rounding rounding_of(const Header& size, int64_t dtype, const int64_t* keys, int64_t member,
+                                  int64_t num_columns) {
+  const bool has_bits = size.is_stochastic && keys != nullptr;
+  return {dtype, has_bits, has_bits ? static_cast<uint64_t>(keys[member]) : 0, num_columns};
+}
+
+// Replaces partial sketches by the sums of all holders.
+FLORA_CALLED void fill_cut_blocks(const Update& u, const Chunk& chunk, int64_t i) {
+  if (u.settled.blocks == nullptr) return;
+  const int64_t block = u.size.block, rank = u.size.rank;
+  const int64_t edges[2] = {u.tile.first / block, (u.tile.last - 1) / block};
+  const int64_t slots[2] = {u.tile.head_slot, u.tile.tail_slot};
+  for (int e = 0; e < 2; e++) {
+    if (slots[e] < 0 || edges[e] < chunk.k0 || edges[e] >= chunk.k1) continue;
+    const float* whole = u.settled.blocks + (slots[e] + i) * rank;
+    float* to = u.room.compressed + (edges[e] - chunk.k0) * u.basis.padded;
+    for (int64_t r = 0; r < rank; r++) to[r] = whole[r] * u.factor;
+  }
+}
+
+// The old M of a chunk, a block's R numbers P apart with zeros between.
+FLORA_CALLED void read_padded(float* to, const Stored& stored, int64_t blocks, int64_t rank, int64_t padded,
+                              float* narrow) {
+  if (rank == padded) return Stored::read(stored, to);
+  Stored::read(stored, narrow);
+  for (int64_t k = 0; k < blocks; k++) {
+    memcpy(to + k * padded, narrow + k * rank, sizeof(float) * rank);
+    memset(to + k * padded + rank, 0, sizeof(float) * (padded - rank));
+  }
+}
+
+FLORA_CALLED void move(float* to, const float* from, int64_t blocks, const Basis& basis, const float* move_RP,
+                       int64_t rank) {
+  const int64_t padded = basis.padded;
+  if (basis.move == kResets) {
+    memset(to, 0, sizeof(float) * blocks * padded);
+    return;
+  }
+  for (int64_t k = 0; k < blocks; k++)
+    for (int64_t p = 0; p < padded; p += 8) {
+      Eight sum = {};
+      for (int64_t r = 0; r < rank; r++) sum += from[k * padded + r] * load8(move_RP + r * padded + p);
+      store8(to + k * padded + p, sum);
+    }
+}
+
+FLORA_CALLED void write_momentum(const Update& u, const Stored& stored, const float* values, int64_t i, int64_t column,
+                                 int64_t num_columns) {
+  if (u.options.squares != nullptr) return;
+  if (stored.dtype == kFloat32) {
+    memcpy(stored.at, values, sizeof(float) * stored.count);
+    return;
+  }
+  const Rounding rounding =
+      rounding_of(u.size, stored.dtype, u.options.momentum_keys, u.tile.member, num_columns);
+  auto* to = static_cast<uint16_t*>(stored.at);
+  for (int64_t start = 0; start < stored.count; start += kChunk)
+    Rounding::write(rounding, to + start, values + start, smaller(kChunk, stored.count - start), u.tile.line + i,
+                    column + start);
+}
+
+FLORA_CALLED void write_sketch(const Update& u, const Chunk& chunk, const Stored& stored, const float* values,
+                               int64_t i) {
+  const int64_t rank = u.size.rank, padded = u.basis.padded;
+  const float* narrow = values;
+  if (rank != padded) {
+    for (int64_t k = 0; k < chunk.k1 - chunk.k0; k++)
+      memcpy(u.room.difference + k * rank, values + k * padded, sizeof(float) * rank);
+    narrow = u.room.difference;
+  }
+  const int64_t per_row = (u.size.num_columns + u.size.block - 1) / u.size.block;
+  write_momentum(u, stored, narrow, i, chunk.k0 * rank, per_row * rank);
+}
+
+// From X of a chunk to U, in its place; writes the new momentum.
+template <int kRule>
+FLORA_INLINE void advance_sketch(const Update& u, const Chunk& chunk, int64_t i) {
+  const int64_t block = u.size.block, rank = u.size.rank, padded = u.basis.padded;
+  const int64_t blocks = chunk.k1 - chunk.k0, count = blocks * padded;
+  const float beta = u.now.beta1;
+  const Room& room = u.room;
+  compress(room.compressed, room.x, blocks, u.basis.columns_HBP + u.tile.matrix * block * padded, block, padded);
+  fill_cut_blocks(u, chunk, i);
+  const Stored stored = stored_momentum(u.size, u.tile, chunk, i);
+  read_padded(room.numbers, stored, blocks, rank, padded, room.fresh);
+  const float* moved = room.numbers;
+  if (u.basis.move != kStays) {
+    const float* move_RP = u.basis.move_HRP == nullptr ? nullptr : u.basis.move_HRP + u.tile.matrix * rank * padded;
+    move(room.moved, room.numbers, blocks, u.basis, move_RP, rank);
+    moved = room.moved;
+  }
+  for (int64_t n = 0; n < count; n++) room.fresh[n] = (1 - beta) * room.compressed[n] + beta * moved[n];
+  write_sketch(u, chunk, stored, room.fresh, i);
+  const float keep = kRule == kBlend ? 1 : kRule == kFlora ? 1 - beta : 0;
+  const float gain = kRule == kBlend ? u.now.gain : kRule == kFlora ? beta : 1;
+  for (int64_t n = 0; n < count; n++) {
+    const float d = kRule == kBlend ? room.fresh[n] - room.compressed[n]
+                                    : kRule == kFlora ? room.numbers[n] : room.fresh[n];
+    room.difference[n] = gain * d;
+  }
+  const float* sketch_RB = matrix_of(kRule == kFlora ? u.basis.old_HRB : u.basis.new_HRB, u.size, u.tile);
+  for (int64_t k = 0; k < blocks; k++)
+    expand(room.x + k * block, room.x + k * block, keep, room.difference + k * padded, sketch_RB, block, rank);
+}
+
+FLORA_CALLED void advance_dense(const Update& u, const Chunk& chunk, int64_t i) {
+  const Stored stored = stored_momentum(u.size, u.tile, chunk, i);
+  float* x = u.room.x + (chunk.lo - chunk.start);
+  Stored::read(stored, u.room.old);
+  const float beta = u.now.beta1;
+  for (int64_t j = 0; j < stored.count; j++) x[j] = (1 - beta) * x[j] + beta * u.room.old[j];
+  write_momentum(u, stored, x, i, chunk.lo, u.size.num_columns);
+}
+
+// W <- (1 - lr wd) W - rate U of consecutive elements of a line; at most kChunk.
+FLORA_CALLED void step_weights(void* weight, int64_t dtype, const float* update, int64_t count, float keep, float rate,
+                               const Rounding& rounding, int64_t line, int64_t column, float* buffer) {
+  float* w = static_cast<float*>(weight);
+  if (dtype != kFloat32) {
+    w = buffer;
+    widen(w, static_cast<const uint16_t*>(weight), dtype, count);
+  }
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(w + j, keep * load(w + j) - rate * load(update + j));
+  for (; j < count; j++) w[j] = keep * w[j] - rate * update[j];
+  if (dtype != kFloat32)
+    Rounding::write(rounding, static_cast<uint16_t*>(weight), w, count, line, column);
+}
+
+FLORA_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+}
+
+template <int kRule>
+FLORA_INLINE double finish_line(const Update& u, const float* g, int64_t i, float row, float rate,
+                                const Rounding& rounding) {
+  const Header& size = u.size;
+  const Tile& tile = u.tile;
+  const int64_t width = tile.last - tile.first, bytes = size.weight_dtype == kFloat32 ? 4 : 2;
+  char* weights = reinterpret_cast<char*>(tile.weight) + bytes * i * width;
+  const float* factor = u.settled.factor + tile.matrix * size.num_columns;
+  double squares = 0;
+  each_chunk(size, tile, [&](const Chunk& chunk) {
+    char* w = weights + bytes * (chunk.lo - tile.first);
+    const int64_t count = chunk.hi - chunk.lo;
+    prefetch(w, bytes * count);
+    normalise(u.room.x, chunk, tile, g, row, factor);
+    prefetch(g + (chunk.hi - tile.first), 4 * count);  // of the coming chunk
+    if (kRule != kNone) {
+      if (size.is_dense)
+        advance_dense(u, chunk, i);
+      else
+        advance_sketch<kRule>(u, chunk, i);
+    }
+    const float* update = u.room.x + (chunk.lo - chunk.start);
+    if (u.options.squares != nullptr) {
+      squares += square_sum(update, count);
+      return;
+    }
+    for (int64_t j = 0; j < count; j += kChunk)  // a block may be longer than a chunk
+      step_weights(w + bytes * j, size.weight_dtype, update + j, smaller(kChunk, count - j), u.now.keep, rate,
+                   rounding, tile.line + i, chunk.lo + j, u.room.weights);
+  });
+  return squares;
+}
+
+template <int kRule>
+void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const Basis& basis, const Now& now,
+                 const Settled& settled, const FinishOptions& options, float* scratch) {
+  const Header& size = *plan.header;
+  const Tile& tile = plan.tiles[index];
+  const Room room = room_for(scratch, size, tile, given, basis);
+  const bool clips_input = kRule == kNone || kRule == kBlend;
+  const float clip = settled.clip[tile.matrix], factor = clips_input ? clip : 1;
+  const float rate = settled.rate[tile.matrix] * (clips_input ? 1 : clip);
+  const Update update = {size, tile, basis, now, settled, options, room, factor};
+  const Rounding rounding =
+      rounding_of(size, size.weight_dtype, options.weight_keys, tile.member, size.num_columns);
+  double squares = 0;
+  for (int64_t i = 0; i < tile.num_rows; i++) {
+    const float* g = gradient_line(plan, tile, given, i, room.lines[0]);
+    const float fresh = settled.rows[tile.new_row + i];
+    const float row = now.sign * (1 / __builtin_sqrtf(fresh)) * factor;
+    squares += finish_line<kRule>(update, g, i, row, rate, rounding);
+    if (options.squares == nullptr) reinterpret_cast<float*>(tile.row)[i] = fresh;
+  }
+  if (options.squares != nullptr) options.squares[index] = squares;
+}
+
+void finish(const Plan& plan, int64_t index, const Gradients& given, const Basis& basis, const Now& now,
+            const Settled& settled, const FinishOptions& options, float* scratch) {
+  switch (plan.header->rule) {
+    case kNone: return finish_rule<kNone>(plan, index, given, basis, now, settled, options, scratch);
+    case kBlend: return finish_rule<kBlend>(plan, index, given, basis, now, settled, options, scratch);
+    case kFlora: return finish_rule<kFlora>(plan, index, given, basis, now, settled, options, scratch);
+    default: return finish_rule<kStrict>(plan, index, given, basis, now, settled, options, scratch);
+  }
+}
+
+// C += G A^T.
+void accumulate(float* sums, const void* gradient, int64_t dtype, int64_t num_rows, int64_t first, int64_t last,
+                const float* columns_BP, int64_t block, int64_t rank, int64_t padded, float* scratch) {
+  const int64_t width = last - first, k_first = first / block, k_last = (last + block - 1) / block;
+  const int64_t together = chunk_blocks(block);
+  const Room room = Room::of(scratch, width, block, 0, padded);
+  Tile tile = {};
+  tile.first = first;
+  tile.last = last;
+  for (int64_t i = 0; i < num_rows; i++, sums += (k_last - k_first) * rank) {
+    const float* g = static_cast<const float*>(gradient) + i * width;
+    if (dtype != kFloat32) {
+      widen(room.lines[0], static_cast<const uint16_t*>(gradient) + i * width, dtype, width);
+      g = room.lines[0];
+    }
+    for (int64_t k = k_first; k < k_last; k += together) {
+      const Chunk chunk = chunk_at(tile, k, smaller(k_last, k + together), block);
+      const float* x = g + (chunk.lo - first);
+      if (chunk.lo != chunk.start || chunk.hi != chunk.stop) {
+        memset(room.x, 0, sizeof(float) * (chunk.stop - chunk.start));
+        memcpy(room.x + (chunk.lo - chunk.start), x, sizeof(float) * (chunk.hi - chunk.lo));
+        x = room.x;
+      }
+      compress(room.compressed, x, chunk.k1 - chunk.k0, columns_BP, block, padded);
+      float* to = sums + (chunk.k0 - k_first) * rank;
+      for (int64_t b = 0; b < chunk.k1 - chunk.k0; b++)
+        for (int64_t r = 0; r < rank; r++) to[b * rank + r] += room.compressed[b * padded + r];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flora

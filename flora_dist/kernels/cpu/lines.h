@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of a tile as fp32 in a cache: the gradient's, the normalised gradient's, the old momentum's.
+#pragma once
+#include "philox.h"
+#include "plan.h"
+#include "products.h"
+#include "simd.h"
+
+namespace flora {
+namespace {
+
+// One row of the gradient; a row of fp32 is read where it lies, any other is made in the buffer.
+FLORA_CALLED const float* gradient_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
+                                        float* buffer) {
+  const int64_t width = tile.last - tile.first;
+  if (given.kind == kMissing) {
+    memset(buffer, 0, sizeof(float) * width);
+    return buffer;
+  }
+  if (given.kind == kSketched) {  // G = C A
+    const int64_t block = given.block, rank = given.rank, k0 = tile.first / block;
+    const int64_t blocks = (tile.last + block - 1) / block - k0, matrix = tile.line / plan.header->num_rows;
+    const auto* sums = reinterpret_cast<const float*>(
+        given.addresses[tile.member * plan.header->num_sources + tile.source]);
+    const auto* sketch = reinterpret_cast<const float*>(given.sketches[tile.member]) + matrix * rank * block;
+    sums += (tile.source_line + i) * blocks * rank;
+    for (int64_t k = 0; k < blocks; k++) expand_new(buffer + k * block, sums + k * rank, sketch, block, rank);
+    return buffer + (tile.first - k0 * block);
+  }
+  const int64_t at = tile.gradient + i * width;
+  if (given.kind == kFloat32) return reinterpret_cast<const float*>(given.addresses[tile.member]) + at;
+  widen(buffer, reinterpret_cast<const uint16_t*>(given.addresses[tile.member]) + at, given.kind, width);
+  return buffer;
+}
+
+// Blocks of a row that are in work together, and their columns.
+struct Chunk {
+  int64_t k0, k1;     // blocks of the whole row
+  int64_t start;      // first column of block k0: where buffers of the chunk begin
+  int64_t stop;
+  int64_t lo, hi;     // columns of the tile among them
+};
+
+FLORA_INLINE Chunk chunk_at(const Tile& tile, int64_t k0, int64_t k1, int64_t block) {
+  return {k0, k1, k0 * block, k1 * block, larger(tile.first, k0 * block), smaller(tile.last, k1 * block)};
+}
+
+// X = G / sqrt(R C / mean(R)), times the scale that is in `row`; zeros up to whole blocks.
+FLORA_CALLED void normalise(float* x, const Chunk& chunk, const Tile& tile, const float* gradient, float row,
+                            const float* factor) {
+  for (int64_t j = chunk.start; j < chunk.lo; j++) x[j - chunk.start] = 0;
+  const float* g = gradient + (chunk.lo - tile.first);
+  const float* f = factor + chunk.lo;
+  float* to = x + (chunk.lo - chunk.start);
+  const int64_t count = chunk.hi - chunk.lo;
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(to + j, row * load(g + j) * load(f + j));
+  for (; j < count; j++) to[j] = row * g[j] * f[j];
+  for (int64_t t = chunk.hi; t < chunk.stop; t++) x[t - chunk.start] = 0;
+}
+
+FLORA_CALLED float square_sum(const float* x, int64_t count) {
+  Vec sums[2] = {};
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= count; j += 2 * kLanes)
+    for (int v = 0; v < 2; v++) {
+      const Vec a = load(x + j + v * kLanes);
+      sums[v] += a * a;
+    }
+  float sum = 0;
+  for (; j < count; j++) sum += x[j] * x[j];
+  return sum + sum_of(sums[0] + sums[1]);
+}
+
+FLORA_CALLED float dot(const float* x, const float* y, int64_t count) {
+  Vec sums = {};
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) sums += load(x + j) * load(y + j);
+  float sum = 0;
+  for (; j < count; j++) sum += x[j] * y[j];
+  return sum + sum_of(sums);
+}
+
+// The stored momentum of a chunk of row i as it is kept: numbers from its first block, or element, on.
+struct Stored {
+  int64_t dtype;
+  void* at;
+  int64_t count;
+
+  FLORA_INLINE void read(const Stored& s, float* to) {
+    if (s.dtype == kFloat32)
+      memcpy(to, s.at, sizeof(float) * s.count);
+    else
+      widen(to, static_cast<const uint16_t*>(s.at), s.dtype, s.count);
+  }
+};
+
+FLORA_INLINE Stored stored_momentum(const Header& size, const Tile& tile, const Chunk& chunk, int64_t i) {
+  const int64_t bytes = size.momentum_dtype == kFloat32 ? 4 : 2;
+  int64_t offset = i * tile.momentum_stride, count;
+  if (size.is_dense) {
+    offset += chunk.lo - tile.first;
+    count = chunk.hi - chunk.lo;
+  } else {
+    offset += (chunk.k0 - tile.first / size.block) * size.rank;
+    count = (chunk.k1 - chunk.k0) * size.rank;
+  }
+  return {size.momentum_dtype, reinterpret_cast<char*>(tile.momentum) + bytes * offset, count};
+}
+
+// M A_old of a chunk of row i, from column chunk.start on; `numbers` is room for what is stored.
+FLORA_CALLED void old_elements(float* to, float* numbers, const Header& size, const Tile& tile, const Chunk& chunk,
+                               int64_t i, const float* old_RB) {
+  const Stored stored = stored_momentum(size, tile, chunk, i);
+  if (size.is_dense) {
+    Stored::read(stored, to + (chunk.lo - chunk.start));
+    return;
+  }
+  Stored::read(stored, numbers);
+  for (int64_t k = 0; k < chunk.k1 - chunk.k0; k++)
+    expand_new(to + k * size.block, numbers + k * size.rank, old_RB, size.block, size.rank);
+}
+
+FLORA_INLINE const float* matrix_of(const float* sketches_HRB, const Header& size, const Tile& tile) {
+  return sketches_HRB + tile.matrix * size.rank * size.block;
+}
+
+template <class Body>
+FLORA_INLINE void each_chunk(const Header& size, const Tile& tile, const Body& body) {
+  const int64_t first = tile.first / size.block, last = (tile.last + size.block - 1) / size.block;
+  const int64_t together = chunk_blocks(size.block);
+  for (int64_t k = first; k < last; k += together)
+    body(chunk_at(tile, k, smaller(last, k + together), size.block));
+}
+
+// A thread's buffers for a tile.
+struct Room {
+  float* lines[kLineRows];
+  float* x;
+  float* old;
+  float* compressed;
+  float* numbers;
+  float* moved;
+  float* fresh;
+  float* difference;
+  float* weights;
+
+  FLORA_INLINE Room of(float* scratch, int64_t width, int64_t block, int64_t gradient_block, int64_t padded) {
+    const int64_t line = up(width + 2 * gradient_block, 16), blocks = chunk_blocks(block);
+    const int64_t elements = up(blocks * block, kChunk), numbers = blocks * padded;
+    Room room;
+    for (int64_t r = 0; r < kLineRows; r++, scratch += line) room.lines[r] = scratch;
+    room.x = scratch;
+    room.old = room.x + elements;
+    room.compressed = room.old + elements;
+    room.numbers = room.compressed + numbers;
+    room.moved = room.numbers + numbers;
+    room.fresh = room.moved + numbers;
+    room.difference = room.fresh + numbers;
+    room.weights = room.difference + numbers;
+    return room;
+  }
+};
+
+FLORA_INLINE Room room_for(float* scratch, const Header& size, const Tile& tile, const Gradients& given,
+                           const Basis& basis) {
+  const int64_t gradient_block = given.kind == kSketched ? given.block : 0;
+  return Room::of(scratch, tile.last - tile.first, size.block, gradient_block, basis.padded);
+}
+
+}  // namespace
+}  // namespace flora

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// A batch as the kernels see it: a flat table of int64, made once in Python (flora_dist/kernels/tables.py).
+//
+// Shape suffixes as in Python: H matrices that are here, N rows, M columns, K blocks a row, B block, R rank.
+// Addresses stand in the table as integers. The Python side keeps their tensors alive and looks before every
+// step whether they are where they were.
+#pragma once
+#include <cstdint>
+
+namespace flora {
+
+// Raised with every change of a struct in this file, of an operator's arguments or of their meaning.
+constexpr int64_t kTableVersion = 1;
+
+enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3 };
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct Header {
+  int64_t version;
+  int64_t rule;
+  int64_t is_dense;        // the momentum has one number per element
+  int64_t weight_dtype;
+  int64_t momentum_dtype;
+  int64_t is_stochastic;   // rounding to a 16-bit dtype
+  int64_t block;           // B
+  int64_t rank;            // R
+  int64_t num_rows;        // N of the whole matrix
+  int64_t num_columns;     // M of the whole matrix
+  int64_t num_matrices;    // H
+  int64_t num_summed;      // matrices in sums over ranks
+  int64_t first_summed;    // place of the first of H among them
+  int64_t num_row_slots;   // cut rows of all members in message 1
+  int64_t num_block_slots; // cut blocks of all members in message 2
+  int64_t num_members;
+  int64_t num_tiles;
+  int64_t num_sources;     // tiles that a member's part consists of
+  int64_t num_sums;        // 1: columns; 2: and squares; 3: and cross
+  int64_t num_partials;    // numbers of all tiles' partial sums
+  int64_t sums_weight;     // |W|^2 is asked for
+  int64_t clips;
+};
+
+struct Matrix {
+  int64_t first_tile;
+  int64_t last_tile;
+  int64_t member;
+  int64_t column;          // address of the state C (M)
+};
+
+struct Tile {
+  int64_t member;
+  int64_t source;          // which of the member's tiles this is cut from
+  int64_t source_line;     // its first row, counted within that one
+  int64_t matrix;          // among H
+  int64_t line;            // its first row, e N + row, in the whole parameter
+  int64_t num_rows;
+  int64_t first;           // columns of the whole row, half open
+  int64_t last;
+  int64_t is_cut;          // other ranks hold the rest of these rows
+  int64_t weight;          // address of the first element; rows follow each other
+  int64_t gradient;        // offset of the first element in the member's gradient
+  int64_t momentum;        // address of the first row's numbers
+  int64_t momentum_stride; // numbers from row to row
+  int64_t row;             // address of the state R of the first row
+  int64_t new_row;         // offset of the new R of the first row
+  int64_t partial;         // offset of the partial sums
+  int64_t row_slot;        // place of the first cut row in a message
+  int64_t head_slot;       // places of the cut blocks at both edges; -1 where the edge cuts none
+  int64_t tail_slot;
+};
+
+struct Plan {
+  const Header* header;
+  const Matrix* matrices;
+  const Tile* tiles;
+};
+
+static inline Plan plan_of(const int64_t* table) {
+  const auto* header = reinterpret_cast<const Header*>(table);
+  const auto* matrices = reinterpret_cast<const Matrix*>(table + sizeof(Header) / sizeof(int64_t));
+  const auto* tiles = reinterpret_cast<const Tile*>(matrices + header->num_matrices);
+  return {header, matrices, tiles};
+}
+
+// What changes from step to step.
+struct Now {
+  float beta2;
+  float fresh2;            // 1 - beta2, taken in double: torch rounds it so
+  float lr;
+  float keep;              // 1 - lr * weight_decay
+  float eps;
+  float beta1;
+  float gain;              // of the blend rule, times R / B
+  float clip;
+  float sign;              // -1 to maximize
+};
+
+enum GradientKind : int64_t { kMissing = -1, kSketched = 3 };  // else a Dtype
+
+struct Gradients {
+  int64_t kind;
+  const int64_t* addresses;    // by member; of sketches by member and source
+  const int64_t* sketches;     // by member: A (E, R, B) of sketched gradients
+  int64_t block;
+  int64_t rank;
+};
+
+enum Move : int64_t { kStays = 0, kMoves = 1, kResets = 2 };
+
+// The momentum's basis before and after the step.
+struct Basis {
+  const float* old_HRB;
+  const float* new_HRB;
+  const float* columns_HBP;    // the new one transposed, R padded to P
+  const float* move_HRP;       // s A_old A_new^T, padded likewise
+  int64_t padded;              // P: R up to a multiple of 8
+  int64_t move;
+};
+
+// What is known of the normalisation once message 1 is in; (H, .) each.
+struct Settled {
+  const float* factor;         // (H, M): sqrt(mean(R) / C)
+  const float* rows;           // the new R of every tile's rows
+  const float* clip;           // (H): 1 / max(1, RMS / clip)
+  const float* rate;           // (H)
+  const float* blocks;         // whole sketches of cut blocks (slots, R), or null
+};
+
+struct MeasureSums {
+  float* rows;                 // new R of whole rows
+  float* cut_rows;             // squares of cut rows, by slot
+  float* partial;              // by tile: num_sums x width
+  double* scalars;             // by tile: |M A|^2, |W|^2
+};
+
+struct CoupleSums {
+  double* scalars;             // by tile: |X|^2, <X, M A>
+  float* blocks;               // partial sketches of cut blocks, by slot
+  bool asks_blocks;
+  bool asks_cross;
+};
+
+struct VectorSums {
+  double* scalars;             // by tile, kVectorSums each: what is clipped squared, |W|^2, sum of V, of |G|
+};
+constexpr int64_t kVectorSums = 4;
+constexpr int64_t kMatrixSums = 2;
+
+struct FinishOptions {
+  const int64_t* weight_keys;  // by member, of the rounding bits; null where nothing is rounded with bits
+  const int64_t* momentum_keys;
+  double* squares;             // by tile: |U|^2 alone is asked for, nothing is written; else null
+};
+
+// One instruction set's versions of everything that takes time.
+struct Kernels {
+  const char* name;
+  void (*measure)(const Plan&, int64_t tile, const Gradients&, const Basis&, const Now&, const MeasureSums&,
+                  float* scratch);
+  void (*couple)(const Plan&, int64_t tile, const Gradients&, const Basis&, const Now&, const Settled&,
+                 const CoupleSums&, float* scratch);
+  void (*finish)(const Plan&, int64_t tile, const Gradients&, const Basis&, const Now&, const Settled&,
+                 const FinishOptions&, float* scratch);
+  void (*measure_vector)(const Plan&, int64_t tile, const Gradients&, const Now&, const VectorSums&,
+                         float* scratch);
+  void (*finish_vector)(const Plan&, int64_t tile, const Gradients&, const Now&, const Settled&,
+                        const FinishOptions&, float* scratch);
+  // C += G A^T of some rows of one matrix; columns as in a tile.
+  void (*accumulate)(float* sums, const void* gradient, int64_t dtype, int64_t num_rows, int64_t first,
+                     int64_t last, const float* columns_BP, int64_t block, int64_t rank, int64_t padded,
+                     float* scratch);
+  // Words of consecutive counters of a stream: 4 per counter, as they lie in memory.
+  void (*philox)(uint64_t key, uint64_t first, int64_t count, uint32_t stream, uint32_t* words);
+};
+
+// Columns that are in work at one time, so that all their buffers stay in the first-level cache.
+constexpr int64_t kChunk = 512;
+constexpr int64_t kLineRows = 4;  // rows read side by side
+
+static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t chunk_blocks(int64_t block) { return block >= kChunk ? 1 : kChunk / block; }
+
+// Floats that one thread needs for a tile: rows in fp32, and the buffers of a chunk.
+static inline int64_t scratch_floats(int64_t width, int64_t block, int64_t gradient_block, int64_t padded) {
+  const int64_t blocks = chunk_blocks(block);
+  return kLineRows * up(width + 2 * gradient_block, 16) + 4 * up(blocks * block, kChunk) + 5 * blocks * padded +
+         2 * kChunk;
+}
+
+}  // namespace flora

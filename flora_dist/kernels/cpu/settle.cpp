@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled without contraction: R of cut rows and C have the bits that torch's operators give them, so that ranks
+// which share them agree whichever of the two each one runs.
+#include "settle.h"
+
+#include <cmath>
+
+namespace flora {
+namespace {
+
+// Floor of RMS(weight) under scale_parameter; SMALLEST_SCALE in Python.
+constexpr double kSmallestScale = 1e-3;
+
+// S <- b2 S + (1-b2) (sum / count + eps)
+float moving_mean(float old, float sum, float count, const Now& now) {
+  const float mean = sum / count + now.eps;
+  return now.beta2 * old + now.fresh2 * mean;
+}
+
+double elements(const Header& size) { return static_cast<double>(size.num_rows) * size.num_columns; }
+
+}  // namespace
+
+void settle_rows(const Plan& plan, int64_t index, const Now& now, const Totals& totals, const Settling& out) {
+  const Tile& tile = plan.tiles[index];
+  if (!tile.is_cut) return;
+  const auto* old = reinterpret_cast<const float*>(tile.row);
+  for (int64_t i = 0; i < tile.num_rows; i++)
+    out.rows[tile.new_row + i] =
+        moving_mean(old[i], totals.cut_rows[tile.row_slot + i], plan.header->num_columns, now);
+}
+
+void settle_matrix(const Plan& plan, int64_t index, const Now& now, const Totals& totals, const Settling& out) {
+  const Header& size = *plan.header;
+  const int64_t columns = size.num_columns, summed = size.first_summed + index;
+  const auto* old = reinterpret_cast<const float*>(plan.matrices[index].column);
+  float* column = out.column + index * columns;
+  float* factor = out.factor + index * columns;
+  double total = 0;
+  for (int64_t j = 0; j < columns; j++) {
+    column[j] = moving_mean(old[j], totals.columns[summed * columns + j], size.num_rows, now);
+    total += column[j];
+  }
+  // mean(R) = mean(C). Roots first: their quotient would overflow for a large gradient beside an empty column.
+  const float root = std::sqrt(static_cast<float>(total / columns));
+  for (int64_t j = 0; j < columns; j++) factor[j] = root * (1 / std::sqrt(column[j]));
+  double squares = 0, cross = 0;
+  // |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
+  if (totals.squares != nullptr)
+    for (int64_t j = 0; j < columns; j++)
+      squares += static_cast<double>(totals.squares[summed * columns + j] * factor[j]) * factor[j];
+  if (totals.cross != nullptr)
+    for (int64_t j = 0; j < columns; j++)
+      cross += static_cast<double>(totals.cross[summed * columns + j]) * factor[j];
+  double* sums = out.sums + kSettledSums * index;
+  sums[0] = squares;
+  sums[1] = cross;
+  sums[2] = totals.history == nullptr ? 0 : totals.history[summed];
+}
+
+float clip_factor(const Plan& plan, int64_t index, const Now& now, const Clipping& given) {
+  const Header& size = *plan.header;
+  if (!size.clips) return 1;
+  const int64_t summed = size.first_summed + index;
+  double square_sum;
+  if (given.update != nullptr) {
+    square_sum = given.update[summed];
+  } else {
+    const double* sums = given.sums + kSettledSums * index;
+    const double squares = sums[0] + (given.squares == nullptr ? 0 : given.squares[summed]);
+    const double cross = sums[1] + (given.cross == nullptr ? 0 : given.cross[summed]);
+    const double b = now.beta1;
+    square_sum = squares;
+    if (size.rule == kFlora)  // |(1-b) X + b M A|^2, term by term
+      square_sum = (1 - b) * (1 - b) * squares + 2 * b * (1 - b) * cross + b * b * sums[2];
+  }
+  // Sums over shards can round a true zero to just below it. NaN stays.
+  const double ratio = std::sqrt((square_sum < 0 ? 0 : square_sum) / elements(size)) / now.clip;
+  return static_cast<float>(1 / (ratio < 1 ? 1 : ratio));
+}
+
+float rate(const Plan& plan, int64_t index, const Now& now, const Clipping& given) {
+  const Header& size = *plan.header;
+  if (given.weight == nullptr) return now.lr;
+  const double rms = std::sqrt(given.weight[size.first_summed + index] / elements(size));
+  return static_cast<float>(now.lr * (rms < kSmallestScale ? kSmallestScale : rms));
+}
+
+}  // namespace flora

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between the messages: what follows for each matrix from the sums over all ranks.
+#pragma once
+#include "plan.h"
+
+namespace flora {
+
+// The sums of message 1; squares, cross, history and rows may be null. Places of matrices are those of a message.
+struct Totals {
+  const float* columns;  // (summed, M)
+  const float* squares;
+  const float* cross;
+  const float* history;  // (summed)
+  const float* cut_rows; // by slot
+};
+
+struct Settling {
+  float* rows;           // the new R; those of cut tiles are written here
+  float* column;         // (H, M): the new C
+  float* factor;         // (H, M)
+  double* sums;          // (H, 3): |X|^2, <X, M A>, |M A|^2 of whole rows
+};
+constexpr int64_t kSettledSums = 3;
+
+// What message 2 adds, and what scales the rate; each may be null.
+struct Clipping {
+  const double* sums;    // (H, 3)
+  const float* squares;  // (summed): of cut rows, or what is clipped itself
+  const float* cross;
+  const float* update;   // |U|^2 where it does not follow from sums
+  const float* weight;   // |W|^2
+};
+
+void settle_rows(const Plan&, int64_t tile, const Now&, const Totals&, const Settling&);
+void settle_matrix(const Plan&, int64_t matrix, const Now&, const Totals&, const Settling&);
+float clip_factor(const Plan&, int64_t matrix, const Now&, const Clipping&);
+float rate(const Plan&, int64_t matrix, const Now&, const Clipping&);
+
+}  // namespace flora

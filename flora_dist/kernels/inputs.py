@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What crosses to the kernels at a step: numbers, addresses of gradients, the basis, keys.
+
+Shape suffixes: E matrices, B block, R rank, P the rank up to a multiple of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flora_dist.core.sketch.keys import Purpose, derive_key
+from flora_dist.core.state.spec import VECTOR_EPS
+from flora_dist.core.step.basis import Basis, SketchedBasis
+from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.core.step.gradient import SketchedGradient
+from flora_dist.kernels.tables import DTYPES
+
+_MISSING, _SKETCHED = -1, 3
+_STAYS, _MOVES, _RESETS = 0, 1, 2
+_LANES = 8
+"""``struct Basis``: R is padded to a multiple of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """The gradients of a step."""
+
+    numbers: list[int]
+    """Kind, block, rank, addresses by member (and tile), addresses of sketch matrices."""
+    kept: Sequence[object]
+    """What must outlive the addresses."""
+
+
+def numbers_of(batch: Batch, now: Moment) -> list[float]:
+    """``struct Now``."""
+    config, size = batch.config, batch.geometry
+    lr, decay = float(now.lr), float(now.weight_decay)
+    eps = max(config.eps, VECTOR_EPS) if size.is_vector else config.eps
+    gain = 1.0
+    if size.rank is not None:
+        gain = config.gain_at(size.block / size.rank) * now.basis.gain
+    clip = 0.0 if config.clip is None else config.clip
+    return [
+        now.beta2,
+        1 - now.beta2,
+        lr,
+        1 - lr * decay,
+        eps,
+        config.beta1,
+        gain,
+        clip,
+        batch.sign,
+    ]
+
+
+def gradients_of(now: Moment) -> Given:
+    """Addresses of gradients; what the kernels cannot read is made fp32 and contiguous first."""
+    gradients = now.gradients
+    dense = [each for each in gradients if isinstance(each, Tensor)]
+    if dense:
+        dtype = dense[0].dtype
+        if dtype not in DTYPES or any(each.dtype != dtype for each in dense):
+            dtype = torch.float32
+        dense = [
+            each if each.dtype == dtype and each.is_contiguous() else each.to(dtype).contiguous()
+            for each in dense
+        ]
+        numbers = [DTYPES[dtype], 0, 0]
+        numbers.extend([each.data_ptr() for each in dense])
+        return Given(numbers=numbers, kept=dense)
+    sketched = [each for each in gradients if isinstance(each, SketchedGradient)]
+    if not sketched:
+        return Given(numbers=[_MISSING, 0, 0, *(0 for _ in gradients)], kept=())
+    return _sketched(sketched)
+
+
+def _sketched(gradients: Sequence[SketchedGradient]) -> Given:
+    rank, block = gradients[0].sketch_ERB.shape[1:]
+    sums = [tile.contiguous() for each in gradients for tile in each.tiles]
+    matrices = [each.sketch_ERB.contiguous() for each in gradients]
+    bytes_of_one = rank * block * 4
+    starts = [
+        # As if it began with the parameter's first matrix.
+        sketch.data_ptr() - each.first_matrix * bytes_of_one
+        for each, sketch in zip(gradients, matrices, strict=True)
+    ]
+    numbers = [_SKETCHED, block, rank, *(each.data_ptr() for each in sums), *starts]
+    return Given(numbers=numbers, kept=(sums, matrices))
+
+
+class Bases:
+    """The momentum's basis as the kernels read it, made anew with the window only."""
+
+    def __init__(self) -> None:
+        self._of: Tensor | None = None
+        self._columns_EBP: Tensor | None = None
+
+    def of(self, basis: Basis) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """A_old, A_new, and A_new transposed."""
+        if not isinstance(basis, SketchedBasis):
+            return None, None, None
+        if basis.new_ERB is not self._of:
+            self._of = basis.new_ERB
+            self._columns_EBP = padded(basis.new_ERB.mT)
+        return basis.old_ERB, basis.new_ERB, self._columns_EBP
+
+
+def move_of(basis: Basis) -> tuple[Tensor | None, int]:
+    """S A_old A_new^T (E, R, P) where the window changes, and whether it does."""
+    if not isinstance(basis, SketchedBasis) or basis.scale is None:
+        return None, _STAYS
+    if basis.scale == 0.0:
+        return None, _RESETS
+    return padded(basis.scale * torch.bmm(basis.old_ERB, basis.new_ERB.mT)), _MOVES
+
+
+def padded(values: Tensor) -> Tensor:
+    """The last dim up to a multiple of 8, with zeros; contiguous."""
+    return pad(values, (0, -values.shape[-1] % _LANES)).contiguous()
+
+
+def keys_of(batch: Batch, now: Moment) -> list[int]:
+    """Keys of the rounding bits by member, of weights and then of momenta; none if nothing asks."""
+    first = batch.members[0]
+    momentum = first.local.get("momentum")
+    rounds_weight = first.weight.dtype != torch.float32
+    rounds_momentum = momentum is not None and momentum.dtype != torch.float32
+    if not batch.config.stochastic_rounding or not (rounds_weight or rounds_momentum):
+        return []
+    nothing = [0] * len(batch.members)
+    weights = _keys(batch, now, Purpose.ROUND_WEIGHT) if rounds_weight else nothing
+    momenta = _keys(batch, now, Purpose.ROUND_MOMENTUM) if rounds_momentum else nothing
+    return [*weights, *momenta]
+
+
+def _keys(batch: Batch, now: Moment, purpose: Purpose) -> list[int]:
+    keys = [
+        derive_key(seed=batch.config.seed, name_key=each.name_key, purpose=purpose, window=now.step)
+        for each in batch.members
+    ]
+    return [key - (1 << 64) if key >> 63 else key for key in keys]

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Phases`` of a batch of matrices by the compiled kernels; core/step/matrix.py has the formulas.
+
+Terms have the names, shapes and meaning that they have there: ranks may run either.
+
+Shape suffixes: H matrices that are here, S those that are summed, P parameters, N rows, M columns,
+R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.core.protocols import Terms
+from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.kernels.inputs import Bases, Given, gradients_of, keys_of, move_of, numbers_of
+from flora_dist.kernels.tables import make_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one look at the gradients tells."""
+
+    terms: Terms
+    given: Given
+    numbers: list[float]
+    rows: Tensor
+    """The new R of all tiles; that of cut rows is not known yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coupled:
+    """The normalisation, and what of cut rows and blocks must be summed still."""
+
+    terms: Terms
+    measured: Measured
+    weight_S: Tensor | None
+    """|W|^2 where lr scales with it."""
+    column_HM: Tensor
+    """The new C."""
+    factor_HM: Tensor
+    """sqrt(mean(R) / C)."""
+    sums_H3: Tensor
+    """|X|^2, <X, M A> and |M A|^2 of whole rows, in float64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tallied:
+    """The same with the sums of message 2, and what the strict rule must sum still."""
+
+    terms: Terms
+    coupled: Coupled
+    sums: Terms
+
+
+class NativePhases:
+    """``Phases`` of a batch of matrices on a CPU; see the module's docstring."""
+
+    def __init__(self, batch: Batch, operators: Any) -> None:
+        """``operators``: those of the loaded library."""
+        self._batch, self._ops = batch, operators
+        self._table = make_table(batch)
+        self._bases = Bases()
+        rule, clips = self._table.rule, batch.config.clip is not None
+        self._asks_update = clips and rule is not None and rule.asks_update
+        self._asks_squares = self._table.num_sums > 1
+        self._asks_cross = self._table.num_sums > 2
+        self._has_sketch = batch.geometry.rank is not None and rule is not None
+        self._first_terms = list(self._terms_of_measure())
+        self._second_terms = list(self._terms_of_couple())
+
+    def _terms_of_measure(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of message 1, in the order that the kernels write them in."""
+        batch, members = self._batch, len(self._batch.members)
+        summed, columns = members * batch.matrices_summed, batch.geometry.num_columns
+        yield "presence", (members,)
+        yield "columns", (summed, columns)
+        if self._asks_squares:
+            yield "squares", (summed, columns)
+        if self._asks_cross:
+            yield "cross", (summed, columns)
+            yield "history", (summed,)
+        if batch.config.scale_parameter:
+            yield "weight", (summed,)
+        if batch.members[0].cuts.rows_anywhere:
+            yield "rows", (members, len(batch.members[0].cuts.rows))
+
+    def _terms_of_couple(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        batch, members = self._batch, len(self._batch.members)
+        if batch.members[0].cuts.rows_anywhere and self._asks_squares:
+            yield "squares", (members * batch.matrices_summed,)
+            if self._asks_cross:
+                yield "cross", (members * batch.matrices_summed,)
+        if batch.members[0].cuts.blocks_anywhere and self._has_sketch:
+            assert batch.geometry.rank is not None
+            yield "blocks", (members, len(batch.members[0].cuts.blocks), batch.geometry.rank)
+
+    def measure(self, now: Moment) -> Measured:
+        """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
+        given, numbers = gradients_of(now), numbers_of(self._batch, now)
+        buffer, terms = make_terms(self._first_terms)
+        if not now.is_missing:
+            terms["presence"].fill_(1.0)
+        rows = torch.empty(self._table.num_rows, dtype=torch.float32)
+        old, _, _ = self._bases.of(now.basis)
+        self._ops.measure(self._table.numbers, given.numbers, numbers, old, rows, buffer)
+        return Measured(terms=terms, given=given, numbers=numbers, rows=rows)
+
+    def is_finite(self, measured: Measured) -> Tensor:
+        """Whether this rank's gradients are (): NaN, inf and overflow reach their squares."""
+        return measured.terms["columns"].sum().isfinite()
+
+    def is_zero(self, measured: Measured) -> Tensor:
+        """Whether this rank's gradients are all zeros ()."""
+        return ~measured.terms["columns"].any()
+
+    def couple(self, now: Moment, measured: Measured, totals: Terms) -> Coupled:
+        """Normalisation is known now; what cut rows and cut blocks still need."""
+        matrices = len(self._batch.members) * self._batch.matrices_here
+        shape = (matrices, self._batch.geometry.num_columns)
+        column_HM, factor_HM = torch.empty(shape), torch.empty(shape)
+        sums_H3 = torch.empty((matrices, 3), dtype=torch.float64)
+        self._ops.settle(
+            self._table.numbers,
+            measured.numbers,
+            totals["columns"],
+            totals.get("squares"),
+            totals.get("cross"),
+            totals.get("history"),
+            totals.get("rows"),
+            measured.rows,
+            column_HM,
+            factor_HM,
+            sums_H3,
+        )
+        return Coupled(
+            terms=self._couple_cuts(now, measured, factor_HM),
+            measured=measured,
+            weight_S=totals.get("weight"),
+            column_HM=column_HM,
+            factor_HM=factor_HM,
+            sums_H3=sums_H3,
+        )
+
+    def _couple_cuts(self, now: Moment, measured: Measured, factor_HM: Tensor) -> Terms:
+        if not self._second_terms:
+            return {}
+        buffer, terms = make_terms(self._second_terms)
+        old, _, columns = self._bases.of(now.basis)
+        self._ops.couple(
+            self._table.numbers,
+            measured.given.numbers,
+            measured.numbers,
+            old,
+            columns,
+            measured.rows,
+            factor_HM,
+            "squares" in terms,
+            "cross" in terms,
+            "blocks" in terms,
+            buffer,
+        )
+        return terms
+
+    def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
+        """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
+        terms: Terms = {}
+        if self._asks_update:
+            summed = len(self._batch.members) * self._batch.matrices_summed
+            terms["update"] = torch.zeros(summed)
+            self._ops.tally(
+                *self._common(now, coupled),
+                coupled.factor_HM,
+                totals.get("blocks"),
+                terms["update"],
+            )
+        return Tallied(terms=terms, coupled=coupled, sums=totals)
+
+    def finish(self, now: Moment, tallied: Tallied, totals: Terms) -> None:
+        """Clip, update weights and state."""
+        coupled, sums = tallied.coupled, tallied.sums
+        self._ops.finish(
+            *self._common(now, coupled),
+            coupled.column_HM,
+            coupled.factor_HM,
+            coupled.sums_H3,
+            sums.get("squares"),
+            sums.get("cross"),
+            totals.get("update"),
+            coupled.weight_S,
+            sums.get("blocks"),
+            keys_of(self._batch, now),
+        )
+
+    def _common(self, now: Moment, coupled: Coupled) -> tuple[Any, ...]:
+        """What comes first in every pass over U."""
+        measured = coupled.measured
+        return (
+            self._table.numbers,
+            measured.given.numbers,
+            measured.numbers,
+            *self._bases.of(now.basis),
+            *move_of(now.basis),
+            measured.rows,
+        )
+
+
+def make_terms(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Tensor, Terms]:
+    """Zeros in one buffer, and terms that lie in it one after the other."""
+    sizes = [torch.Size(shape).numel() for _, shape in shapes]
+    buffer = torch.zeros(sum(sizes))
+    parts = torch.split(buffer, sizes)
+    return buffer, {
+        name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)
+    }
