@@ -71,7 +71,7 @@ def readable(where: Path) -> Iterator[None]:
         rank, (first, _) = next(iter(error.failures.items()))
         raise ValueError(
             f"a checkpoint's files must be readable and writable; '{where}' on rank {rank}: "
-            f"{first!r}. See to the disk, or take another checkpoint."
+            f"{first!r}. Check the disk, or use another checkpoint."
         ) from error
 
 
@@ -95,8 +95,8 @@ def _report(error: Exception) -> tuple[bool, str]:
     """Whether it is one that checks and file systems raise, and what it says."""
     if isinstance(error, OSError):
         text = (
-            f"a checkpoint's files must be there and the disk must take them; {error}. "
-            "See to the disk, or name another folder."
+            f"a checkpoint's files must exist and the disk must accept them; {error}. Check the "
+            "disk, or name another folder."
         )
         return True, text
     if isinstance(error, ValueError):

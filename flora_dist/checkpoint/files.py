@@ -25,7 +25,7 @@ def open_plain(file: Path) -> BinaryIO:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "is no regular file", str(file))
+    raise OSError(errno.EINVAL, "is not a regular file", str(file))
 
 
 def read_plain(file: Path, largest: int) -> bytes:

@@ -160,8 +160,8 @@ def _add_state(fitted: FittedFlora, manifest: Manifest, slot: Slot) -> None:
     _check_counters(counters, slot)
     if not slot.tensor.requires_grad:
         raise ValueError(
-            f"state must be of parameters that are trained; {part.name!r} is frozen here and was "
-            "trained there. Set requires_grad as in the run that saved it."
+            f"a parameter with saved state must be trained; {part.name!r} is frozen here and was "
+            "trained in the run that saved it. Set requires_grad as that run did."
         )
     state = fitted.states.setdefault(slot.tensor, {})
     slot.create_state(state)
@@ -186,12 +186,12 @@ def _check_counters(counters: Mapping[str, Json], slot: Slot) -> None:
         is_whole = isinstance(value, int) and not isinstance(value, bool) and lowest <= value < end
         if name not in _COUNTERS or not is_whole:
             raise ValueError(
-                f"what a checkpoint counts of {slot.part.name!r} must be whole numbers by the "
-                f"names {', '.join(_COUNTERS)}; {name!r} is {value!r}. Load another checkpoint."
+                f"the counters that a checkpoint has of {slot.part.name!r} must be whole numbers "
+                f"named {', '.join(_COUNTERS)}; {name!r} is {value!r}. Load another checkpoint."
             )
     if counters.get("position") != slot.position:
         raise ValueError(
-            f"a parameter without a name must have the place that it was saved at, "
+            "a parameter without a name must have the position that it was saved at, "
             f"{counters.get('position')!r}; {slot.part.name!r} has {slot.position!r}. Build the "
             "optimizer as the run that saved it."
         )

@@ -183,8 +183,10 @@ def resolve(path: Path) -> Path:
         read_manifest(path)
         return path
     if not path.is_dir():
-        what = lost_link(path) or ("is none" if path.exists() else "is not there")
-        raise ValueError(f"a checkpoint must be a folder; '{path}' {what}. Name one that is.")
+        what = lost_link(path) or ("is not one" if path.exists() else "is not there")
+        raise ValueError(
+            f"a checkpoint must be a folder; '{path}' {what}. Name a folder that exists."
+        )
     return _pointed(path)
 
 
@@ -296,7 +298,7 @@ def _check_replaceable(final: Path) -> None:
         )
     if final.exists() and not looks_ours(final):
         raise ValueError(
-            f"a new checkpoint must not replace anything else; '{final}' is no checkpoint. "
+            f"a new checkpoint must not replace anything else; '{final}' is not a checkpoint. "
             "Save to another folder, or under another tag."
         )
 
@@ -308,9 +310,9 @@ def _token_of(partial: Path) -> str:
 def _warn_of(other: Beside, folder: Path) -> None:
     age = max(0.0, owners.silence_of(other.path))
     warnings.warn(
-        f"one run alone must save into a folder; another process is writing {other.tag!r} into "
-        f"'{folder}' too, and wrote last {age:.0f} s ago. Each checkpoint will be whole, but "
-        "'latest' names whichever ends last, and keep= removes those of both. Stop one of them, "
-        "or give each a folder of its own.",
+        f"only one run may save into a folder; another process is writing {other.tag!r} into "
+        f"'{folder}' too, and last wrote {age:.0f} s ago. Each checkpoint will be complete, but "
+        "'latest' names the one that is finished last, and keep= removes checkpoints of both. "
+        "Stop one of them, or give each a folder of its own.",
         stacklevel=4,
     )

@@ -28,8 +28,8 @@ def to_json(value: Any, where: str) -> Json:
     if isinstance(value, Mapping) and {type(key) for key in value} in (set(), {str}, {int}):
         return {str(key): to_json(entry, f"{where}.{key}") for key, entry in value.items()}
     raise ValueError(
-        "a checkpoint keeps numbers, words, lists and tables of them; "
-        f"{where} is {type(value).__module__}.{type(value).__qualname__}. Build it of plain ones."
+        f"a checkpoint keeps numbers, words, lists and tables of them; {where} is "
+        f"{type(value).__module__}.{type(value).__qualname__}. Convert it to these first."
     )
 
 
@@ -72,8 +72,9 @@ checkpoint of the same optimizer and scheduler.
         fits = fits and not isinstance(saved, bool)
     if not fits or saved != saved:
         raise ValueError(
-            f"a saved value must be of the running one's kind; {where} is {str(saved)[:200]!r}, "
-            f"here it is {like!r}. Load a checkpoint of the same optimizer and scheduler."
+            f"a saved value must be of the same kind as the running one; {where} is "
+            f"{str(saved)[:200]!r}, here it is {like!r}. Load a checkpoint of the same optimizer "
+            "and scheduler."
         )
     if isinstance(saved, dict) and isinstance(like, Mapping):
         for key in like.keys() & saved.keys():

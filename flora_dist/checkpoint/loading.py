@@ -122,8 +122,8 @@ def _check_still(where: Path, digest: str | None) -> None:
     """
     if digest_of(where) != digest:
         raise ValueError(
-            f"a checkpoint must stay while it is read; '{where}' was replaced meanwhile by a save "
-            "of the same name. Load it again."
+            f"a checkpoint must not change while it is read; '{where}' was replaced meanwhile by "
+            "a save of the same name. Load it again."
         )
 
 

@@ -35,8 +35,8 @@ def locked(folder: Path) -> Iterator[None]:
         descriptor = _taken(file)
         if descriptor is None and time.monotonic() > stop:
             raise ValueError(
-                f"a save must have the names in its folder for itself; another process has held "
-                f"'{file}' for {_PATIENCE_SECONDS:.0f} s. See whether it hangs, and stop it."
+                f"a save needs the lock of its folder; another process has held '{file}' for "
+                f"{_PATIENCE_SECONDS:.0f} s. Check whether that process hangs, and stop it."
             )
         if descriptor is None:
             time.sleep(_POLL_SECONDS)
@@ -62,8 +62,8 @@ def _taken(file: Path) -> int | None:
     except OSError as error:
         if error.errno in _UNKNOWN:
             warnings.warn(
-                f"the file system of '{file.parent}' has no locks ({error}): let one run alone "
-                "save there.",
+                f"the file system of '{file.parent}' does not support locks ({error}): let only "
+                "one run save there.",
                 stacklevel=4,
             )
             return descriptor

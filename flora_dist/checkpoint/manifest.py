@@ -205,7 +205,7 @@ def check_file_name(name: str, where: Path) -> None:
     """
     plain = name not in ("", ".", "..", NAME) and name.isprintable()
     if not plain or "/" in name or "\\" in name:
-        raise _wrong(where, f"'files' has {name!r}, which is no plain file name")
+        raise _wrong(where, f"'files' has {name!r}, which is not a plain file name")
 
 
 def write_durably(file: Path, content: bytes) -> None:
@@ -239,9 +239,15 @@ def _document(file: Path) -> dict[str, Json]:
         raise _wrong(file, f"cannot be read: {error}") from error
     stop = len(_OPENING) + 64
     if not raw.startswith(_OPENING):
-        raise _wrong(file, "does not begin with the field 'sha256': none of ours, or damaged")
+        raise _wrong(
+            file,
+            "does not begin with the field 'sha256': it was not written by "
+            "flora_dist, or is damaged",
+        )
     if raw[len(_OPENING) : stop] != _sha256(raw[stop:]):
-        raise _wrong(file, "has not the 'sha256' that it names: damaged, or changed by hand")
+        raise _wrong(
+            file, "does not have the 'sha256' that it names: it was damaged, or changed by hand"
+        )
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -324,4 +330,7 @@ def _changed(file: Path, what: str) -> str:
 
 
 def _wrong(file: Path, what: str, remedy: str = "Load another checkpoint") -> ValueError:
-    return ValueError(f"a checkpoint's manifest must be whole and ours; '{file}' {what}. {remedy}.")
+    return ValueError(
+        "a checkpoint's manifest must be complete and written by flora_dist; "
+        f"'{file}' {what}. {remedy}."
+    )

@@ -89,7 +89,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _GLOBALS:
             # A class of its own each time: BUILD sets attributes of classes too.
             return type(name, (_StandIn,), {"kind": (module, name)})
-        raise ValueError(f"the global '{module}.{name}' is none of DCP's")
+        raise ValueError(f"the global '{module}.{name}' is not one of DCP's")
 
 
 def _unpickled(path: Path) -> Any:
@@ -99,7 +99,7 @@ def _unpickled(path: Path) -> Any:
         # EXT codes come from a cache of live objects, past find_class. The C unpickler makes its
         # memo as long as the greatest index: a few bytes would take all memory.
         if opcode.name.startswith("EXT") or ("PUT" in opcode.name and int(value or 0) > len(raw)):
-            raise ValueError(f"opcode {opcode.name} {value} is none that DCP writes")
+            raise ValueError(f"opcode {opcode.name} {value} is not one that DCP writes")
         stop = position or 0
     if stop + 1 != len(raw):
         raise ValueError(f"it goes on for {len(raw) - stop - 1} bytes after its end")

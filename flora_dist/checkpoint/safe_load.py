@@ -41,8 +41,8 @@ def load_safely(source: Path | io.BytesIO, what: str, stand_ins: StandIns = ()) 
         found = _GLOBAL.search(str(error))
         why = f"it has {found[1]}" if found else str(error).partition("\n")[0]
         raise ValueError(
-            f"a file must load with weights_only=True, so hold nothing but tensors, numbers, words "
-            f"and tables; {what}: {why}. Save it without other objects."
+            "a file must load with weights_only=True, so it may hold only tensors, numbers, "
+            f"words and tables; {what}: {why}. Save it without other objects."
         ) from error
     return loaded
 

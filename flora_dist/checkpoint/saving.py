@@ -98,8 +98,8 @@ def _check_alike(chosen: Sequence[tuple[str, int]]) -> None:
     for rank, each in enumerate(chosen):
         if each != chosen[0]:
             raise ValueError(
-                f"ranks must save one checkpoint; tag and step are {chosen[0]} on rank 0 and "
-                f"{each} on rank {rank}. Pass the same ones everywhere."
+                f"all ranks must save the same checkpoint; tag and step are {chosen[0]} on rank 0 "
+                f"and {each} on rank {rank}. Pass the same ones everywhere."
             )
 
 

@@ -70,7 +70,7 @@ def copy_of(value: Any, place: str, depth: int = 0) -> Json:
     if depth > _DEEPEST:
         raise ValueError(
             f"what a checkpoint keeps beside tensors must be nested in at most {_DEEPEST} levels; "
-            f"{place[:80]}... goes deeper. Flatten it, or does it hold itself?"
+            f"{place[:80]}... goes deeper. Flatten it, and check that it does not contain itself."
         )
     if value is None or isinstance(value, bool):
         return value

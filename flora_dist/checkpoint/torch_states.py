@@ -101,8 +101,8 @@ def _take_numbers(manifest: Manifest, states: dict[str, Any]) -> None:
         for key, value in counters.get(name, {}).items():
             if isinstance(state.get(key), Tensor) or not isinstance(value, int | float):
                 raise ValueError(  # noqa: TRY004 - a file's fault
-                    f"what a checkpoint counts must be numbers; {key!r} of {name!r} is {value!r}. "
-                    "Load another checkpoint."
+                    f"the counters of a checkpoint must be numbers; {key!r} of {name!r} is "
+                    f"{value!r}. Load another checkpoint."
                 )
             check_like(value, state.get(key), f"{key!r} of {name!r}")
             state[key] = value

@@ -104,8 +104,9 @@ def _told_by_mpi(place: Place) -> tuple[str, int]:
         from mpi4py import MPI
     except ImportError as error:
         raise ValueError(
-            "mpirun does not say where process 0 listens, and mpi4py, which could, does not load "
-            f"({error}). pip install 'flora-dist[mpi]', or name it: mpirun -x MASTER_ADDR=ADDRESS."
+            "mpirun does not say where process 0 listens, and mpi4py, which would know, cannot "
+            f"be imported ({error}). pip install 'flora-dist[mpi]', or name the address: mpirun "
+            "-x MASTER_ADDR=ADDRESS."
         ) from None
     found = None
     if place.process_rank == 0:
@@ -158,7 +159,7 @@ def listen_at(address: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise ValueError(
-            f"process 0 needs a port of its own; {address}:{port} cannot be had "
+            f"process 0 needs a port of its own; {address}:{port} cannot be opened "
             f"({error.strerror}). Name another: --master-port, or MASTER_PORT."
         ) from None
     return listening
@@ -274,7 +275,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name)
     if text is None:
         raise ValueError(
-            f"a launcher sets all of its variables; {name} is missing beside "
+            f"a launcher must set all of its variables; {name} is missing beside "
             f"{', '.join(sorted(set(environment) & _KNOWN))}. Start with torchrun, deepspeed, "
             "mpirun or srun, or unset the others."
         )
@@ -297,6 +298,7 @@ _KNOWN = frozenset(
 def _check(place: Place) -> None:
     if not place.process_rank < place.size:
         raise ValueError(
-            f"a process's rank is below the number of processes; {place.launcher} says rank "
-            f"{place.process_rank} of {place.size}. Correct RANK and WORLD_SIZE, or their launcher."
+            f"a process's rank must be below the number of processes; {place.launcher} says rank "
+            f"{place.process_rank} of {place.size}. Correct RANK and WORLD_SIZE, or their "
+            "launcher."
         )

@@ -2,8 +2,8 @@
 """FSDP1: where ``FullyShardedDataParallel`` keeps each parameter, told to Flora as flat spans.
 
 The only file that knows its private names, but for the mark in
-``core/parameters/registry.py``. Read in torch 2.13.0; ``attach`` proves on every model that the
-map built from them still holds.
+``core/parameters/registry.py``. Read in torch 2.13.0; ``attach`` proves on every model that the map
+built from them still holds.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def attach(model: nn.Module, optimizer: Flora) -> None:
         units = _units(fresh, model, optimizer)
     except AttributeError as error:
         raise RuntimeError(
-            f"FSDP1's flat parameters must have the attributes of torch {_TESTED}; torch "
-            f"{torch.__version__} has not: {error}. Use the former."
+            f"FSDP1's flat parameters must have the attributes of torch {_TESTED}; in torch "
+            f"{torch.__version__}, {error}. Use torch {_TESTED}."
         ) from error
     partitions = [_partition(unit) for unit in units if unit.group is not None]
     check_partitions(partitions, host=f"torch {torch.__version__}", tested=_TESTED)
@@ -256,8 +256,8 @@ def _refuse(handle: Any, names: Iterable[str]) -> None:
         )
     if not handle._use_orig_params and not handle.uses_sharded_strategy:
         raise ValueError(
-            "use_orig_params=False must go with sharding; under NO_SHARD (FSDP1 takes it on one "
-            "process too) there is no partition to attach. Set use_orig_params=True."
+            "use_orig_params=False must go with sharding; under NO_SHARD (which FSDP1 also uses "
+            "on one process) there is no partition to attach. Set use_orig_params=True."
         )
     each = zip(names, flat._param_extensions, flat._contiguities, strict=True)
     for name, extension, is_contiguous in each:

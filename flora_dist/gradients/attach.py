@@ -86,8 +86,8 @@ def attach(
         if known.request == request and known.model() is model:
             return known
         raise ValueError(
-            f"an optimizer keeps gradients in one way; this one is attached as {known.request}, "
-            f"asked for {request}. Call remove() on its handle first."
+            "an optimizer can keep gradients in one way only; this one is attached as "
+            f"{known.request}, and is asked for {request}. Call remove() on its handle first."
         )
     peers = _peers(model)
     if peers is not None:  # first of all: what follows talks to others, by level and names
@@ -136,8 +136,8 @@ def _check_late(
         is_late = takes_part(slot) and slot.part.name not in known
         if is_late and geometry_for(slot, gradient_rank).rank is not None:
             raise ValueError(
-                f"gradients are attached to the parameters that train then; {slot.part.name!r} was "
-                "added or unfrozen since. Call remove() on the handle, and attach again."
+                f"attach covers the parameters that train when it is called; {slot.part.name!r} "
+                "was added or unfrozen since. Call remove() on the handle, and attach again."
             )
 
 

@@ -94,8 +94,9 @@ class Gradients:
         """
         if not _is_shown(flow):
             raise RuntimeError(
-                f"what is added to a gradient must be added while it is there; that of "
-                f"{flow.part.name!r} was stepped or zeroed since. Read p.grad again after backward."
+                "a gradient can be added to only until it is stepped or zeroed; that of "
+                f"{flow.part.name!r} has been, after it was read. Read p.grad again after "
+                "backward."
             )
         if not flow.is_gathered:
             self.take(flow, gradient)
@@ -234,7 +235,7 @@ class Gradients:
             raise RuntimeError(
                 f"with gradients={self.level!r} no full gradient may be left in .grad; that of "
                 f"{slot.name!r} is there: its hook did not fire, or something wrote it. Call "
-                "attach() on the model that is trained, after sharding, and write no .grad."
+                "attach() on the model that is trained, after sharding, and do not write .grad."
             )
 
     def _asks_for_state(self, slot: Slot) -> bool:

@@ -34,8 +34,8 @@ def check_request(level: str, wire_dtype: str) -> None:
     """
     if level not in LEVELS[1:]:
         raise ValueError(
-            f"gradients must be one of {', '.join(LEVELS[1:])}; got {level!r}. For dense gradients "
-            "attach nothing."
+            f"gradients must be one of {', '.join(LEVELS[1:])}; got {level!r}. For dense "
+            "gradients do not call attach()."
         )
     if wire_dtype not in WIRE_DTYPES:
         raise ValueError(

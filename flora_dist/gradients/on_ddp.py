@@ -103,6 +103,6 @@ def _build_reducer(ddp: DistributedDataParallel) -> None:
             model.logger._set_static_graph()
     except (AttributeError, TypeError) as error:
         raise RuntimeError(
-            f"DDP must have the methods of torch {_TESTED}; torch {torch.__version__} has not: "
-            f"{error}. Use the former, or flora_dist.ddp.flora_hook."
+            f"DDP must have the methods of torch {_TESTED}; in torch {torch.__version__}, "
+            f"{error}. Use torch {_TESTED}, or flora_dist.ddp.flora_hook."
         ) from error

@@ -160,6 +160,6 @@ def _check(modules: Sequence[FSDPModule]) -> None:
                     )
     except AttributeError as error:
         raise RuntimeError(
-            f"FSDP2 must have the attributes of torch {_TESTED}; torch {torch.__version__} has "
-            f"not: {error}. Use the former."
+            f"FSDP2 must have the attributes of torch {_TESTED}; in torch {torch.__version__}, "
+            f"{error}. Use torch {_TESTED}."
         ) from error

@@ -186,8 +186,8 @@ def _refusal(func: Any, arguments: Any) -> RuntimeError:
         f"{resolve_name(func) or func}. For its norm call optimizer.grad_norm(), to clip "
         "optimizer.clip_grad_norm_(max_norm) (a trainer's own clipping off: max_grad_norm=0); to "
         "add to it p.grad.add_(x, alpha=a), to scale it scale the loss; to move, copy or share "
-        "the model call zero_grad() first; in place of GradScaler use bf16; or leave gradients "
-        "dense: attach nothing."
+        "the model call zero_grad() first; in place of GradScaler use bf16; or keep gradients "
+        "dense: do not call attach()."
     )
 
 

@@ -41,13 +41,14 @@ def find_world(config: BackendConfig) -> World:
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError(
-            "backend.device cuda needs a CUDA device; this machine shows none. Use auto or cpu."
+            "backend.device cuda needs a CUDA device; torch sees none on this machine. Use auto "
+            "or cpu."
         )
     local = place.local_rank
     if cuda and local >= torch.cuda.device_count():
         raise ValueError(
-            f"each process needs a CUDA device of its own; process {local} of this machine has "
-            f"none among {torch.cuda.device_count()}. Start fewer, or set backend.device: cpu."
+            f"each process needs a CUDA device of its own; process {local} of this machine finds "
+            f"only {torch.cuda.device_count()}. Start fewer processes, or set backend.device: cpu."
         )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     return World(process_rank=place.process_rank, size=place.size, device=device)

@@ -203,8 +203,8 @@ def _start_at(path: Path, identity: Mapping[str, Any]) -> Start:
             _compare(path, theirs, identity)
             return Start(path=path, position=Position(step=manifest.step, tokens=tokens))
     raise ValueError(
-        f"checkpoint.resume must name what this trainer wrote; {str(path)!r} says nothing of a "
-        "run. Name a checkpoint below <run>/checkpoints."
+        f"checkpoint.resume must name what this trainer wrote; {str(path)!r} holds no run of the "
+        "trainer. Name a checkpoint below <run>/checkpoints."
     )
 
 

@@ -92,9 +92,9 @@ class GradientsConfig:
             _at_least("gradients.rank", self.rank, 1)
         if self.level == DENSE and (self.rank is not None or self.wire_dtype != "float32"):
             raise ValueError(
-                "gradients.rank and gradients.wire_dtype are of sketches; gradients.level='dense' "
-                f"has none, but {self.rank!r} and {self.wire_dtype!r}. Remove them, or set level: "
-                "compressed."
+                "gradients.rank and gradients.wire_dtype describe sketches, and "
+                f"gradients.level='dense' keeps none; they are {self.rank!r} and "
+                f"{self.wire_dtype!r}. Remove them, or set level: compressed."
             )
         if self.level == "sharded" and self.wire_dtype != "float32":
             raise ValueError(
@@ -253,8 +253,8 @@ class CheckpointConfig:
                 _at_least(f"checkpoint.{name}", getattr(self, name), 1)
         if self.resume == AUTO and self.every is None:
             raise ValueError(
-                "checkpoint.resume='auto' goes on from what checkpoint.every saves; it is null. "
-                "Set checkpoint.every to a number of steps."
+                "checkpoint.resume='auto' goes on from what checkpoint.every saves; "
+                "checkpoint.every is null. Set checkpoint.every to a number of steps."
             )
 
 

@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
             raise ValueError(
-                f"a config key may stand once; {twice[0]!r} stands twice, near line "
+                f"a config key may appear only once; {twice[0]!r} appears twice, near line "
                 f"{node.start_mark.line + 1}. Remove one."
             )
         return super().construct_mapping(node, deep=deep)
@@ -55,7 +55,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             that does not exist, or text that is not YAML.
     """
     if not path.is_file():
-        raise ValueError(f"--config must name a file; {str(path)!r} is none. Check the path.")
+        raise ValueError(f"--config must name a file; {str(path)!r} is not a file. Check the path.")
     tree = _parse(read_utf8(path), subject=str(path))
     if not isinstance(tree, dict):
         raise ValueError(  # noqa: TRY004 - the user's mistake: one type for all config errors
@@ -104,7 +104,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             tree[key] = {}
         if not isinstance(tree[key], dict):
             raise ValueError(  # noqa: TRY004 - the user's mistake: one type for all config errors
-                f"--set {dotted} goes through {key!r}, which is no section; it is "
+                f"--set {dotted} goes through {key!r}, which is not a section; its value is "
                 f"{tree[key]!r}. Use the keys of configs/README.md."
             )
         tree = tree[key]
@@ -220,8 +220,8 @@ def _with_paths(config: Config, folder: Path) -> Config:
                 return str(candidate)
         also = f" (the one built in is {reserved!r})" if reserved else ""
         raise ValueError(
-            f"{key} must name something that exists; {value!r} does not, neither from the working "
-            f"directory nor from {str(folder)!r}. Correct the path{also}."
+            f"{key} must name something that exists; {value!r} does not, neither in the working "
+            f"directory nor in {str(folder)!r}. Correct the path{also}."
         )
 
     change = dataclasses.replace

@@ -211,7 +211,7 @@ def _naming_bad_bytes(config: DataConfig, files: Sequence[Path], kind: str) -> I
         if bad is None and isinstance(error, UnicodeDecodeError):
             bad = (
                 f"text must be UTF-8; the column {config.field!r} of {config.corpus!r} is not: "
-                f"{error}. Write that column anew."
+                f"{error}. Convert that column to UTF-8."
             )
         if bad is None:
             raise

@@ -48,8 +48,8 @@ def check_engine(config: Config, world: World) -> None:
         first = error.errors()[0]
         where = ".".join(["zero_optimization", *map(str, first["loc"])])
         raise ValueError(
-            f"{config.backend.config} must be as DeepSpeed wants it; {where}={first['input']!r}: "
-            f"{first['msg']}. Correct it."
+            f"{config.backend.config} must be a config that DeepSpeed accepts; "
+            f"{where}={first['input']!r}: {first['msg']}. Correct it."
         ) from error
 
 

@@ -93,7 +93,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(
-            f"a DeepSpeed config has each key once; {twice[0]!r} stands twice. Remove one."
+            f"a DeepSpeed config may hold each key only once; {twice[0]!r} appears twice. Remove "
+            "one."
         )
     return dict(pairs)
 
@@ -110,7 +111,7 @@ def _changed(
                 known = ", ".join(result) or "none"
                 hint = f"Did you mean {near[0]!r}?" if near else f"Its keys: {known}."
                 raise ValueError(
-                    "backend.changes takes out what the JSON has; it has no "
+                    "backend.changes can only remove keys that the JSON has; it has no "
                     f"{where + key!r}. {hint}"
                 )
             del result[key]

@@ -99,9 +99,9 @@ def tell(error: Exception) -> int:
     assert cause is not None
     if error.lost:
         say(
-            f"{_place()}lost another process ({_words_of_the_network(cause)}); the cause is with "
-            "the one that ended or hangs: look for its traceback, or for who killed it (out of "
-            "memory, preemption, its machine)."
+            f"{_place()}lost another process ({_words_of_the_network(cause)}); the cause is in "
+            "the process that ended or hangs: look for its traceback, or for what killed it (out "
+            "of memory, preemption, its machine)."
         )
         time.sleep(_LET_THE_CAUSE_SPEAK_S)
         # A checkpoint's thread may wait for the lost ones, and the interpreter for the thread.

@@ -157,13 +157,13 @@ def _check_folder(plan: Plan) -> None:
         )
     if any(folder.iterdir()) and not (folder / RESOLVED).is_file():
         raise ValueError(
-            f"only a run's folder is replaced or gone on with; {str(folder)!r} has no {RESOLVED}, "
-            "so something else wrote it. Change output.name."
+            f"only the folder of a run can be replaced or continued; {str(folder)!r} has no "
+            f"{RESOLVED}, so something else wrote it. Change output.name."
         )
     steps = (_results(folder).get("measured") or {}).get("steps")
     if not overwrite and steps:
         raise ValueError(
-            "checkpoint.resume: auto starts over only what left nothing behind; "
+            "checkpoint.resume: auto starts over only a run that left no results; "
             f"{str(folder)!r} has the results of {steps} steps and no checkpoint. Change "
             "output.name, or set output.overwrite: true."
         )

@@ -178,7 +178,7 @@ def _not_finite(label: str, fault: str, newest: Path | None) -> str:
     before = "None was saved before it." if newest is None else f"The last from before is {newest}."
     return (
         f"error: a run's numbers must stay finite; with {label}, {fault}. No checkpoint of it is "
-        f"written. {before} Lower lr, set train.max_grad_norm, or train on all the same with "
+        f"written. {before} Lower lr, set train.max_grad_norm, or train on regardless with "
         "train.stop_at_nan: false."
     )
 

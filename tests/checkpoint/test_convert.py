@@ -224,7 +224,7 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: Any) -> None:
     assert "flora_dist checkpoint of step 2: wrote" in capsys.readouterr().out
     assert torch.load(tmp_path / "b.pt", weights_only=True)["extra"] == {"seen": 2}
     assert cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt")]) == 2
-    assert "overwrites no file" in capsys.readouterr().err
+    assert "does not overwrite files" in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path / "c"), str(tmp_path / "d")]) == 2
     assert "holds none of their files" in capsys.readouterr().err
 

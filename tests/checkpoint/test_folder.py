@@ -326,7 +326,7 @@ def test_a_tag_that_is_no_plain_name_is_refused(tag: str, tmp_path: Path) -> Non
 def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
-    with pytest.raises(ValueError, match="thesis' is no checkpoint"):
+    with pytest.raises(ValueError, match="thesis' is not a checkpoint"):
         folders.begin(tmp_path, "thesis")
     assert (tmp_path / "thesis" / "chapter").exists()
 

@@ -155,5 +155,5 @@ def test_a_latest_that_is_no_small_file_is_refused_at_once(folder: Path) -> None
         folders.resolve(folder)
     latest.unlink()
     os.mkfifo(latest)
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         folders.resolve(folder)

@@ -194,7 +194,7 @@ def test_a_foreign_global_is_named_and_never_called(
     content = build() if where == "alone" else whole(planner_data={"w": ("a", build())})
     message = refusal(tmp_path / ".metadata", content)
     assert said in message
-    assert "is none of DCP's" in message
+    assert "is not one of DCP's" in message
     assert not Path(MARKER).exists()
 
 

@@ -115,7 +115,7 @@ FAULTS = {
     "a port that is taken": Fault(
         plant=lambda c: faults.port_taken(c.hosts[0], 29500),
         subject="port",
-        says=("port 29500 of node1 cannot be had", "in use"),
+        says=("port 29500 of node1 cannot be opened", "in use"),
         hosts=("node1",),
     ),
     "an interface that is not there": Fault(
@@ -176,7 +176,7 @@ FAULTS = {
     "a blank line in .deepspeed_env": Fault(
         plant=lambda c: faults.written(c.hosts[0], Path("/root/.deepspeed_env"), "A=1\n\nB=2\n"),
         subject="deepspeed_env",
-        says=("line 2 of /root/.deepspeed_env on node1", "no NAME=VALUE"),
+        says=("line 2 of /root/.deepspeed_env on node1", "not NAME=VALUE"),
         hosts=("node1",),
     ),
     "tiny /dev/shm": Fault(

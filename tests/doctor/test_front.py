@@ -34,7 +34,7 @@ def _parsed(*words: str) -> argparse.Namespace:
         (["--minimum", "-1"], "--minimum must be above 0"),
         (["--master-port", "70000"], "--master-port must lie in 1 to 65535"),
         (["--seed", str(1 << 63)], "--seed must lie"),
-        (["--nodes", "a,a"], "each host is named once"),
+        (["--nodes", "a,a"], "each host must be named once"),
         (["--hostfile", "none/such"], "hostfile must be a readable text"),
     ],
 )

@@ -144,7 +144,7 @@ FAULTS: dict[str, tuple[Survey, str, tuple[str, ...], str, str]] = {
         survey(b={"network": network(own=None)}), "own name", ("b",), "does not resolve", "warning",
     ),
     "no way to process 0": (
-        survey(b={"network": network(toward=None)}), "interface", ("b",), "no way to", "error",
+        survey(b={"network": network(toward=None)}), "interface", ("b",), "no route to", "error",
     ),
     "an interface of gloo that is not there": (
         survey(b={"network": network(gloo="eth9")}),
@@ -178,7 +178,7 @@ FAULTS: dict[str, tuple[Survey, str, tuple[str, ...], str, str]] = {
     ),
     "a port that is taken": (
         survey(ports=(Port(host="a", port=29500, trouble="Address already in use"),)),
-        "port", ("a",), "port 29500 of a cannot be had: Address already in use", "error",
+        "port", ("a",), "port 29500 of a cannot be opened: Address already in use", "error",
     ),
     "no connection": (
         survey(links=(link("b", "a", measured=Measured(trouble="no answer within 4 s")),)),
@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[Survey, str, tuple[str, ...], str, str]] = {
     ),
     "ranks that were not done in time": (
         survey(ranks=(rank(0, "a"), rank(1, "b", code=None, stage="group formed", result=None))),
-        "rank", ("b",), "was not done in time at the stage 'group formed'", "error",
+        "rank", ("b",), "did not finish in time at the stage 'group formed'", "error",
     ),
     "a wrong sum": (
         survey(ranks=(rank(0, "a"), with_result(1, "b", wrong_sum="1 of 9 elements"))),

@@ -61,7 +61,7 @@ def test_the_example_of_a_hostfile_is_one() -> None:
         ("node1 slots=0\n", "whole number from 1"),
         ("node1 slots=two\n", "whole number from 1"),
         ("node1 slots=1\nnode1 slots=2\n", "repeats node1"),
-        ("-oProxyCommand=x slots=1\n", "a host's name has letters"),
+        ("-oProxyCommand=x slots=1\n", "a host's name may hold only letters"),
         ("me@node1 slots=1\n", "Write node1, and in ~/.ssh/config: Host node1, then User me"),
         (
             "fe80::1%eth0 slots=1\n",
@@ -71,7 +71,7 @@ def test_the_example_of_a_hostfile_is_one() -> None:
         ("node1:2222 slots=1\n", "~/.ssh/config: Host node1, then Port 2222"),
         ("me@node1:22 slots=1\n", "without a user.* Write node1, and"),
         ("node1 slots=2 max_slots=4\n", "has one 'name slots=N' a line"),
-        ("# none\n", "names none"),
+        ("# none\n", "names no host"),
     ],
 )
 def test_a_hostfile_with_a_mistake_is_refused_by_its_line(
@@ -141,12 +141,12 @@ def test_a_dry_run_starts_nothing_on_hosts_that_do_not_exist(
     [
         (("--nodes", "a.invalid"), "does not"),
         (("--master-addr", "::1"), "--master-addr names '::1'"),
-        (("--slots", "0"), "--slots is the processes of a host"),
+        (("--slots", "0"), "--slots must be the number of processes on a host"),
         (("--launcher", "pdsh", "--restarts", "1"), "torchrun alone"),
         (("--least-nodes", "2"), "it is 2 of 1"),
-        (("--restarts", "-1"), "--restarts is from 0"),
-        (("--timeout", "0"), "--timeout is in minutes"),
-        (("--grace", "-1"), "--grace is in seconds"),
+        (("--restarts", "-1"), "--restarts must be 0 or more"),
+        (("--timeout", "0"), "--timeout must be a number of minutes"),
+        (("--grace", "-1"), "--grace must be a number of seconds"),
         (("--export", "NO_SUCH_VARIABLE"), "is not set"),
         (("--export", "1=2"), "NAME or NAME=VALUE"),
         (("--launcher", "slurm", "--nodes", "a:1,b:2"), "Make them equal"),

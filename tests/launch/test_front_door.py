@@ -103,7 +103,7 @@ def test_an_output_that_takes_nothing_holds_up_no_rank(ended: Ended) -> None:
     said = ended.done.stderr
     assert ended.done.returncode == 0, said
     assert ended.proof.exists()
-    assert f"stdout takes no more ({ended.reason}): the job goes on" in said
+    assert f"stdout accepts no more output ({ended.reason}): the job goes on" in said
     assert f"lines of output were dropped: {ended.reason}." in said
 
 

@@ -110,7 +110,9 @@ def _shorten() -> str:
     flat.grad = None
     flat.data = flat.data[:12].clone()
     flat.grad = torch.ones(12)
-    with pytest.raises(ValueError, match="must keep the size that was attached") as refused:
+    with pytest.raises(
+        ValueError, match="must keep the size it had when it was attached"
+    ) as refused:
         optimizer.step()
     return str(refused.value)
 

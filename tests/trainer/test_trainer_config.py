@@ -106,7 +106,7 @@ def test_an_exponent_without_a_dot_is_a_number() -> None:
         ("model.config=nothing.json", "model.config must name something that exists"),
         ("checkpoint.resume=nowhere", "checkpoint.resume must name something that exists"),
         ("train.steps", "--set takes section.key=value"),
-        ("train.steps.x=1", "goes through 'steps', which is no section"),
+        ("train.steps.x=1", "goes through 'steps', which is not a section"),
         ("train.steps=[1", "the value of --set train.steps must be YAML"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_missing_required_key_is_named(write_config: Callable[[dict[str, Any]]
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("train: {steps: 1}\ntrain: {steps: 2}\n")
-    with pytest.raises(ValueError, match="'train' stands twice"):
+    with pytest.raises(ValueError, match="'train' appears twice"):
         load_config(path)
 
 

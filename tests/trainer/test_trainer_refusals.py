@@ -108,7 +108,7 @@ def test_changes_are_laid_over_the_json_and_null_takes_out(settings: Settings) -
         ({"flora": 3}, r"must be an object"),
         ("[]", r"must be a JSON object"),
         ("{", r"must be JSON"),
-        ('{"flora": {}, "flora": {}}', r"'flora' stands twice"),
+        ('{"flora": {}, "flora": {}}', r"'flora' appears twice"),
     ],
 )
 def test_a_json_that_contradicts_the_run_is_refused(
@@ -139,7 +139,10 @@ def test_an_unknown_key_of_zero_is_found_before_anything_is_written(
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "cannot go with elastic"),
+        (
+            {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
+            "does not work with elastic",
+        ),
         ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer"),
     ],
 )

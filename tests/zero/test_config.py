@@ -85,7 +85,7 @@ def test_what_sketched_gradients_do_not_go_with_is_refused(
     stage: int, blocks: dict[str, Any], feature: str
 ) -> None:
     config = config_of(stage, flora={"gradients": "compressed"}, **blocks)
-    refused(config, f"cannot go with {feature}.* and compressed gradients: .*\\. [A-Z].*\\.$")
+    refused(config, f"does not work with {feature}.* and compressed gradients: .*\\. [A-Z].*\\.$")
     check_flora_block({**config, "flora": {"gradients": "dense"}})
 
 

@@ -338,7 +338,7 @@ def test_an_engine_of_dense_gradients_has_no_report_of_them() -> None:
     [
         *[(s, "passed by", "must be left to their hooks; the reducer took one") for s in (2, 3)],
         *[
-            (s, f"{f} asked", "must ask for its gradients' norm")
+            (s, f"{f} asked", "must compute the norm of its gradients")
             for s in (1, 3)
             for f in ("norm", "scale")
         ],

@@ -55,7 +55,9 @@ def convert(source: str | Path, target: str | Path) -> Converted:
     """
     source, target = Path(source), Path(target)
     if target.suffix == ".pt" and target.exists():
-        raise ValueError(f"a conversion overwrites no file; '{target}' is there. Name another.")
+        raise ValueError(
+            f"a conversion does not overwrite files; '{target}' exists. Name another file."
+        )
     with _told(source, (*_FOREIGN, ValueError)):
         form, whole = _read(source)
     with _told(source, _FOREIGN):
@@ -72,8 +74,8 @@ def _told(source: Path, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
         if isinstance(error, ValueError) and str(source) in str(error):
             raise
         raise ValueError(
-            f"a source must be as its writer has left it; of '{source}' something is not: "
-            f"{type(error).__name__}: {error}. Copy all of it again, of one save."
+            f"a checkpoint to convert must be complete and unchanged; reading '{source}' failed: "
+            f"{type(error).__name__}: {error}. Copy all files of one save again."
         ) from error
 
 
@@ -86,7 +88,7 @@ def _read(source: Path) -> tuple[str, Whole]:
         if any(place.glob(MODEL_FILES)):
             return "DeepSpeed", read_deepspeed(place)
     if what := lost_link(source):
-        raise ValueError(f"a source must be a folder; '{source}' {what}. Name one that is there.")
+        raise ValueError(f"a source must be a folder; '{source}' {what}. Name one that exists.")
     raise ValueError(
         "a source must be a folder that DeepSpeed, torch.distributed.checkpoint or flora_dist has "
         f"written; '{source}' holds none of their files. Name a checkpoint or its folder."

@@ -190,8 +190,8 @@ def _check_room(lines: list[list[tuple[str, Shape]]], sizes: list[int], world_si
         needed = sum(math.prod(shape) for _, shape in line)
         if needed > size * world_size:
             raise ValueError(
-                f"partitions must hold all parameters; {world_size} of {size} elements cannot hold "
-                f"{needed}, from {line[0][0]!r} on. Copy all files again, of one save."
+                f"partitions must hold all parameters; {world_size} partitions of {size} elements "
+                f"cannot hold {needed}, from {line[0][0]!r} on. Copy all files again, of one save."
             )
 
 

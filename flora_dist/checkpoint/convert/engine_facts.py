@@ -88,7 +88,7 @@ def _field(facts: Mapping[str, Json], name: str, fits: Callable[[Any], bool]) ->
     if not fits(value):
         found = "is missing" if value is ... else f"is {value!r}"
         raise ValueError(
-            f"what a checkpoint has of an engine must be whole; extra.{ENGINE}.{name} {found}. "
-            "Load another checkpoint."
+            f"what a checkpoint stores of an engine must be complete; extra.{ENGINE}.{name} "
+            f"{found}. Load another checkpoint."
         )
     return value

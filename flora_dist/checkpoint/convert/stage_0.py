@@ -81,8 +81,8 @@ def _names(
     if len(groups) == 1 and len(groups[0]["params"]) == len(parameters):
         return [parameters]
     raise ValueError(
-        "a checkpoint of DeepSpeed's stage 0 must say which parameters its states are of; "
+        "a checkpoint of DeepSpeed's stage 0 must say which parameters its states belong to; "
         f"'{path}' has {sum(len(g['params']) for g in groups)} states without names, and "
-        f"{len(parameters)} parameters. Save it with flora_dist.deepspeed.save_checkpoint, or give "
-        "the optimizer named parameters."
+        f"{len(parameters)} parameters. Save it with flora_dist.deepspeed.save_checkpoint, or "
+        "give the optimizer named parameters."
     )

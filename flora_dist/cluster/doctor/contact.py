@@ -70,8 +70,8 @@ def _reach(asked: Asked, name: str, opened: list[Session]) -> tuple[Session | No
         return session, [why] if why else []
     refused = warning(
         "ssh", [name], f"{name} is this machine and cannot be reached by ssh from itself",
-        "pdsh and mpirun want it: start sshd here and add your key to ~/.ssh/authorized_keys, or "
-        "use --launcher torchrun.",
+        "pdsh and mpirun need that: start sshd here and add your key to ~/.ssh/authorized_keys, "
+        "or use --launcher torchrun.",
     )  # fmt: skip
     session, why = _start(asked, name, opened, ssh=False)
     return session, [refused, why] if why else [refused]
@@ -99,7 +99,7 @@ def _why(asked: Asked, session: Session, said: str, *, ssh: bool) -> Finding:
     if ssh and session.code() in {None, _SSH_FAILED}:
         remedy = next(
             (remedy for words, remedy in _SSH_REMEDIES if words in said.lower()),
-            f"`ssh {name} true` must work without a question: look at what it says.",
+            f"`ssh {name} true` must work without asking anything: look at what it prints.",
         )
         return error("ssh", [name], f"{name} cannot be reached by ssh: {said}", remedy)
     if "No module named" in said:
@@ -117,9 +117,9 @@ def _why(asked: Asked, session: Session, said: str, *, ssh: bool) -> Finding:
 _SSH_REMEDIES = (
     ("refused", "Start sshd there (service ssh start), or open its port 22."),
     ("no route", "Is the host up and its cable in? Look at its console."),
-    ("timed out", "Is the host up, and does a firewall let port 22 pass?"),
+    ("timed out", "Is the host up, and does the firewall let port 22 pass?"),
     ("not responding", "Is the host up and its cable in? Look at its console."),
-    ("no answer", "Is the host up? It takes a connection and says nothing."),
+    ("no answer", "Is the host up? It accepts a connection but does not answer."),
     ("permission denied", "Add your public key to its ~/.ssh/authorized_keys (ssh-copy-id)."),
     ("host key", "Check its key and add it to ~/.ssh/known_hosts (ssh-keyscan)."),
     ("resolve", "Correct the hostfile, /etc/hosts or DNS."),
@@ -159,6 +159,6 @@ def _facts(asked: Asked, session: Session) -> HostFacts | Finding:
     except Lost as lost:
         said = str(lost)
     return error(
-        "installation", [session.host], f"{session.host} cannot tell its facts: {said}",
+        "installation", [session.host], f"{session.host} cannot report its facts: {said}",
         f"Install the same flora_dist on {session.host} as here.",
     )  # fmt: skip

@@ -63,12 +63,12 @@ def _look_at_ranks(
         return _noted(survey, "no ranks were started (--quick)")
     absent = [host.name for host in asked.hosts if host.name not in reached]
     if absent:
-        return _noted(survey, f"no ranks were started: without {', '.join(absent)} no job can be")
+        return _noted(survey, f"no ranks were started: a job needs {', '.join(absent)} too")
     hopeless = sorted(
         {each.subject for each in survey.findings if each.severity == "error"} & _HOPELESS
     )
     if hopeless:
-        note = f"no ranks were started: they would wait in vain ({', '.join(hopeless)})"
+        note = f"no ranks were started: they would wait for nothing ({', '.join(hopeless)})"
         return _noted(survey, note)
     survey = replace(survey, ranks=try_ranks(asked, reached, told))
     return _found(survey, apply(ON_RANKS, survey))

@@ -93,8 +93,8 @@ def limits_suffice(survey: Survey) -> Iterator[Finding]:
         if host.network.infiniband and host.limits.locked_bytes is not None:
             yield warning(
                 "limits", [host.name],
-                f"{host.name} has InfiniBand and lets {host.limits.locked_bytes} bytes be locked: "
-                "NCCL's registrations fail",
+                f"{host.name} has InfiniBand but allows only {host.limits.locked_bytes} bytes of "
+                "locked memory: NCCL cannot register its buffers",
                 "Set memlock unlimited in limits.conf, or docker run --ulimit memlock=-1",
             )  # fmt: skip
 

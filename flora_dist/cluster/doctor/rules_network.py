@@ -70,7 +70,7 @@ def interfaces_are_right(survey: Survey) -> Iterator[Finding]:
         if host.network.toward is None:
             yield error(
                 "interface", [host.name],
-                f"{host.name} has no way to the master address {survey.asked.master}",
+                f"{host.name} has no route to the master address {survey.asked.master}",
                 f"Look at `ip route get {survey.asked.master}` on {host.name}, or name an address "
                 "by --master-addr that every host reaches.",
             )  # fmt: skip
@@ -134,7 +134,8 @@ def ports_are_free(survey: Survey) -> Iterator[Finding]:
     """Process 0 listens where everybody expects it."""
     for port in survey.ports:
         yield error(
-            "port", [port.host], f"port {port.port} of {port.host} cannot be had: {port.trouble}",
+            "port", [port.host],
+            f"port {port.port} of {port.host} cannot be opened: {port.trouble}",
             "End the job that has it (ss -ltnp), or choose another by --master-port.",
         )  # fmt: skip
 

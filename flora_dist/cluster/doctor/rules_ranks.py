@@ -27,7 +27,7 @@ def ranks_came(survey: Survey) -> Iterator[Finding]:
 def _end(rank: RankSaid) -> str:
     if rank.stage == LOST:
         return "is lost with its host"
-    ended = "was not done in time" if rank.code is None else f"ended with code {rank.code}"
+    ended = "did not finish in time" if rank.code is None else f"ended with code {rank.code}"
     return f"{ended} at the stage {rank.stage!r}"
 
 
@@ -36,12 +36,12 @@ def _remedy(rank: RankSaid) -> str:
     if killed_by > 0:
         return f"Signal {killed_by} ended it: look at dmesg on {rank.host} (out of memory?)."
     if rank.stage == LOST:
-        return f"Is {rank.host} up, and its network? It answered before."
+        return f"Check that {rank.host} and its network are up: it answered before."
     if rank.stage in _BEFORE_THE_GROUP:
         return f"Repair the installation on {rank.host}: torch or flora_dist cannot be imported."
     return (
-        f"Repair what it says on {rank.host}; where it waited for others, look at the findings on "
-        "interfaces and ports, or give more time by --timeout."
+        f"Repair on {rank.host} what the message says; if it waited for others, look at the "
+        "findings on interfaces and ports, or give more time with --timeout."
     )
 
 
@@ -52,8 +52,8 @@ def sum_is_right(survey: Survey) -> Iterator[Finding]:
             yield error(
                 "all-reduce", [rank.host],
                 f"the all-reduce is wrong at {_name(rank)}: {rank.result['wrong_sum']}",
-                f"Trust no result of this job. Look at the memory and network card of {rank.host}, "
-                "and at libraries that replace torch's collectives.",
+                "Do not trust any result of this job. Look at the memory and network card of "
+                f"{rank.host}, and at libraries that replace torch's collectives.",
             )  # fmt: skip
 
 

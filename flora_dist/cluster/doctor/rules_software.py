@@ -100,8 +100,8 @@ def cpu_helper_builds(survey: Survey) -> Iterator[Finding]:
             if is_missing:
                 yield error(
                     "compiler", [host.name],
-                    f"{name} is missing on {host.name}: DeepSpeed compiles its helper for CPUs "
-                    "at the first start and fails without",
+                    f"{name} is missing on {host.name}: DeepSpeed compiles its helper for CPUs at "
+                    "the first start and fails without it",
                     f"{remedies[name]} (on {host.name})",
                 )  # fmt: skip
 
@@ -116,7 +116,7 @@ def locks_are_held(survey: Survey) -> Iterator[Finding]:
                 yield error(
                     "lock", [host.name],
                     f"stale lock of a dead compilation on {host.name}: {lock.path}; the next job "
-                    "waits there for ever",
+                    "would wait there forever",
                     f"rm {lock.path} (on {host.name}, while no job compiles)",
                 )  # fmt: skip
 
@@ -134,7 +134,7 @@ def env_file_reads(survey: Survey) -> Iterator[Finding]:
         if line.breaks:
             yield error(
                 "deepspeed_env", names,
-                f"{place} is no NAME=VALUE: {line.text!r}; DeepSpeed's launcher fails on it",
+                f"{place} is not NAME=VALUE: {line.text!r}; DeepSpeed's launcher fails on it",
                 "Remove or correct the line; blank lines and comments break it too.",
             )  # fmt: skip
         else:
@@ -142,7 +142,7 @@ def env_file_reads(survey: Survey) -> Iterator[Finding]:
                 "deepspeed_env", names,
                 f"{place} has a value with spaces or quotes ({line.text}): pdsh and Open MPI "
                 "read it differently",
-                "Write a value of letters, digits and @%+=:,./-_ alone.",
+                "Use only letters, digits and @%+=:,./-_ in values.",
             )  # fmt: skip
 
 

@@ -133,7 +133,8 @@ def _setting(name: str, value: str) -> str:
 def _hosts(parsed: argparse.Namespace) -> tuple[Host, ...]:
     if parsed.slots < 1:
         raise ValueError(
-            f"--slots is the processes of a host, from 1; it is {parsed.slots}. Give one per GPU."
+            "--slots must be the number of processes on a host, at least 1; it is "
+            f"{parsed.slots}. Give one per GPU."
         )
     if parsed.hostfile is not None:
         return read_hostfile(parsed.hostfile)
@@ -157,14 +158,17 @@ def _check(parsed: argparse.Namespace, hosts: tuple[Host, ...]) -> None:
     least = parsed.least_nodes
     if least is not None and not 1 <= least <= len(hosts):
         raise ValueError(
-            f"--least-nodes is from 1 to the number of hosts; it is {least} of {len(hosts)}."
+            f"--least-nodes must lie between 1 and the number of hosts, {len(hosts)}; it is "
+            f"{least}. Correct it."
         )
     if parsed.restarts is not None and parsed.restarts < 0:
-        raise ValueError(f"--restarts is from 0; it is {parsed.restarts}.")
+        raise ValueError(f"--restarts must be 0 or more; it is {parsed.restarts}. Raise it.")
     if parsed.timeout is not None and not parsed.timeout > 0:
-        raise ValueError(f"--timeout is in minutes, above 0; it is {parsed.timeout}.")
+        raise ValueError(f"--timeout must be a number of minutes above 0; it is {parsed.timeout}.")
     if not 0 <= parsed.grace <= MOST_GRACE_S:
-        raise ValueError(f"--grace is in seconds, from 0 to {MOST_GRACE_S}; it is {parsed.grace}.")
+        raise ValueError(
+            f"--grace must be a number of seconds from 0 to {MOST_GRACE_S}; it is {parsed.grace}."
+        )
     if parsed.launcher == "slurm" and len({host.slots for host in hosts}) > 1:
         raise ValueError(
             "srun starts the same number of tasks on every host; the slots are "

@@ -53,7 +53,7 @@ class Front:
         out = self._outlets[1]
         if out.dropped and not self._told:
             self.say(
-                f"stdout takes no more ({out.trouble}): the job goes on, and what it prints is "
-                "dropped. Ctrl-C ends it."
+                f"stdout accepts no more output ({out.trouble}): the job goes on, and what it "
+                "prints is dropped. Ctrl-C ends it."
             )
             self._told = out.dropped

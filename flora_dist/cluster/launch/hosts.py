@@ -132,12 +132,12 @@ def _is_ipv6(name: str) -> bool:
 
 def _rule(name: str) -> str:
     if "@" in name:
-        return "a host is named without a user, as its ranks know it too"
+        return "a host must be named without a user, since its ranks use the same name"
     if _is_ipv6(name):
-        return "a host is reached by its name or its IPv4 address"
+        return "a host must be given by its name or its IPv4 address"
     if _PORT.fullmatch(name):
-        return "a host is named without a port"
-    return "a host's name has letters, digits, '.', '-' and '_'"
+        return "a host must be named without a port"
+    return "a host's name may hold only letters, digits, '.', '-' and '_'"
 
 
 def _remedy(name: str) -> str:
@@ -146,7 +146,10 @@ def _remedy(name: str) -> str:
         host = host.partition(":")[0] if _PORT.fullmatch(host) else host
         return f"Write {host}, and in ~/.ssh/config: Host {host}, then User {user}."
     if _is_ipv6(name):
-        return "torch, DeepSpeed and the launchers are told IPv4 here: write a name that has one."
+        return (
+            "torch, DeepSpeed and the launchers are given IPv4 addresses here: write a name that "
+            "has one."
+        )
     if _PORT.fullmatch(name):
         host, _, port = name.partition(":")
         return f"Write {host}, and for ssh in ~/.ssh/config: Host {host}, then Port {port}."
@@ -155,12 +158,14 @@ def _remedy(name: str) -> str:
 
 def _checked(found: list[Host], where: str) -> tuple[Host, ...]:
     if not found:
-        raise ValueError(f"a job needs a host; {where} names none. Add a line for each.")
+        raise ValueError(
+            f"a job needs at least one host; {where} names no host. Add a line for each."
+        )
     names = [host.name for host in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"each host is named once, with all its slots; {where} repeats {', '.join(twice)}. "
-            "Join its lines."
+            f"each host must be named once, with all its slots; {where} repeats "
+            f"{', '.join(twice)}. Join its lines."
         )
     return tuple(found)

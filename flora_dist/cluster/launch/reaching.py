@@ -110,8 +110,8 @@ def _ready(host: str, told: Future[Any]) -> Mapping[str, Any]:
         facts: Mapping[str, Any] = answer(told, "prepare", 0.0)
     except Lost as lost:
         raise ValueError(
-            f"every host must make ready for its part; {host} says: {lost}. Look at its load and "
-            "at its folder for temporary files."
+            f"every host must prepare its part of the job; {host} says: {lost}. Look at its load "
+            "and at its folder for temporary files."
         ) from None
     if not facts["folder_exists"]:
         raise ValueError(
@@ -135,10 +135,14 @@ def _check_locks(seen: Mapping[str, Sequence[Mapping[str, Any]]], front: Front) 
         remedy = f"ssh {host} rm {lock['path']}"
         if lock["age_s"] >= STALE_S:
             raise ValueError(
-                "a killed job has left a lock for which every later one waits without a word; on "
-                f"{host} nobody holds {words}. Remove it: {remedy}"
+                "a lock that no process holds must be removed, or every later job waits for it "
+                f"forever and says nothing; a killed job has left {words} on {host}. Remove it: "
+                f"{remedy}"
             )
-        front.say(f"{host}: no host of this job holds {words}; if none does: {remedy}")
+        front.say(
+            f"{host}: no process on a host of this job holds {words}; if no other host uses "
+            f"it either: {remedy}"
+        )
 
 
 def leave(sessions: Sequence[Session], job: Job, front: Front) -> None:

@@ -43,7 +43,8 @@ def run(job: Job, launcher: str, *, grace_s: float) -> int:
         if hosts and job.held_back:
             names = ", ".join(job.held_back)
             front.say(
-                f"not sent to other hosts, as names of secrets: {names} (--export sends one)."
+                f"not sent to other hosts, since their names look like secrets: {names} (--export "
+                "NAME sends one)."
             )
         sessions = [opened(host.name, job, commands, front) for host in hosts]
         try:
@@ -185,7 +186,7 @@ class _Run:
         name = signal.Signals(self._signals.number).name
         if self._stop_at is None:
             self._front.say(
-                f"{name}: workers have {self._grace_s:.0f} s to end; once more to kill them."
+                f"{name}: workers have {self._grace_s:.0f} s to end; send it again to kill them."
             )
             self._ask_to_stop()
             self._stop_at = time.monotonic() + self._grace_s

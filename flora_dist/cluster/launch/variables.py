@@ -49,7 +49,7 @@ def exported(environment: Mapping[str, str], asked: Iterable[str]) -> dict[str, 
     for word in asked:
         name, given, value = word.partition("=")
         if not _NAME.fullmatch(name):
-            raise ValueError(f"--export takes NAME or NAME=VALUE; it is {word!r}. Correct it.")
+            raise ValueError(f"--export takes NAME or NAME=VALUE; it got {word!r}. Correct it.")
         if not given and name not in environment:
             raise ValueError(
                 f"--export {name} sends a variable of this shell; {name} is not set. Set it, or "
@@ -109,8 +109,8 @@ def as_file(variables: Mapping[str, str]) -> str:
     for name, value in variables.items():
         if odd := sorted(set(_UNSAFE.findall(value))):
             raise ValueError(
-                "a variable of a DeepSpeed job has letters, digits and @%+=:,./-_ alone, as its "
-                f"launchers quote the rest in two ways; {name} has {odd}. Change it, or use "
-                "--launcher torchrun, mpirun or slurm."
+                "a variable of a DeepSpeed job may hold only letters, digits and @%+=:,./-_, "
+                f"since its launchers quote other characters differently; {name} has {odd}. "
+                "Change it, or use --launcher torchrun, mpirun or slurm."
             )
     return "".join(f"{name}={value}\n" for name, value in sorted(variables.items()))

@@ -86,8 +86,8 @@ class Rhythm:
         """
         if every is not None and not (type(every) is int and every > 0):
             raise ValueError(
-                f"check_every must be a whole number of at least 1; got {every!r}. Pass 1 or more, "
-                "or None to compare never."
+                f"check_every must be a whole number of at least 1; got {every!r}. Pass 1 or "
+                "more, or None to never compare."
             )
         self.every, self._taken = every, 0
         # Stages 1 and 2 of ZeRO show a step no group but the one whose turn it is.

@@ -93,10 +93,10 @@ class FlatPart:
         own = flat[self.span.offset : self.span.offset + self.num_elements]
         if own.numel() != self.num_elements:
             raise ValueError(
-                f"a flat tensor must keep the size that was attached; that of {self.name!r} has "
-                f"{flat.numel()} elements, and the parameter's end at "
-                f"{self.span.offset + self.num_elements}. Replace no weight in place; build and "
-                "attach the engine and its optimizer anew."
+                "a flat tensor must keep the size it had when it was attached; that of "
+                f"{self.name!r} has {flat.numel()} elements, and the parameter's end at "
+                f"{self.span.offset + self.num_elements}. Do not replace weights in place; build "
+                "and attach the engine and its optimizer anew."
             )
         return own
 

@@ -36,7 +36,7 @@ def check_not_in_turns(roster: Roster) -> None:
     """Refuse to look at gradients outside an engine's step."""
     if roster.is_stepped_in_turns:
         raise RuntimeError(
-            "under DeepSpeed gradients are there inside its step alone. Call "
+            "under DeepSpeed gradients exist only inside its step. Call "
             'engine.get_global_grad_norm(), or set "gradient_clipping" in the config.'
         )
 

@@ -82,8 +82,9 @@ def check_groups(saved: Groups, current: Groups) -> None:
             )
         if "param_names" in ours and "param_names" not in theirs:
             raise ValueError(
-                f"the state of group {index} must have parameter names, as the optimizer has; it "
-                "hangs on positions. Construct the optimizer from model.parameters()."
+                f"the state of group {index} must have parameter names, since this optimizer has "
+                "them; it knows its parameters by position alone. Construct the optimizer from "
+                "model.parameters()."
             )
         if "param_names" in theirs and "param_names" in ours:
             _check_names(list(names_of([theirs])), list(names_of([ours])))

@@ -131,7 +131,7 @@ class Roster:
                 if is_marked_by_fsdp1(tensor) and self._is_unclaimed(tensor):
                     raise ValueError(
                         "parameters that FSDP1 has flattened must be attached; one of shape "
-                        f"{tuple(tensor.shape)} on this rank is not, and stepping that as it lies "
+                        f"{tuple(tensor.shape)} on this rank is not, and stepping it as it is "
                         "would keep dense state. Call flora_dist.fsdp1.attach(model, optimizer) "
                         "after wrapping."
                     )

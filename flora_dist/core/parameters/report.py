@@ -63,8 +63,8 @@ class Report:
         ]
         if self.unnamed:
             lines.append(
-                f"  {self.unnamed} parameters have no names: projections hang on their positions. "
-                "Pass model.named_parameters()."
+                f"  {self.unnamed} parameters have no names: projections depend on their "
+                "positions. Pass model.named_parameters()."
             )
         lines += [f"  {how}: {names}" for how, names in self._kinds()]
         return "\n".join(lines)

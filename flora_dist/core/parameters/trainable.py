@@ -244,8 +244,8 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
         raise ValueError(
             f"the momentum of {slot.part.name!r} must have its blocks cut among "
             f"{slot.column_shards or 'no'} ranks by columns; the state's are cut among "
-            f"{own.get('column_shards') or 'none'}. What torch's checkpoints hold of cut blocks "
-            "loads on the same layout alone: use flora_dist.checkpoint.save and load."
+            f"{own.get('column_shards') or 'none'}. Cut blocks in torch's own checkpoints load "
+            "only on the same layout: use flora_dist.checkpoint.save and load."
         )
     kept = {name for name, value in own.items() if isinstance(value, Tensor)}
     expected = {entry.name: entry for entry in slot.entries}
@@ -262,7 +262,7 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
                 f"{name} of {slot.part.name!r} must have the local shape "
                 f"{slot.part.local_state_shape(entry)}, for a weight of {slot.part.shape}; the "
                 f"state has {shape}. Use the rank, block and model that the state was made with; "
-                "for a weight that was cut or grown on the way make a new optimizer."
+                "if the weight was resized since, make a new optimizer."
             )
         if own[name].dtype != slot.dtype_of(entry):
             raise ValueError(
@@ -312,7 +312,7 @@ def make_slots(
         if layout is None:
             raise TypeError(
                 f"a parameter must be a plain tensor or a DTensor; {name!r} is a "
-                f"{type(tensor).__name__}. Attach the integration that knows it."
+                f"{type(tensor).__name__}. Attach a layout that can read it (Flora.attach_layout)."
             )
         slots += [
             Slot(

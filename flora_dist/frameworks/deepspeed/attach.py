@@ -101,7 +101,7 @@ def _refuse_features(engine: DeepSpeedEngine) -> None:
             engine.has_moe_layers,
             "expert groups divide gradients in another way. Use FSDP2 for experts",
         ),
-        ("pipelines", engine.pipeline_parallelism, "stages share no step. Use ZeRO"),
+        ("pipelines", engine.pipeline_parallelism, "pipeline stages do not share a step. Use ZeRO"),
         (
             "tensor parallelism of an mpu",
             _tensor_parallel_size(engine.mpu) > 1,
@@ -213,7 +213,7 @@ def _partitions_of_stage_3(
         if len(groups) != 1:
             raise ValueError(
                 "parameters of a sub-group must be partitioned over the same ranks; sub-group "
-                f"{index} has {len(groups)} process groups. Give them parameter groups apart."
+                f"{index} has {len(groups)} process groups. Put them in separate parameter groups."
             )
         group = groups.pop()
         yield Partition(

@@ -74,7 +74,8 @@ def save_checkpoint(
         target = target_of(folder, step=engine.global_steps, extra=extra, keep=keep, tag=tag)
         if ENGINE in target.extra:
             raise ValueError(
-                f"extra must leave the name {ENGINE!r} to the engine; it has it. Rename yours."
+                f"extra must leave the name {ENGINE!r} to the engine; it uses that name. Rename "
+                "yours."
             )
         own = {**target.extra, ENGINE: _facts_of(engine).as_json()}
         contents = gather(flora, _others_of(engine, flora))
@@ -118,9 +119,9 @@ def _check_between_steps(engine: DeepSpeedEngine, done: str) -> None:
     manual = engine._is_gradient_accumulation_boundary
     if since % cycle if manual is None else not manual:
         raise ValueError(
-            f"an engine must be {done} between steps: gradients of micro-batches are not; its "
-            f"micro_steps is {since}, its gradient_accumulation_steps {cycle}. Call this after the "
-            "engine.step() that completes them."
+            f"an engine must be {done} between steps, since gradients of micro-batches are not "
+            f"saved; its micro_steps is {since}, its gradient_accumulation_steps {cycle}. Call "
+            "this after the engine.step() that completes them."
         )
     for name, is_on in (
         ("random layer-token drop", engine.random_ltd_enabled()),
@@ -128,8 +129,8 @@ def _check_between_steps(engine: DeepSpeedEngine, done: str) -> None:
     ):
         if is_on:
             raise ValueError(
-                f"{name} has state that only DeepSpeed's own checkpoints hold; the config has it. "
-                f"Use engine.{'save' if done == 'saved' else 'load'}_checkpoint."
+                f"{name} has state that only DeepSpeed's own checkpoints hold; the config turns "
+                f"it on. Use engine.{'save' if done == 'saved' else 'load'}_checkpoint."
             )
 
 

@@ -65,7 +65,7 @@ _REFUSED: tuple[_Feature, ...] = (
         "ZeRO++ qgZ",
         "zero_optimization.zero_quantized_gradients",
         bool,
-        "gradients from its own all-to-all were never compared. Leave it out",
+        "gradients that pass its own all-to-all have never been tested. Leave it out",
     ),
     (
         "elastic checkpoints",
@@ -78,14 +78,14 @@ _REFUSED: tuple[_Feature, ...] = (
         "universal checkpoints",
         "checkpoint.load_universal",
         bool,
-        "DeepSpeed's converter knows Adam's states alone. Leave it out",
+        "DeepSpeed's converter knows only Adam's states. Leave it out",
     ),
     (
         "NVMe offload of the optimizer",
         f"{_OFFLOAD}.device",
         lambda device: device == "nvme",
         # Tried with libaio: steps equal those of CPU offload bit for bit.
-        "it steps right, but load_checkpoint of DeepSpeed 0.19 reads its swap files alone, and "
+        "steps are right, but load_checkpoint of DeepSpeed 0.19 reads only its swap files, and "
         "Flora's state would be lost. Offload to the CPU",
     ),
     (
@@ -94,7 +94,7 @@ _REFUSED: tuple[_Feature, ...] = (
         lambda device: device == "nvme",
         # Tried with libaio: steps equal those without it bit for bit. Loading ends in
         # AttributeError in stage3.py's _rigid_load_state_dict, with AdamW too.
-        "it steps right, but load_checkpoint of DeepSpeed 0.19 fails on parameters that are on "
+        "steps are right, but load_checkpoint of DeepSpeed 0.19 fails on parameters that are on "
         "disk. Offload to the CPU",
     ),
 )
@@ -152,7 +152,7 @@ def _value(config: Mapping[str, Any], path: str) -> Any:
 
 def refusal(feature: str, why: str) -> ValueError:
     """The error for a feature; ``why`` ends with a remedy."""
-    return ValueError(f"Flora under DeepSpeed cannot go with {feature}: {why}.")
+    return ValueError(f"Flora under DeepSpeed does not work with {feature}: {why}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,14 +83,14 @@ def check_compressible(engine: DeepSpeedEngine) -> None:
     if engine.sequence_parallel_size > 1:
         raise refusal(
             "sequence parallelism and compressed gradients",
-            "DeepSpeed's stages divide by different numbers of ranks then. Leave "
+            "DeepSpeed's stages then divide by different numbers of ranks. Leave "
             '"flora"."gradients" out',
         )
     for name in _names_needed(engine):
         if not hasattr(optimizer, name):
             raise RuntimeError(
-                f"{type(optimizer).__name__} must have {name!r}, as in DeepSpeed {TESTED}; that of "
-                f"{deepspeed.__version__} has not. Use the former, or leave "
+                f"{type(optimizer).__name__} must have {name!r}, as in DeepSpeed {TESTED}; that "
+                f"of {deepspeed.__version__} does not have it. Use DeepSpeed {TESTED}, or leave "
                 '"flora"."gradients" out of the config.'
             )
 
@@ -215,8 +215,9 @@ def _check_taken(parameters: Sequence[Tensor]) -> None:
 
 def _broken(what: str) -> RuntimeError:
     return RuntimeError(
-        f"full gradients of sketched parameters must be left to their hooks; {what} with DeepSpeed "
-        f"{deepspeed.__version__}. Use {TESTED}, and write no .grad and no ds_grad_is_ready."
+        f"full gradients of sketched parameters must be left to their hooks; {what} with "
+        f"DeepSpeed {deepspeed.__version__}. Use DeepSpeed {TESTED}, and write neither .grad nor "
+        "ds_grad_is_ready."
     )
 
 

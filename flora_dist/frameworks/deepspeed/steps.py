@@ -83,9 +83,9 @@ class Sketched:
 
 def _another_version() -> RuntimeError:
     return RuntimeError(
-        "a step must ask for its gradients' norm, then scale them, by the names of DeepSpeed "
-        f"{TESTED}; {deepspeed.__version__} did not. Use the former, or leave "
-        '"flora"."gradients" out of the config.'
+        "DeepSpeed's step must compute the norm of its gradients and then scale them, by the "
+        f"functions that do so in DeepSpeed {TESTED}; DeepSpeed {deepspeed.__version__} did not "
+        f'call them. Use DeepSpeed {TESTED}, or leave "flora"."gradients" out of the config.'
     )
 
 
