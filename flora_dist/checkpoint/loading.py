@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,17 +55,16 @@ def read(path: Path, fit: Callable[[Manifest], Fitted], group: Group = None) -> 
         ValueError: on every rank, naming file and field; the running state is as it was.
     """
     where, manifest, digest = _open(path, group)
-    with agreed(group):
+    with agreed(group), _undisturbed(where, digest):
         _raise(folders.wrong_size(where, manifest, share=place(group)))
-    with agreed(group):
+    with agreed(group), _undisturbed(where, digest):
         # Before memory is made for tensors: there is none for what no file has room for.
         check_stored(_metadata(where, manifest), manifest, where)
         fitted = fit(manifest)
-    with agreed(group):
+    with agreed(group), _undisturbed(where, digest):
         _raise(folders.verify_files(where, manifest, share=place(group)))
-    with agreed(group):
+    with agreed(group), _undisturbed(where, digest):
         _read_boxes(where, fitted.tensors)
-        _check_still(where, digest)
     fitted.put_in_place()
     extra = manifest.facts.get("extra")
     return Loaded(
@@ -115,16 +115,24 @@ def _metadata(where: Path, manifest: Manifest) -> Metadata:
     return read_metadata(where / METADATA)
 
 
-def _check_still(where: Path, digest: str | None) -> None:
-    """Refuse tensors of two checkpoints: a save may have put a new one in the place of the old.
+@contextmanager
+def _undisturbed(where: Path, digest: str | None) -> Iterator[None]:
+    """Refuse parts of two checkpoints: a save may put a new one in the place of the old.
 
     No two manifests of a folder are alike: they count its saves.
     """
+    failed: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failed = error
     if digest_of(where) != digest:
         raise ValueError(
-            f"a checkpoint must not change while it is read; '{where}' was replaced meanwhile by "
-            "a save of the same name. Load it again."
-        )
+            f"a checkpoint must stay while it is read; '{where}' was replaced or removed meanwhile "
+            "by another save. Load it again."
+        ) from failed
+    if failed is not None:
+        raise failed
 
 
 def _read_boxes(where: Path, tensors: Mapping[str, Boxes]) -> None:

@@ -21,6 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,7 +38,9 @@ WRONG, DAMAGED, LEFT = "WRONG STATE LOADED", "DAMAGED LATEST", "LEFTOVERS"
 BAD = (FAILED, WRONG, DAMAGED, LEFT)
 
 
-def save_many(folder: Path, who: int, saves: int, seed: int, reports: Connection) -> None:
+def save_many(
+    folder: Path, who: int, saves: int, seed: int, together: Barrier, reports: Connection
+) -> None:
     """Train and save, step after step; report what came of it."""
     torch.set_num_threads(1)
     drawn, hash_files = random.Random(seed + who), folders.hash_files
@@ -47,6 +50,7 @@ def save_many(folder: Path, who: int, saves: int, seed: int, reports: Connection
         return hash_files(partial, names)
 
     run, found = start(data=who), Counter[str]()
+    together.wait()
     with patch.object(folders, "hash_files", late):
         for step in range(1, saves + 1):
             run.train([step])
@@ -92,10 +96,11 @@ def look(folder: Path, run: Run, known: dict[tuple[int, int], str]) -> str:
         return f"{DAMAGED}: {error}"
     try:
         loaded = checkpoint.load(folder, run.model, run.optimizer)
-    except ValueError as error_of_load:
-        gone = ("was replaced meanwhile", "is missing", "No such file", "is not there")
-        is_known = any(text in str(error_of_load) for text in gone)
-        return REPLACED if is_known else f"{DAMAGED}: {error_of_load}"
+    except ValueError as refused:
+        # The others: gone before its manifest was opened, or read.
+        gone = ("was replaced or removed meanwhile", "json' is missing", "json' cannot be read")
+        is_known = any(text in str(refused) for text in gone)
+        return REPLACED if is_known else f"{DAMAGED}: {refused}"
     wanted = known.get((loaded.extra["who"], loaded.step))
     return LOADED if digest_of(run.state()) == wanted else f"{WRONG}: {loaded}"
 
@@ -112,10 +117,10 @@ def compete(saves: int, seed: int) -> Counter[str]:
         first = start(data=0)
         first.train([1])
         save(folder, first, 0, 1)
-        pipes = []
+        pipes, together = [], context.Barrier(2)
         for who in (0, 1):
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (folder, who, saves, seed, theirs)
+            arguments = (folder, who, saves, seed, together, theirs)
             context.Process(target=save_many, args=arguments, daemon=True).start()
             theirs.close()
             pipes.append(ours)
