@@ -191,29 +191,32 @@ def resolve(path: Path) -> Path:
 
 
 def _pointed(folder: Path) -> Path:
-    pointer = read_pointer(folder)
+    pointer, found, failed = read_pointer(folder), None, None
     try:
-        return _named_by(pointer, folder)
-    except ValueError:
-        if read_pointer(folder) == pointer:
-            raise
-    return _pointed(folder)  # a save came in between
+        found = None if pointer is None else _named_by(pointer, folder)
+    except ValueError as error:
+        failed = error
+    if found is not None:
+        return found
+    if read_pointer(folder) != pointer:  # a save came in between
+        return _pointed(folder)
+    if failed is not None:
+        raise failed
+    return _newest(folder)
 
 
-def _named_by(pointer: Pointer | None, folder: Path) -> Path:
-    """The checkpoint that ``latest`` names.
+def _named_by(pointer: Pointer, folder: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; None: it was removed since a save wrote that.
 
     Raises:
-        ValueError: it is damaged, another one, or not there.
+        ValueError: it is damaged, another one, or never was there.
     """
     file = folder / LATEST
-    if pointer is None:
-        return _newest(folder, f"'{file}' names no checkpoint that is there")
     places = [folder / pointer.tag, *previous_of(folder, pointer.tag)]
     places = [place for place in places if place.is_dir()]
     if not places:
         _check_gone(pointer, folder)
-        return _newest(folder, f"'{file}' names no checkpoint that is there")
+        return None
     for place in places:
         if pointer.digest in ("", manifests.digest_of(place)):
             read_manifest(place)
@@ -244,8 +247,8 @@ def _check_gone(pointer: Pointer, folder: Path) -> None:
     )
 
 
-def _newest(folder: Path, what: str) -> Path:
-    found = _named(folder)
+def _newest(folder: Path) -> Path:
+    what, found = f"'{folder / LATEST}' names no checkpoint that is there", _named(folder)
     if not found:
         raise ValueError(
             f"a folder of checkpoints must hold a whole one; {what}, and no other is whole. "
