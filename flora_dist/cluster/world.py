@@ -16,6 +16,8 @@ from ipaddress import ip_address
 DEFAULT_PORT = 29500
 """Where process 0 listens if nobody says; torch's and DeepSpeed's own."""
 TIMEOUT = "FLORA_TIMEOUT_MINUTES"
+MARK = "FLORA_JOB"
+"""Every process that `flora-dist launch` has started has the job's name in it."""
 _LOOPBACK = "127.0.0.1"
 _FIRST_PRIVATE_PORT, _PRIVATE_PORTS = 20000, 10000
 

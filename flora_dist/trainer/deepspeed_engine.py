@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flora_dist.checkpoint import Loaded
 from flora_dist.checkpoint.folder import tag_of
+from flora_dist.frameworks.build_lock import telling
 from flora_dist.frameworks.deepspeed.config import check_features, prepared
 from flora_dist.trainer.config import DENSE, Config, OptimizerConfig
 from flora_dist.trainer.deepspeed_json import engine_settings
@@ -64,7 +65,7 @@ def build_engine(
     os.environ.setdefault("LOCAL_RANK", "0")  # wanted without a launcher too: one process
     built = build_optimizer(optimizer, model.named_parameters(), seed=config.train.seed)
     factor = schedule_factor(config.schedule, config.train.steps)
-    initialize: Callable[..., Any] = deepspeed.initialize
+    initialize: Callable[..., Any] = telling()(deepspeed.initialize)
     if isinstance(built, Flora):
         initialize = flora_deepspeed.initialize
     with _only_process_zero_speaks(world):

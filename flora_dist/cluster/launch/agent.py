@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,9 +21,11 @@ from flora_dist.cluster.launch.files import kept
 from flora_dist.cluster.launch.locks import locks
 from flora_dist.cluster.launch.outlet import pump
 from flora_dist.cluster.launch.processes import MARK, end_all, of_job, signal_each, workers
+from flora_dist.frameworks.build_lock import SAY_S, words
 
 _PATIENCE_S = 3.0
 _LAST_LINES_S = 1.0
+_LOOK_S = 5.0
 _CANNOT_START = 127
 
 
@@ -51,6 +55,7 @@ class Host:
         with self._changing:
             if not self._over:
                 self._files.enter_context(kept(Path(files_folder), files))
+                threading.Thread(target=self._watch_locks, daemon=True).start()
         return {
             "folder_exists": Path(folder).is_dir(),
             "locks": [asdict(lock) for lock in locks()],
@@ -81,6 +86,20 @@ class Host:
             assert pipe is not None
             self._pumps.append(pump(pipe, partial(self._voice.pass_on, stream)))
         return child
+
+    def _watch_locks(self) -> None:
+        """Tell of a lock that stays: no rank says that it waits for one."""
+        seen: dict[str, float] = {}
+        while not self._over:
+            time.sleep(_LOOK_S)
+            now = {lock.path: lock for lock in locks()}
+            seen = {path: seen.get(path, time.monotonic()) for path in now}
+            for path, since in seen.items():
+                if time.monotonic() - since >= SAY_S:
+                    seen[path] = math.inf  # once
+                    text = words(path, now[path].age_s, now[path].owner)
+                    line = f"flora-dist launch: ranks that compile with DeepSpeed wait; {text}.\n"
+                    self._voice.pass_on(2, line.encode())
 
     def stop(self) -> None:
         """Ask the ranks to save and end."""

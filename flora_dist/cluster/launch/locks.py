@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of torch's compiler whose owner is dead: whoever comes after waits for ever, in silence.
+"""The locks of torch's compiler on a host; `integrations/build_lock.py` says what they are.
 
-DeepSpeed compiles a helper at the first start on a CPU. torch guards that by a file `lock` which
-its owner holds open; a job killed meanwhile leaves it (torch 2.11 to 2.13,
-torch/utils/file_baton.py).
+A job killed while it compiles leaves one, and whoever comes after waits for ever, in silence.
 """
 
 from __future__ import annotations
@@ -15,10 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-STALE_S = 600.0
-"""Seconds after which a lock that no host of the job holds is stale: nothing of DeepSpeed's for the
-CPU takes as long (25 to 210 s). A younger one may be held by a host beside the job, where the
-folder is shared."""
+from flora_dist.frameworks.build_lock import STALE_S as STALE_S
+from flora_dist.frameworks.build_lock import owners
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +25,8 @@ class Lock:
     age_s: float
     is_held: bool
     """By a process of this host."""
+    owner: str | None = None
+    """That process, in words."""
 
 
 def locks(folder: str | None = None) -> list[Lock]:
@@ -37,14 +35,13 @@ def locks(folder: str | None = None) -> list[Lock]:
     ``folder``: the job's TORCH_EXTENSIONS_DIR, where it has one.
     """
     root = Path(folder) if folder else extensions_folder(os.environ)
-    found = list(root.glob("**/lock")) if root.is_dir() else []
-    held = _open_files() if found else set[str]()
-    now = time.time()
+    found = {path: str(path.resolve()) for path in root.glob("**/lock")} if root.is_dir() else {}
+    held, now = owners(set(found.values())), time.time()
     seen = []
-    for path in found:
+    for path, real in found.items():
         with suppress(FileNotFoundError):  # its owner has just ended well
-            age, is_held = now - path.stat().st_mtime, str(path.resolve()) in held
-            seen.append(Lock(path=str(path), age_s=age, is_held=is_held))
+            age, owner = now - path.stat().st_mtime, held.get(real)
+            seen.append(Lock(path=str(path), age_s=age, is_held=owner is not None, owner=owner))
     return seen
 
 
@@ -55,13 +52,3 @@ def extensions_folder(environment: Mapping[str, str]) -> Path:
         return Path(named)
     cache = environment.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(cache) / "torch_extensions"
-
-
-def _open_files() -> set[str]:
-    found = set()
-    for descriptors in Path("/proc").glob("[0-9]*/fd"):
-        with suppress(OSError):  # ended, or another user's
-            for link in descriptors.iterdir():
-                with suppress(OSError):
-                    found.add(str(link.readlink()))
-    return found

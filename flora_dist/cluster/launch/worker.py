@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from flora_dist.cluster.launch.locks import STALE_S, locks
 from flora_dist.cluster.launch.processes import end_with_parent
 from flora_dist.cluster.world import interface_toward, is_of_this_machine, listen_at, read_world
+from flora_dist.frameworks.build_lock import words
 
 MODULE = "flora_dist.cluster.launch.worker"
 FOLDERS = "FLORA_FOLDERS"
@@ -81,6 +83,20 @@ def meet_here(environment: Mapping[str, str]) -> dict[str, str]:
     return {_KEPT: "True"}
 
 
+def refuse_stale_locks(environment: Mapping[str, str]) -> None:
+    """Where no agent has looked before (Slurm), a rank would wait for ever without a word.
+
+    Raises:
+        ValueError: a lock that a killed compilation has left.
+    """
+    for lock in locks(environment.get("TORCH_EXTENSIONS_DIR")):
+        if not lock.is_held and lock.age_s >= STALE_S:
+            raise ValueError(
+                "a killed job has left a lock for which every later one waits; "
+                f"{words(lock.path, lock.age_s, lock.owner)}."
+            )
+
+
 def _secrets(environment: Mapping[str, str]) -> dict[str, str]:
     begin = environment.get(FOLDERS)
     found: dict[str, str] = {}
@@ -96,6 +112,7 @@ def main() -> None:
     words = decode(sys.argv[1:])
     try:
         environment = settled(os.environ)
+        refuse_stale_locks(environment)
         environment |= meet_here(environment)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from flora_dist.flora import Flora
+from flora_dist.frameworks.build_lock import telling
 from flora_dist.frameworks.deepspeed.attach import attach
 from flora_dist.frameworks.deepspeed.config import (
     check_features,
@@ -58,7 +59,8 @@ def initialize(
 
     Raises:
         ValueError: an unknown key or setting, with the nearest known one; an "auto"; a feature
-            that would be computed wrong.
+            that would be computed wrong; under `flora-dist launch`, a lock that a killed
+            compilation has left.
         TypeError: another optimizer than Flora.
     """
     if model is None:
@@ -80,14 +82,15 @@ def initialize(
     if isinstance(optimizer, Flora):
         _check_owned(optimizer, model)
         _check_gradient_rank(optimizer, settings)
-    results: tuple[Any, Any, Any, Any] = deepspeed.initialize(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        config=prepared(settings),
-        **more,
-    )
+    with telling():
+        results: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            config=prepared(settings),
+            **more,
+        )
     attach(results[0])
     return results
 
