@@ -21,7 +21,7 @@ from flora_dist.checkpoint.canonical import (
 from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts
 from flora_dist.core.parameters.trainable import Group, Slot
 from flora_dist.core.sketch.keys import canonical_name
-from flora_dist.core.state.settings import KNOBS, check_settings
+from flora_dist.core.state.settings import KNOBS, check_settings, completed
 from flora_dist.core.tiles import Tile
 from flora_dist.flora import Flora
 
@@ -181,14 +181,16 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Json]:
     """A group's settings as numbers and words, to be saved or as they were saved.
 
     Raises:
-        ValueError: one is missing, or of a value that no run can have: what is saved must load.
+        ValueError: they are another optimizer's, or one has a value that no run can have: what is
+            saved must load.
     """
-    if missing := [name for name in SETTINGS if name not in group]:
+    whole = completed(group)  # a setting younger than the checkpoint has its default of then
+    if whole is None:
         raise ValueError(
-            f"a group must have Flora's settings; {missing[0]!r} is missing. Save it, or convert "
-            "it, with the optimizer and version that made it."
+            f"a group must have Flora's settings; this one has {sorted(group)[:4]} and others. "
+            "Save it, or convert it, with the optimizer that made it."
         )
-    values = {name: group[name] for name in SETTINGS}
+    values = {name: whole[name] for name in SETTINGS}
     values = {
         n: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for n, v in values.items()
     }

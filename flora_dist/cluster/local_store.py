@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from flora_dist.cluster.world import Place, listen_at
+from flora_dist.world import Place, listen_at
 
 
 def local_store(place: Place, timeout: timedelta) -> Any:

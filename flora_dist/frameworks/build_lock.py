@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flora_dist.cluster.world import MARK
+from flora_dist.world import MARK
 
 STALE_S = 600.0
 """Seconds after which a lock that nobody holds is stale: nothing of DeepSpeed's for the CPU takes

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from flora_dist.cluster.world import join
+from flora_dist.world import join
 
 __all__ = ["add_arguments", "main", "start"]
 

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist.cluster.local_store import local_store
-from flora_dist.cluster.world import is_of_this_machine, read_world, timeout_minutes
 from flora_dist.trainer.config import BackendConfig, Config
 from flora_dist.trainer.failure import Failed, Mistake, Store, has_lost_peers, is_first
 from flora_dist.trainer.rendezvous import fresh_store, has_agent_store
 from flora_dist.trainer.replicated import Spread, World, autocast, over
 from flora_dist.trainer.sharded import fsdp1, fsdp2, hsdp
+from flora_dist.world import is_of_this_machine, read_world, timeout_minutes
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
 

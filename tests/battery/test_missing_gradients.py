@@ -121,6 +121,7 @@ def _poison(case: Case, name: str, value: float) -> tuple[list[str], Weights]:
         ("conv.weight", float("nan"), {"momentum": "blend", "clip": None}),
         # finite, but its square is not
         ("up.weight", 1e200, {"momentum": "flora"}),
+        ("up.bias", 1e200, {"momentum": "flora"}),
     ],
 )
 def test_a_gradient_not_finite_on_one_rank_skips_the_step_on_every_rank(

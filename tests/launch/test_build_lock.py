@@ -20,9 +20,9 @@ from torch.utils.file_baton import FileBaton
 
 from flora_dist.cluster.launch.near_end import Session
 from flora_dist.cluster.launch.worker import refuse_stale_locks
-from flora_dist.cluster.world import MARK
 from flora_dist.frameworks import build_lock
 from flora_dist.frameworks.build_lock import telling
+from flora_dist.world import MARK
 
 LIMIT_S = 30.0
 

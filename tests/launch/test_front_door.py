@@ -14,7 +14,7 @@ import pytest
 
 from flora_dist.cluster.launch.outlet import FOR_EVER_S, Outlet
 from flora_dist.cluster.launch.worker import meet_here
-from flora_dist.cluster.world import listen_at
+from flora_dist.world import listen_at
 
 LIMIT_S = 240.0
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from flora_dist.cluster.local_store import local_store
-from flora_dist.cluster.world import Place, is_of_this_machine, listen_at
 from flora_dist.trainer.backend import process_group
 from flora_dist.trainer.config import BackendConfig
 from flora_dist.trainer.replicated import World
+from flora_dist.world import Place, is_of_this_machine, listen_at
 
 LOOPBACK = "0100007F"  # as the kernel writes 127.0.0.1
 SOON = timedelta(seconds=30)

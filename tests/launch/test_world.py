@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from flora_dist.cluster.world import interface_toward, interfaces, join, read_world, timeout_minutes
+from flora_dist.world import interface_toward, interfaces, join, read_world, timeout_minutes
 
 TORCHRUN = {
     **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
@@ -104,7 +104,7 @@ def test_the_way_to_this_machine_is_its_loopback() -> None:
 
 
 def test_an_address_without_a_way_has_no_interface() -> None:
-    code = "from flora_dist.cluster.world import interface_toward as f; print(f('203.0.113.1'))"
+    code = "from flora_dist.world import interface_toward as f; print(f('203.0.113.1'))"
     alone = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", code]
     done = subprocess.run(alone, capture_output=True, text=True, check=False)
     assert done.stdout == "None\n", done.stderr

@@ -17,7 +17,6 @@ from flora_dist.checkpoint import owners
 from flora_dist.checkpoint.boxes import Boxes
 from flora_dist.checkpoint.canonical import Box, entry_shape
 from flora_dist.checkpoint.contents import (
-    SETTINGS,
     Contents,
     saved_counters,
     saved_groups,
@@ -30,7 +29,7 @@ from flora_dist.checkpoint.safe_load import check_memory
 from flora_dist.checkpoint.saving import write
 from flora_dist.checkpoint.stored import tiles_exactly
 from flora_dist.checkpoint.target import target_of
-from flora_dist.core.state.settings import config_of
+from flora_dist.core.state.settings import completed, config_of
 from flora_dist.core.state.spec import geometry_of, state_tensors
 
 Shape = tuple[int, ...]
@@ -236,11 +235,10 @@ def check_settings(group: Mapping[str, Any], where: Path) -> None:
     Raises:
         ValueError: naming what it lacks.
     """
-    missing = [key for key in (*SETTINGS, "params") if key not in group]
-    if missing:
+    if completed(group) is None or "params" not in group:
         raise ValueError(
-            f"an optimizer's groups must have Flora's settings; in '{where}' {missing[0]!r} is "
-            "missing. Only checkpoints of Flora can be converted."
+            f"an optimizer's groups must have Flora's settings; in '{where}' one has "
+            f"{sorted(map(str, group))[:4]} and others. Only checkpoints of Flora can be converted."
         )
 
 

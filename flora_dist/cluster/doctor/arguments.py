@@ -22,7 +22,7 @@ from flora_dist.cluster.launch.hosts import (
     read_nodes,
 )
 from flora_dist.cluster.launch.variables import exported, own_file
-from flora_dist.cluster.world import DEFAULT_PORT, interface_toward, interfaces
+from flora_dist.world import DEFAULT_PORT, interface_toward, interfaces
 
 _WITH_MPI = frozenset(("openmpi", "mpirun"))
 _LAST_PORT = 65535

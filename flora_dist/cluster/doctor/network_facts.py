@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from flora_dist.cluster.doctor.facts import Interface, Network
-from flora_dist.cluster.world import interface_toward, interfaces
+from flora_dist.world import interface_toward, interfaces
 
 _NAME_S = 8.0
 """Seconds for a resolver; glibc asks three servers for five each otherwise."""

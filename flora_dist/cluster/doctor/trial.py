@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from flora_dist.cluster.doctor.trial_sizes import LARGE_BYTES, SMALL_BYTES
 from flora_dist.cluster.local_store import local_store
-from flora_dist.cluster.world import interface_toward, is_of_this_machine, read_world
 from flora_dist.core.sketch.keys import Purpose, derive_key, name_key
 from flora_dist.core.sketch.matrices import sketch_matrix
 from flora_dist.core.sketch.ops import compress
+from flora_dist.world import interface_toward, is_of_this_machine, read_world
 
 _SMALL_TIMES, _LARGE_TIMES = 21, 5
 _BLOCK = 64

@@ -24,7 +24,7 @@ from flora_dist.cluster.launch.hosts import (
 )
 from flora_dist.cluster.launch.processes import MARK
 from flora_dist.cluster.launch.variables import exported, held_back, is_secret, own_file
-from flora_dist.cluster.world import DEFAULT_PORT, TIMEOUT, interface_toward
+from flora_dist.world import DEFAULT_PORT, TIMEOUT, interface_toward
 
 MOST_GRACE_S = 600
 ELASTIC_RESTARTS = 10

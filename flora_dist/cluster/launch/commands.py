@@ -16,7 +16,7 @@ from flora_dist.cluster.launch.processes import MARK
 from flora_dist.cluster.launch.ssh import OPTIONS
 from flora_dist.cluster.launch.variables import as_file, is_secret
 from flora_dist.cluster.launch.worker import FOLDERS, MODULE, encode
-from flora_dist.cluster.world import is_of_this_machine
+from flora_dist.world import is_of_this_machine
 
 HERE = "front"
 """Where the front door runs."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_dist.cluster.world import MARK as MARK
+from flora_dist.world import MARK as MARK
 
 _RANK_NAMES = (b"RANK", b"OMPI_COMM_WORLD_RANK")
 _POLL_S = 0.05

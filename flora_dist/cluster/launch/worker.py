@@ -17,8 +17,8 @@ from urllib.parse import quote, unquote
 
 from flora_dist.cluster.launch.locks import STALE_S, locks
 from flora_dist.cluster.launch.processes import end_with_parent
-from flora_dist.cluster.world import interface_toward, is_of_this_machine, listen_at, read_world
 from flora_dist.frameworks.build_lock import words
+from flora_dist.world import interface_toward, is_of_this_machine, listen_at, read_world
 
 MODULE = "flora_dist.cluster.launch.worker"
 FOLDERS = "FLORA_FOLDERS"
