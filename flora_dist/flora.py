@@ -37,6 +37,7 @@ from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.phases import check_not_captured, run_step
 from flora_dist.kernels.choice import phases_of
+from flora_dist.kernels.library import found
 
 
 class Flora(torch.optim.Optimizer):
@@ -309,6 +310,7 @@ class Flora(torch.optim.Optimizer):
             level=self._roster.level,
             rows=tuple(slot.report_row() for slot in slots),
             unnamed=sum(slot.position is not None for slot in slots),
+            kernels=found().said,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ fingerprint() {
     {
         pwd -P
         "$VENV_PYTHON" -VV
-        cat pyproject.toml "$CONSTRAINTS"
+        cat pyproject.toml "$CONSTRAINTS" hatch_build.py flora_dist/kernels/compiler.py flora_dist/kernels/cpu/*
     } | sha256sum | cut -d ' ' -f 1
 }
 
@@ -99,6 +99,8 @@ install_extra() {
     local options=(--disable-pip-version-check --no-warn-script-location -c "$CONSTRAINTS")
     # A person waits for gigabytes and wants the bar; a log wants what went wrong.
     [[ -t 1 ]] || options+=(--quiet)
+    # torch before us: our kernels are compiled against its headers while we are installed.
+    "$VENV_PYTHON" -m pip install "${options[@]}" torch
     "$VENV_PYTHON" -m pip install "${options[@]}" -e ".[$extra]"
     printf '%s %s\n' "$extra" "$now" >"$STAMP"
 }

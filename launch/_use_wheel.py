@@ -34,7 +34,11 @@ def main() -> None:
     optimizer.step()
     moved = weight.detach().abs().mean().item()
     assert 0.0 < moved < 1.0, f"one step at lr 1e-2 moved the weights by {moved} on average"
-    sys.stdout.write(f"flora_dist {flora_dist.__version__} from the wheel: one step taken\n")
+    kernels = optimizer.report().kernels
+    assert kernels.startswith("native"), f"the wheel must bring its kernels; {kernels}"
+    sys.stdout.write(
+        f"flora_dist {flora_dist.__version__} from the wheel: one step taken, kernels {kernels}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ class Found:
     reason: str
     """Why there are no kernels; empty where there are, and where none are wanted."""
 
+    @property
+    def said(self) -> str:
+        """For reports: the name, and the reason if there is one."""
+        return f"{self.name}: {self.reason}" if self.reason else self.name
+
 
 def package_folder() -> Path:
     """Where a wheel has its library, and an editable install."""

@@ -36,6 +36,8 @@ class Report:
     rows: tuple[ReportRow, ...]
     unnamed: int
     """Parameters known by position only, since the optimizer was given no names."""
+    kernels: str
+    """What steps them: compiled kernels or torch's operators, and what to do about the latter."""
 
     @property
     def state_bytes(self) -> int:
@@ -67,6 +69,7 @@ class Report:
                 "positions. Pass model.named_parameters()."
             )
         lines += [f"  {how}: {names}" for how, names in self._kinds()]
+        lines.append(f"  kernels: {self.kernels}")
         return "\n".join(lines)
 
     def _kinds(self) -> Iterator[tuple[str, str]]:
