@@ -28,7 +28,10 @@ class KernelsHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the files of the wheel are gathered."""
         del version
-        compiler = _compiler(Path(self.root) / _PACKAGE / "compiler.py")
+        source = Path(self.root) / _PACKAGE / "compiler.py"
+        if not source.is_file():  # an image installs what we need before our sources are there
+            return
+        compiler = _compiler(source)
         torch = next(filter(None, map(compiler.torch_at, _site_packages())), None)
         if torch is None:
             self.app.display_warning(
