@@ -48,15 +48,16 @@ class Flora(torch.optim.Optimizer):
     rank keeps only the state of its own shard, and the same seed gives the same run on one
     process, DDP, FSDP1, FSDP2, HSDP, tensor parallelism and ZeRO 0 to 3, to float rounding.
 
-    ``step()`` sends one message of sums, an all-reduce per sharded axis of the mesh; one more with
-    ``flora_strict``, and one more where columns are sharded; none on plain tensors. Under ZeRO and
-    FSDP1: two all-reduces, and two exchanges among those who share a cut row or block. Parameters
-    sharded over other axes have messages of their own; the number does not depend on that of
-    parameters, nor a rank's bytes on the number of ranks.
+    On plain tensors ``step()`` sends nothing. On DTensors it sends one message of sums, as an
+    all-reduce for each sharded axis of the mesh; ``flora_strict`` adds one message, and sharded
+    columns add another. Under ZeRO and FSDP1 it sends two all-reduces, and two exchanges among the
+    ranks that share a cut row or block. Parameters that are sharded over other axes have messages
+    of their own. More parameters do not mean more messages, and more ranks do not mean more bytes
+    from each.
 
     Args:
-        params: parameters, groups, or ``model.named_parameters()`` (preferred: projections hang
-            on names; without names on positions).
+        params: parameters, groups, or ``model.named_parameters()`` (preferred: random
+            matrices depend on names; without names, on positions).
         lr: step size; a number or a tensor.
         rank: numbers kept per block; None keeps a group dense.
         block: consecutive row elements per block, a power of two, or "full": the smaller of rows
@@ -86,8 +87,9 @@ class Flora(torch.optim.Optimizer):
         check_every: steps from one ``check_consistency()`` to the next; None: only where gradients,
             ZeRO or FSDP1 are attached and where a checkpoint is loaded. One for all groups.
 
-    Each setting may stand in a parameter group. A parameter without gradient is skipped, and one
-    that is frozen, whatever its ``.grad``; if only some ranks have one, the others count as zero.
+    Each setting may stand in a parameter group. A parameter without a gradient is skipped. If only
+    some ranks have a gradient, those of the others count as zero. A frozen parameter is skipped
+    even if it has a ``.grad``.
 
     >>> import torch
     >>> model = torch.nn.Linear(64, 64)

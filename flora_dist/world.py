@@ -170,8 +170,8 @@ def listen_at(address: str, port: int) -> socket.socket:
 def interface_toward(address: str) -> str | None:
     """The network interface by which this host reaches an address, or that has it.
 
-    None where there is no way. gloo asks the resolver for the host's own name otherwise, and
-    Debian's /etc/hosts answers 127.0.1.1: processes then wait for each other in vain.
+    None where there is no route. Without an interface gloo resolves the host's own name, for which
+    Debian's /etc/hosts says 127.0.1.1: processes then wait for each other until they time out.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

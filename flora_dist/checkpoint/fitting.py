@@ -34,7 +34,7 @@ Settings = dict[str, Any]
 _COUNTERS = ("format", "gradients", "seed", "sketch", "step", "window", "position")
 """Numbers of a parameter's state that do not depend on its layout."""
 _MOST_STEPS = 1 << 53
-"""Beyond, a step is no float any more, and its window no 64-bit word of a key."""
+"""Above it a float no longer holds a step exactly, and a key's 64-bit word not its window."""
 State = dict[Tensor, dict[str, Any]]
 
 

@@ -86,7 +86,7 @@ def begin(folder: Path, tag: str) -> Path:
     Warns where another process is saving into the folder at this moment.
 
     Raises:
-        ValueError: the tag, or something of that name, or of ``latest``'s, that is no checkpoint.
+        ValueError: the tag is wrong, or its name or that of ``latest`` is taken by something else.
         OSError: the file system.
     """
     check_tag(tag)

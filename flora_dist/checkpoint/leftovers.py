@@ -69,7 +69,7 @@ def is_whole(path: Path) -> bool:
 
 
 def looks_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint, damaged perhaps, and none of somebody else's."""
+    """Whether a folder is a checkpoint of ours, damaged perhaps, and not something else."""
     names = (manifests.NAME, ".metadata")
     return any((path / name).exists() for name in names) or any(path.glob("*.distcp"))
 

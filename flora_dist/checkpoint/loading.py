@@ -58,7 +58,7 @@ def read(path: Path, fit: Callable[[Manifest], Fitted], group: Group = None) -> 
     with agreed(group), _undisturbed(where, digest):
         _raise(folders.wrong_size(where, manifest, share=place(group)))
     with agreed(group), _undisturbed(where, digest):
-        # Before memory is made for tensors: there is none for what no file has room for.
+        # Before memory is made for tensors: a forged size would ask for more than there is.
         check_stored(_metadata(where, manifest), manifest, where)
         fitted = fit(manifest)
     with agreed(group), _undisturbed(where, digest):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _NAME = ".lock"
 _PATIENCE_SECONDS = 120.0
-"""A lock is held for a few renames; who holds it longer hangs on its file system."""
+"""A lock is held for a few renames; a process that holds it longer waits for its file system."""
 _POLL_SECONDS = 0.01
 _UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 

@@ -32,7 +32,7 @@ class Beside:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its save may still be at it."""
+        """Whether the save that made it may still be running."""
         if not self.token:
             return owners.silence_of(self.path) < owners.STALE_SECONDS
         return owners.is_alive(self.token, self.path)
@@ -55,7 +55,7 @@ def is_tag(text: str) -> bool:
 
 
 def check_tag(tag: str) -> None:
-    """Refuse a tag that is no plain name of a folder.
+    """Refuse a tag that is not a plain folder name.
 
     Raises:
         ValueError: naming it.

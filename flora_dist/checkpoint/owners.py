@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who writes a checkpoint, told by the name of what he writes, and whether he still lives.
+"""Which process writes a checkpoint, read from the name of what it writes; whether it is alive.
 
 A token names a machine's boot and namespace of processes, a process in it, when that process began,
 and one save of it: "1f0c5a77-4242-991733-0d6b2e19". Standard library only.
@@ -33,7 +33,7 @@ def new_token() -> str:
 
 
 def under_way(token: str) -> None:
-    """Note that this process is at it, until ``done``."""
+    """Note that this process is saving under the token, until ``done``."""
     _current.add(token)
 
 
@@ -49,7 +49,7 @@ def is_ours(token: str) -> bool:
 
 
 def is_alive(token: str, path: Path) -> bool:
-    """Whether whoever writes ``path`` may still be at it.
+    """Whether the process that writes ``path`` may still be running.
 
     On this machine its process says so; on another the age of what it has written last.
     """

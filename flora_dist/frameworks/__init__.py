@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts whose tensors are not what they seem: DeepSpeed, FSDP1, DDP's hook."""
+"""DeepSpeed, FSDP1 and DDP's hook: frameworks that hold tensors in forms of their own."""

@@ -106,7 +106,7 @@ def attach(
 
 
 def _peers(model: nn.Module) -> Peers:
-    """Who trains the model with this rank, as far as it says so; None: nobody is known."""
+    """The ranks that train the model together, where the model tells them; None: it does not."""
     if isinstance(model, DistributedDataParallel):
         return model.process_group
     meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
@@ -129,7 +129,7 @@ def _check_late(
     gradient_rank: int | None,
     check_host: Callable[[], None],
 ) -> None:
-    """Refuse matrices that train only since ``attach``: their gradients would be dense, unsaid."""
+    """Refuse matrices that began to train after ``attach``: their gradients would stay dense."""
     check_host()
     flora = optimizer()
     for slot in () if flora is None else flora.slots():

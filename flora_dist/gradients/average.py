@@ -149,7 +149,7 @@ def carry(
 
 
 def _stay(parcel: Parcel) -> Arrived:
-    """Nobody else: what is kept is what is here."""
+    """No other rank takes part: what is here is kept."""
     was_here = parcel.accumulator.sums_ENKR is not None
     kept = parcel.route.kept[0] if was_here else ()
     tiles = tuple(parcel.part(tile).contiguous() for tile in kept)

@@ -148,7 +148,7 @@ class Gradients:
     # ---- averaging
 
     def reduce(self) -> None:
-        """Average over the ranks what has come in; nothing where that is done already.
+        """Average over the ranks what has come in, unless that is done already.
 
         All ranks of a flow's route must call this, whatever gradients they have.
 

@@ -25,7 +25,7 @@ def host_of_plain(slots: Sequence[Slot]) -> Host:
 
 
 def source_at_parameter(slot: Slot) -> Source:
-    """Nothing is averaged any more: the framework has done it, or there is nobody to ask."""
+    """Nothing is left to average: the framework has done it, or there is only one rank."""
     tensor = slot.tensor
     is_sharded = isinstance(tensor, DTensor)
     tiles = tiles_at(tensor) if isinstance(tensor, DTensor) else whole(tuple(tensor.shape))

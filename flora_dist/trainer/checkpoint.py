@@ -219,7 +219,7 @@ def _compare(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
 
 
 def check_same_start(start: Start, world: World) -> None:
-    """Compare what the processes have found, which they must not train without.
+    """Refuse to train where processes have found different checkpoints.
 
     Raises:
         ValueError: they found different steps; on every process.

@@ -89,7 +89,7 @@ def tell_mistake(error: ValueError) -> None:
 
 
 def tell(error: Exception) -> int:
-    """Say a failure that is no mistake in the config; returns the exit code."""
+    """Report a failure that is not a mistake in the config; returns the exit code."""
     if not isinstance(error, Failed):
         if _rank():
             time.sleep(_LET_PROCESS_ZERO_SPEAK_S)

@@ -36,7 +36,7 @@ class Sketched:
 
 
 def check_level(config: Config) -> None:
-    """Refuse sketches where there is nobody to keep them.
+    """Refuse sketches where optimizer or backend cannot keep them.
 
     Raises:
         ValueError: another optimizer than Flora, FSDP1, or a level that the backend cannot have.
@@ -63,7 +63,7 @@ def check_level(config: Config) -> None:
 
 
 def check_sizes(config: Config, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse sketches that would be none; ``optimizer`` may be over weights without memory.
+    """Refuse settings that sketch nothing; ``optimizer`` may be over weights without memory.
 
     Raises:
         ValueError: a rank that does not fit the blocks, every gradient dense, or none under ddp.

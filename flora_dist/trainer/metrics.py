@@ -58,7 +58,7 @@ def open_metrics(
     those steps again. A kill meanwhile leaves the file as it was.
 
     Raises:
-        ValueError: a line that is no record.
+        ValueError: a line is not a record.
     """
     if folder is None:
         yield Metrics(None, None)

@@ -124,7 +124,7 @@ def _identity(config: Config, network: Any, corpus: Corpus) -> dict[str, Any]:
         "optimizer": config.optimizer.name,
         # A checkpoint brings its own: others in the config would go unheard.
         "options": dict(config.optimizer.options),
-        # How sketches come about may change; that they are none is another algorithm.
+        # Levels of sketches may change in a resumed run; to or from dense is another algorithm.
         "gradients": DENSE if config.gradients.level == DENSE else "sketched",
         "corpus": corpus.fingerprint,
         "sequence_length": config.data.sequence_length,

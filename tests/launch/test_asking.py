@@ -143,7 +143,7 @@ def test_a_dry_run_starts_nothing_on_hosts_that_do_not_exist(
         (("--master-addr", "::1"), "--master-addr names '::1'"),
         (("--slots", "0"), "--slots must be the number of processes on a host"),
         (("--launcher", "pdsh", "--restarts", "1"), "torchrun alone"),
-        (("--least-nodes", "2"), "it is 2 of 1"),
+        (("--least-nodes", "2"), "the number of hosts, 1; it is 2"),
         (("--restarts", "-1"), "--restarts must be 0 or more"),
         (("--timeout", "0"), "--timeout must be a number of minutes"),
         (("--grace", "-1"), "--grace must be a number of seconds"),

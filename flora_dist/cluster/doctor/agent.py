@@ -21,7 +21,7 @@ class Host:
         self.children = Children()
 
     def listen(self, address: str, ports: list[int], token: str) -> list[int | str]:
-        """Open ports, 0 for any; each one's number, or why it cannot be had.
+        """Open ports, 0 for any; each one's number, or why it cannot be opened.
 
         ``address``: the one at which to listen; empty: all.
         """

@@ -19,7 +19,7 @@ _HOPELESS = frozenset(("interface", "reach", "port"))
 
 
 def examine(asked: Asked) -> Survey:
-    """Look at everything; each step on what answered before."""
+    """Look at everything; each step only at hosts that answered in the one before."""
     unknown = list(contact.resolved(asked))
     missing = {name for finding in unknown for name in finding.hosts}
     names = [host.name for host in asked.hosts if host.name not in missing]

@@ -35,7 +35,7 @@ class Measured:
     """What one host has seen of its connection to another."""
 
     trouble: str | None
-    """Why there is none."""
+    """Why the connection failed; None: it did not."""
     trip_ms: float | None = None
     """Median round trip of one byte, milliseconds."""
     there_mbit: float | None = None
@@ -52,7 +52,7 @@ class Listener:
         self._sockets: list[socket.socket] = []
 
     def open(self, port: int) -> int | str:
-        """Listen on a port, 0 for any: its number, or why it cannot be had."""
+        """Listen on a port, 0 for any: its number, or why it cannot be opened."""
         listening = socket.socket()
         # As torch's store: a port whose last connections are just closing is free.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

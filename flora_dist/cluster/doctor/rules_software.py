@@ -107,7 +107,7 @@ def cpu_helper_builds(survey: Survey) -> Iterator[Finding]:
 
 
 def locks_are_held(survey: Survey) -> Iterator[Finding]:
-    """A lock that a dead process has left: whoever compiles next waits for ever, in silence."""
+    """A lock that a dead process has left: whoever compiles next waits forever and says nothing."""
     # On a folder that hosts share, another one's process may hold it.
     held = {lock.path for host in survey.facts for lock in host.locks if lock.is_held}
     for host in survey.facts:
@@ -128,7 +128,7 @@ def env_file_reads(survey: Survey) -> Iterator[Finding]:
         for line in host.lines:
             seen.setdefault(line, []).append(host.name)
     for line in survey.asked.lines:
-        seen.setdefault(line, ["this machine"])  # where it is none of the hosts
+        seen.setdefault(line, ["this machine"])  # where this machine is not among the hosts
     for line, names in seen.items():
         place = f"line {line.number} of {line.path} on {', '.join(names)}"
         if line.breaks:

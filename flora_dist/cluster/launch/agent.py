@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One for each host of a job: runs what is to run there, and leaves nothing of it behind."""
+"""The agent of one host: runs that host's part of a job, and leaves nothing of it behind."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `flora-dist launch` is asked for: its arguments, checked, as a job; and its --dry-run."""
+"""The arguments of `flora-dist launch`, checked and turned into a job; and its --dry-run."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def pdsh(job: Job) -> Commands:
     """The deepspeed launcher over pdsh and ssh."""
     options = () if are_this_machine(job.hosts) else ("--force_multi", "--launcher", "pdsh")
     ssh = " ".join(OPTIONS)
-    # Without keepalive the launcher waits for ever for the ssh to a host that is gone (measured).
+    # Without keepalive the launcher waits forever for the ssh to a host that is gone (measured).
     return _deepspeed(job, options, {"PDSH_SSH_ARGS_APPEND": ssh})
 
 

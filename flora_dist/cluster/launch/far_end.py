@@ -3,7 +3,7 @@
 
 Its input is one JSON a line: the link's token and environment, then questions, each answered by a
 thread of its own; {} is a sign of life. Where it falls silent or ends, by whatever cause, what was
-started here ends: a host behind a pulled cable would compute for ever otherwise.
+started here ends: a host behind a pulled cable would compute forever otherwise.
 
 Its output is one JSON a line behind the token: that it is there, answers, and what the programs it
 has started print, wrapped. They write into pipes of theirs and the token is in no environment and
@@ -34,7 +34,7 @@ _LAST_WORDS_S = 1.0
 
 
 class Voice:
-    """Says things to the near end."""
+    """Sends lines to the near end."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -42,7 +42,7 @@ class Voice:
         self._outlet = Outlet(sys.stdout.fileno(), FOR_EVER_S)
 
     def say(self, **facts: Any) -> None:
-        """One line; it waits for nothing."""
+        """Send one line, without waiting."""
         self._outlet.urge(self._line(facts))
 
     def pass_on(self, stream: int, data: bytes) -> None:
@@ -51,7 +51,7 @@ class Voice:
         self._outlet.put(self._line({"stream": stream, "text": text}))
 
     def close(self) -> None:
-        """Return when all is said, or nobody hears it."""
+        """Return when everything is sent, or nobody reads it any more."""
         self._outlet.close(_LAST_WORDS_S)
 
     def _line(self, facts: Mapping[str, Any]) -> bytes:

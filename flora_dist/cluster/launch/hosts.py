@@ -31,7 +31,8 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     """The hosts of a file in DeepSpeed's and MPI's form, one "name slots=N" a line.
 
     Raises:
-        ValueError: no such file, a line of another form, a host named twice, or none at all.
+        ValueError: the file cannot be read, a line has another form, a host is named twice, or
+            no host is named.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -61,7 +62,7 @@ def read_nodes(text: str, slots: int) -> tuple[Host, ...]:
     [('node1', 1), ('node2', 4)]
 
     Raises:
-        ValueError: a word that is no name, a host named twice, or none at all.
+        ValueError: a word is not a host's name, a host is named twice, or no host is named.
     """
     found = []
     for word in filter(None, (word.strip() for word in text.split(","))):

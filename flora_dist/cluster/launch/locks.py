@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The locks of torch's compiler on a host; `integrations/build_lock.py` says what they are.
+"""The locks of torch's compiler on a host; `frameworks/build_lock.py` says what they are.
 
 A job killed while it compiles leaves one, and whoever comes after waits for ever, in silence.
 """

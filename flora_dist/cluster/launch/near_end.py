@@ -32,7 +32,7 @@ _START = 'cd -- "$1" 2>/dev/null; shift; exec "$@"'
 
 
 class Lost(Exception):
-    """A host did not answer; it says how."""
+    """A host did not answer; the message says how it failed."""
 
 
 def far_command(module: str, python: str, folder: str, environment: Mapping[str, str]) -> list[str]:

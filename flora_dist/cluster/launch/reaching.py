@@ -122,7 +122,7 @@ def _ready(host: str, told: Future[Any]) -> Mapping[str, Any]:
 
 
 def _check_locks(seen: Mapping[str, Sequence[Mapping[str, Any]]], front: Front) -> None:
-    """Refuse locks that would hold every rank for ever; tell of those that may.
+    """Refuse locks that would hold every rank forever; warn of those that may.
 
     Raises:
         ValueError: one that is old and that no host of the job holds.

@@ -22,7 +22,7 @@ _SECRET = re.compile(
     r"|(?<!_[LMPQR])KEY",  # PKEY, RKEY ...: keys of InfiniBand, without which a job hangs
     re.IGNORECASE,
 )
-# Where a secret lies is none, nor are these of torch and Hugging Face.
+# The path of a secret is not a secret, nor are these names of torch and Hugging Face.
 _PUBLIC = re.compile(
     r"\w+_(?:PATH|FILE|DIR)|TORCH_COMPILE_(?:CACHE_KEY_TAG|STICKY_PGO_KEY)"
     r"|HF_HUB_DISABLE_IMPLICIT_TOKEN|HF_DEVICE_CODE_OAUTH_CLIENT_ID"
@@ -38,7 +38,7 @@ def exported(environment: Mapping[str, str], asked: Iterable[str]) -> dict[str, 
     ``asked``: NAME, or NAME=VALUE. What looks like a secret goes only where it is asked for.
 
     Raises:
-        ValueError: a name that is none, or one that is not set here.
+        ValueError: a word that is not a variable's name, or a variable that is not set here.
     """
     found = {name: environment[name] for name in _wanted(environment) if not is_secret(name)}
     own = str(Path(sys.executable).parent)

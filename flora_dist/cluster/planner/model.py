@@ -84,8 +84,8 @@ def read_model(path: Path, *, vocabulary: int | None = None) -> Model:
         vocabulary: tokens; None: the file's.
 
     Raises:
-        ValueError: no such file, no JSON object, a family that is not known, a size that is no
-            whole number above 0.
+        ValueError: the file cannot be read, is not a JSON object, names an unknown family, or
+            has a size that is not a whole number above 0.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@
 Names, seed, settings, level and steps travel as 62 bits of SHA-256, statistics as fingerprints of
 their bits: the smallest over the ranks of h and of ~h, which belong together where all agree. Only
 ranks that differ then say more. A check reads up to 128 parameters, and 65536 elements of a tensor;
-which ones hangs on the step, so that later checks read the others.
+which ones depends on the step, so that later checks read the others.
 
 Shape suffix: S numbers in a line.
 """
@@ -56,7 +56,7 @@ State = Mapping[Tensor, dict[str, Any]]
 
 
 class Compared(Protocol):
-    """What of an optimizer is compared."""
+    """The parts of an optimizer that are compared."""
 
     @property
     def param_groups(self) -> list[Group]:
@@ -64,7 +64,7 @@ class Compared(Protocol):
 
     @property
     def state(self) -> State:
-        """Of this rank."""
+        """This rank's state."""
 
     @property
     def roster(self) -> Roster:
@@ -108,7 +108,7 @@ class Rhythm:
         groups = list(self._groups.values())
         self._groups.clear()
         # Not by the counters of the state: ranks that differ there would compare at other times,
-        # and wait for each other for ever. But torch's DCP asks for state by a step that is none.
+        # and wait forever. But torch's DCP makes state in a step that counts nothing.
         if any(slot.next_step(state.get(slot.tensor, {})) > 1 for slot in slots):
             self._taken += 1
             if self._taken % self.every == 0:

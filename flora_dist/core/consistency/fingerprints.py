@@ -33,7 +33,7 @@ def chunk(tensor: Tensor, turn: int) -> Tensor:
 
 
 def draw(turn: int, purpose: str) -> int:
-    """A number that hangs on the step alone, also where steps are multiples of something."""
+    """A number that depends on the step alone, hashed so that checks at every 2nd step vary too."""
     return int.from_bytes(hashlib.sha256(f"{turn} {purpose}".encode()).digest()[:8], "big")
 
 

@@ -17,7 +17,7 @@ from flora_dist.core.step.gradient import Gradient
 
 
 class Beginner(Protocol):
-    """What of an optimizer is looked at."""
+    """The parts of an optimizer that are looked at."""
 
     @property
     def param_groups(self) -> list[Group]:
@@ -25,7 +25,7 @@ class Beginner(Protocol):
 
     @property
     def state(self) -> Any:
-        """Of this rank."""
+        """This rank's state."""
 
     @property
     def roster(self) -> Roster:

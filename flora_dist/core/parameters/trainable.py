@@ -87,7 +87,7 @@ class Slot:
 
     @property
     def name_key(self) -> int:
-        """What the parameter's random numbers hang on."""
+        """What the parameter's random numbers are derived from, besides the seed."""
         return self._name_key
 
     @property
@@ -104,7 +104,7 @@ class Slot:
     def column_shards(self) -> int | None:
         """How many ranks cut blocks of the momentum among them; None where no block is cut so.
 
-        The momentum's shape hangs on it: it stands in the state, lest another layout misread that.
+        The momentum's shape depends on it, so the state holds it: another layout could misread it.
         """
         is_sketched = any(e.name == "momentum" and e.along == "rows" for e in self._entries)
         if not is_sketched or self.part.column_shards == 1:

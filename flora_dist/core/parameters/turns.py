@@ -13,7 +13,7 @@ import torch
 from flora_dist.core.parameters.trainable import Slot
 
 Place = tuple[int, str]
-"""A seed and a position: what random numbers hang on."""
+"""A seed and a position, from which random numbers are derived."""
 _LOW = (torch.float16, torch.bfloat16)
 
 

@@ -95,7 +95,7 @@ class VectorPhases:
         return Summed(terms={}, measured=measured, sums=totals)
 
     def tally(self, now: Moment, coupled: Summed, totals: Terms) -> Summed:
-        """Nor a third."""
+        """No third message either."""
         del now, totals
         return coupled
 

@@ -127,7 +127,7 @@ _REFUSED_WITH_SKETCHES: tuple[_Feature, ...] = (
 
 
 def check_features(config: Mapping[str, Any]) -> None:
-    """Refuse what DeepSpeed would compute wrong with Flora, or fail at with a riddle.
+    """Refuse what DeepSpeed would compute wrong with Flora, or fail at without a clear reason.
 
     Raises:
         ValueError: such a feature is on.

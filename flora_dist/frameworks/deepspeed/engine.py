@@ -96,7 +96,7 @@ def initialize(
 
 
 def _check_owned(optimizer: Flora, model: nn.Module) -> None:
-    """Refuse parameters of another module: DeepSpeed fails at them with a riddle."""
+    """Refuse parameters of another module: DeepSpeed's own error does not name the cause."""
     own = set(map(id, model.parameters()))
     for group in optimizer.param_groups:
         for tensor in group["params"]:
