@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flora_dist.checkpoint import folder as folders
-from flora_dist.checkpoint import torch_states
+from flora_dist.checkpoint import saving, torch_states
 from flora_dist.checkpoint.agreement import agreed
 from flora_dist.checkpoint.contents import Contents, gather, others_of
 from flora_dist.checkpoint.fitting import fit
@@ -78,6 +78,14 @@ def save_async(
         target = target_of(folder, step=step, extra=extra, keep=keep, tag=tag)
         contents = _contents(model, optimizer)
     return write_behind(contents, target)
+
+
+def forget_groups() -> None:
+    """Let go of the process groups that ``save_async`` knows, for the program to close them.
+
+    After the last ``wait()``; the next ``save_async`` makes its own anew.
+    """
+    saving._background.clear()
 
 
 def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loaded:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's own; typed only there
 from torch.futures import Future
 
+from flora_dist.core.comm.groups import all_reduce_
 from flora_dist.core.parameters import names as naming
 from flora_dist.core.sketch.ops import exact_products
 from flora_dist.core.state.settings import FloraConfig
@@ -183,7 +184,7 @@ class FloraState:
         digest = hashlib.sha256(repr((facts, listed)).encode()).digest()
         ours = int.from_bytes(digest[:7], "big")
         extremes = torch.tensor([ours, -ours], dtype=torch.int64, device=device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group())
+        all_reduce_(extremes, self.group(), dist.ReduceOp.MAX)
         largest, smallest = extremes.tolist()
         if largest != -smallest:
             raise ValueError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,3 +61,7 @@ def start(config: Path, overrides: Sequence[str]) -> int:
         from flora_dist.trainer.failure import tell
 
         return tell(error)
+    finally:
+        # A failure holds the model in its traceback, and the model holds process groups, whose
+        # threads must end before the interpreter does.
+        gc.collect()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import nn
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist.cluster.local_store import local_store
@@ -142,7 +144,14 @@ def _open_group(kind: str, world: World, timeout: timedelta) -> Store:
 
 
 def _close_group() -> None:
+    """Close all groups, and see that their threads have ended: no interpreter may end before them.
+
+    A group that anything still refers to keeps its threads. Models, optimizers and hooks refer to
+    each other in circles, and DTensor remembers its results by meshes, which hold groups.
+    """
     if dist.is_initialized():
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch's, without types
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flora_dist import checkpoint
 from flora_dist.checkpoint import folder as folders
+from flora_dist.checkpoint.api import forget_groups
 from flora_dist.trainer.backend import largest_over_processes
 from flora_dist.trainer.config import AUTO, CheckpointConfig
 from flora_dist.trainer.failure import has_lost_peers
@@ -65,6 +66,7 @@ class Checkpoints:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None:
             self._wait()
+            forget_groups()
         elif not has_lost_peers(error):
             # The others wait for this process in a message of the loop; their saves go on.
             with suppress(Exception):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -79,14 +81,17 @@ def build_learner(
 def _plain(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:
     model_spread = spread(model, config, world)
     built = build_optimizer(optimizer, model.named_parameters(), seed=config.train.seed)
-    report = keep_sketched(model_spread.module, built, config.gradients)
+    handle = keep_sketched(model_spread.module, built, config.gradients)
+    if handle is not None:
+        # Hooks on tensors outside the model hold it, where no collector sees them.
+        model_spread = replace(model_spread, close=handle.remove)
     factor = schedule_factor(config.schedule, config.train.steps)
     storage = TorchStorageBehind if config.checkpoint.asynchronous else TorchStorage
     return Learner(
         spread=model_spread,
         optimizer=built,
         scheduler=LambdaLR(built, factor),
-        gradients=report,
+        gradients=handle.report() if handle is not None else None,
         storage=storage(module=model_spread.module, optimizer=built),
     )
 

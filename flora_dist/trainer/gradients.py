@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flora_dist.flora import Flora
-from flora_dist.gradients.attach import attach
+from flora_dist.gradients.attach import Handle, attach
 from flora_dist.gradients.flows import geometry_for
 from flora_dist.gradients.report import GradientReport
 from flora_dist.trainer.backend import largest_over_processes
@@ -92,18 +92,17 @@ def check_sizes(config: Config, optimizer: torch.optim.Optimizer) -> None:
 
 def keep_sketched(
     module: nn.Module, optimizer: torch.optim.Optimizer, config: GradientsConfig
-) -> GradientReport | None:
+) -> Handle | None:
     """Let Flora's gradients be kept as the config says; None where they stay dense."""
     if config.level == DENSE or not isinstance(optimizer, Flora):
         return None
-    handle = attach(
+    return attach(
         module,
         optimizer,
         config.level,
         gradient_rank=config.rank,
         wire_dtype=config.wire_dtype,
     )
-    return handle.report()
 
 
 def totals(report: GradientReport | None, device: torch.device) -> Sketched | None:

@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,6 +21,8 @@ T = TypeVar("T")
 Peers: TypeAlias = "dist.ProcessGroup | DeviceMesh | Sequence[dist.ProcessGroup] | None"
 """Whom to talk to: a group, a mesh, groups that reach everyone one after the other as the axes of a
 mesh do, or None: the default group."""
+_kept: WeakKeyDictionary[dist.ProcessGroup, dist.Work] = WeakKeyDictionary()
+"""The last message of each group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,7 @@ class MeshReducer:
         device = self.mesh.device_type
         there = message_S if message_S.device.type == device else message_S.to(device)
         for axis in self.axes:
-            dist.all_reduce(there, group=self.mesh.get_group(axis))
+            all_reduce_(there, self.mesh.get_group(axis))
         if there is not message_S:
             message_S.copy_(there)
 
@@ -58,7 +62,7 @@ class GroupReducer:
     def sum_(self, message_S: Tensor) -> None:
         """Replace a flat message by its sum; every rank gets the same bits."""
         there = message_S.to(group_device(message_S, self.group))
-        dist.all_reduce(there, group=self.group)
+        all_reduce_(there, self.group)
         if there is not message_S:
             message_S.copy_(there)
 
@@ -67,7 +71,10 @@ class GroupReducer:
         there = sent_S.to(group_device(sent_S, self.group))
         received = torch.empty_like(there)
         splits = [sizes.get(peer, 0) for peer in range(dist.get_world_size(self.group))]
-        dist.all_to_all_single(received, there, splits, splits, group=self.group)
+        sent = dist.all_to_all_single(
+            received, there, splits, splits, group=self.group, async_op=there.is_cpu
+        )
+        _finish(sent, self.group)
         return received.to(sent_S.device)
 
     @property
@@ -83,19 +90,37 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def reduce_scatter(lines_WS: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks of the line (S,) that stands at this rank's place."""
     received_S = lines_WS.new_empty(lines_WS.shape[1])
-    _reduce_scatter(received_S, lines_WS.view(-1), group=group)
+    sent = _reduce_scatter(received_S, lines_WS.view(-1), group=group, async_op=lines_WS.is_cpu)
+    _finish(sent, group)
     return received_S
 
 
-def all_reduce_(message_S: Tensor, group: dist.ProcessGroup) -> None:
-    """Replace a flat message by its sum over the ranks of a group."""
-    dist.all_reduce(message_S, group=group)
+def all_reduce_(
+    message_S: Tensor,
+    group: dist.ProcessGroup | None,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+) -> None:
+    """Replace a flat message by its sum over the ranks of a group, or by what ``op`` makes."""
+    _finish(dist.all_reduce(message_S, op=op, group=group, async_op=message_S.is_cpu), group)
+
+
+def _finish(sent: dist.Work | None, group: dist.ProcessGroup | None) -> None:
+    """Wait for a message of CPU tensors, and hold it until the group's next one or its end.
+
+    Others are in order on their stream, and are None here. Gloo's thread lets go of a message only
+    after it has told us of its arrival. Were it the last to hold it, freeing the tensors would need
+    the interpreter; one that is ending stops the thread right there, and the process dies:
+    "terminate called without an active exception" (torch 2.13).
+    """
+    if sent is not None:
+        sent.wait()
+        _kept[group or c10d._get_default_group()] = sent
 
 
 def any_process(flag: Tensor) -> bool:
     """Whether a flag () is set on any process of the default group, which must all call this."""
     count = flag.to(device=group_device(flag, None), dtype=torch.float32)
-    dist.all_reduce(count)
+    all_reduce_(count, None)
     return bool(count.item() > 0)
 
 
@@ -103,7 +128,7 @@ def smallest(numbers_S: Tensor, peers: Peers) -> Tensor:
     """The smallest of each number over all peers, on whatever device their groups know."""
     for group in _groups(peers):
         numbers_S = numbers_S.to(group_device(numbers_S, group))
-        dist.all_reduce(numbers_S, op=dist.ReduceOp.MIN, group=group)
+        all_reduce_(numbers_S, group, dist.ReduceOp.MIN)
     return numbers_S
 
 
