@@ -63,39 +63,44 @@ def _message(send: Callable[[], object]) -> None:
 
 
 def all_reduce() -> None:
-    from flora_dist.core.comm.groups import all_reduce_
     from torch import ones
+
+    from flora_dist.core.comm.groups import all_reduce_
 
     _message(lambda: all_reduce_(ones(5), None))
 
 
 def mesh() -> None:
-    from flora_dist.core.comm.groups import MeshReducer
     from torch import ones
     from torch.distributed.device_mesh import init_device_mesh
+
+    from flora_dist.core.comm.groups import MeshReducer
 
     _message(lambda: MeshReducer(mesh=init_device_mesh("cpu", (1,)), axes=(0,)).sum_(ones(5)))
 
 
 def exchange() -> None:
-    from flora_dist.core.comm.groups import GroupReducer
     from torch import ones
     from torch.distributed import group
+
+    from flora_dist.core.comm.groups import GroupReducer
 
     _message(lambda: GroupReducer(group=group.WORLD).exchange(ones(5), {0: 5}))
 
 
 def scatter() -> None:
-    from flora_dist.core.comm.groups import reduce_scatter
     from torch import ones
     from torch.distributed import group
+
+    from flora_dist.core.comm.groups import reduce_scatter
 
     _message(lambda: reduce_scatter(ones(1, 5), group.WORLD))
 
 
 def smallest() -> None:
-    from flora_dist.core.comm.groups import smallest as find
     from torch import ones
+
+    from flora_dist.core.comm.groups import smallest as find
 
     _message(lambda: find(ones(5), None))
 
