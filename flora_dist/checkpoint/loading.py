@@ -128,8 +128,8 @@ def _undisturbed(where: Path, digest: str | None) -> Iterator[None]:
         failed = error
     if digest_of(where) != digest:
         raise ValueError(
-            f"a checkpoint must stay while it is read; '{where}' was replaced or removed meanwhile "
-            "by another save. Load it again."
+            f"a checkpoint must not change while it is read; '{where}' was replaced or removed "
+            "meanwhile by another save. Load it again."
         ) from failed
     if failed is not None:
         raise failed

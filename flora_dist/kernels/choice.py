@@ -8,11 +8,12 @@ import torch
 from flora_dist.core.step.batch import Batch, Phases
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.matrix import MatrixPhases
+from flora_dist.core.step.momentum_rules import rule_of
 from flora_dist.core.step.vector import VectorPhases
 from flora_dist.kernels.library import found
 from flora_dist.kernels.native import NativePhases
 from flora_dist.kernels.native_vector import NativeVectorPhases
-from flora_dist.kernels.tables import DTYPES
+from flora_dist.kernels.tables import DTYPES, RULES
 
 LARGEST_SKETCH = 1 << 15
 """Numbers of a sketch matrix that the kernels take: it must stay in a CPU's cache. Beyond, products
@@ -32,8 +33,10 @@ def phases_of(batch: Batch, gradient: Gradient) -> Phases:
 
 
 def covers(batch: Batch, gradient: Gradient) -> bool:
-    """Whether there are kernels for this device, these dtypes, strides and sketches."""
-    size = batch.geometry
+    """Whether there are kernels for this device, rule, these dtypes, strides and sketches."""
+    size, rule = batch.geometry, rule_of(batch.config, batch.geometry)
+    if rule is not None and type(rule) not in RULES:
+        return False
     if batch.device.type != "cpu" or batch.dtype != torch.float32:
         return False
     if size.rank is not None and size.rank * size.block > LARGEST_SKETCH:

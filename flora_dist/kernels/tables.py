@@ -27,7 +27,7 @@ ROWS_PER_SUM = 32
 CHUNK = 512
 """``kChunk``: what stands in for the block of a dense momentum."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_RULES: dict[type[Rule] | None, int] = {None: 0, BlendRule: 1, FloraRule: 2, FloraStrictRule: 3}
+RULES: dict[type[Rule] | None, int] = {None: 0, BlendRule: 1, FloraRule: 2, FloraStrictRule: 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def _joined(
     momentum = batch.members[0].local.get("momentum")
     header = [
         VERSION,
-        _RULES[None if rule is None else type(rule)],
+        RULES[None if rule is None else type(rule)],
         int(size.rank is None),
         DTYPES[batch.members[0].weight.dtype],
         0 if momentum is None else DTYPES[momentum.dtype],

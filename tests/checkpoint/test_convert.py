@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from flora_dist import Flora, checkpoint, cli
+from flora_dist.checkpoint.convert import deepspeed as convert_deepspeed
 from flora_dist.checkpoint.convert.command import convert
-from flora_dist.checkpoint.convert.command import deepspeed as convert_deepspeed
 from flora_dist.checkpoint.convert.whole import Whole, read_whole
 from flora_dist.core.layouts.flat import cut_line
 from tests.battery.oracle import SAMPLES, distances

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The locks of torch's compiler on a host; `frameworks/build_lock.py` says what they are.
 
-A job killed while it compiles leaves one, and whoever comes after waits for ever, in silence.
+A job killed while it compiles leaves one, and later jobs wait for it forever and say nothing.
 """
 
 from __future__ import annotations
