@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same run by the compiled kernels and by torch's operators, on random parameters and settings.
+
+    python -m tests.kernels.paths --cases 2000 --seed 0
+
+The exit code is 1 where the two paths part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora_dist import Flora
+from flora_dist.kernels.library import VARIABLE
+
+STEPS = 4
+# Of the movement, per parameter: sums of fp32 taken in another order part by some 1e-6 of what is
+# summed. Weights begin small beside a step, or the rounding of W - lr U alone would be seen.
+LARGEST_DISTANCE = 2e-5
+# A number of the momentum that bf16 rounds to the other side moves its elements by 2^-8 of theirs.
+LARGEST_BF16_DISTANCE = 2.0**-8
+# Stochastic rounding turns a difference of 1e-7 into a step of bf16 where it meets a threshold.
+LARGEST_SHARE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run."""
+
+    seed: int
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    settings: dict[str, Any]
+
+
+def case_of(seed: int) -> Case:
+    """A random case; the same for a seed."""
+    draw = random.Random(seed)
+    shapes = tuple(_shape(draw) for _ in range(draw.randint(1, 6)))
+    momentum = draw.choice(["blend", "none", "flora", "flora_strict"])
+    laws = ["hadamard"] if momentum == "blend" else ["hadamard", "gaussian", "rademacher"]
+    block = draw.choice([8, 16, 64])
+    settings = {
+        "lr": 10 ** draw.uniform(-2, -1),
+        "momentum": momentum,
+        "sketch": draw.choice(laws),
+        "block": block,
+        "rank": draw.choice([None, 1, 2, block // 8, block // 4]),
+        "beta1": draw.choice([0.0, 0.9]),
+        "kappa": draw.choice([2, 1000]),
+        "transfer": draw.choice(["shrink", "reset"]),
+        "beta2": draw.choice([None, 0.99]),
+        "clip": draw.choice([None, 0.3, 1.0]),
+        "weight_decay": draw.choice([0.0, 0.1]),
+        "scale_parameter": draw.random() < 0.3,
+        "state_dtype": draw.choice(["float32", "float32", "bfloat16"]),
+        "maximize": draw.random() < 0.2,
+        "seed": draw.randint(0, 9),
+    }
+    dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+    return Case(seed=seed, shapes=shapes, dtype=dtype, settings=settings)
+
+
+def _shape(draw: random.Random) -> tuple[int, ...]:
+    kind = draw.choice(["matrix", "matrix", "repeated", "experts", "convolution", "vector"])
+    rows, columns = draw.randint(1, 90), draw.randint(1, 300)
+    if kind == "repeated":
+        return (24, 64)
+    if kind == "experts":
+        return (draw.randint(1, 4), rows, max(8, columns))
+    if kind == "convolution":
+        return (rows, draw.randint(1, 9), 3, 3)
+    return (columns,) if kind == "vector" else (rows, columns)
+
+
+@contextmanager
+def path(name: str) -> Iterator[None]:
+    """Plans made inside are stepped by ``native`` or ``torch``."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def run(case: Case, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights before and after, and the state's tensors among the latter."""
+    torch.manual_seed(case.seed)
+    weights = {
+        f"p{index}": nn.Parameter((0.02 * torch.randn(shape)).to(case.dtype))
+        for index, shape in enumerate(case.shapes)
+    }
+    start = {key: weight.detach().clone() for key, weight in weights.items()}
+    with path(name):
+        optimizer = Flora(weights.items(), **case.settings)
+        for _ in range(STEPS):
+            for weight in weights.values():
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+    found = {key: weight.detach() for key, weight in weights.items()}
+    for key, weight in weights.items():
+        own = optimizer.state[weight]
+        found |= {f"{key}.{k}": v for k, v in own.items() if isinstance(v, Tensor)}
+    return start, found
+
+
+def difference(case: Case) -> str:
+    """What the two paths part in; empty where they agree."""
+    start, expected = run(case, "torch")
+    _, found = run(case, "native")
+    is_rounded = case.settings.get("state_dtype") == "bfloat16"
+    largest = LARGEST_BF16_DISTANCE if is_rounded else LARGEST_DISTANCE
+    for key, other in expected.items():
+        own = found[key]
+        if own.dtype in {torch.bfloat16, torch.float16}:
+            share = (own != other).double().mean().item()
+            # One number of a small tensor may always meet its threshold.
+            if share > max(LARGEST_SHARE, 1.5 / other.numel()):
+                return f"{key}: {share:.3%} of the numbers differ"
+            continue
+        moved = other.double() - start.get(key, torch.zeros(())).double()
+        distance = ((own.double() - other.double()).norm() / moved.norm()).item()
+        if not distance <= largest:
+            return f"{key}: {distance:.2e} of the movement"
+    return ""
+
+
+def main() -> int:
+    """Print each case that parts; the exit code is 1 if any does."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args()
+    broken = 0
+    for seed in range(parsed.seed, parsed.seed + parsed.cases):
+        case = case_of(seed)
+        if what := difference(case):
+            broken += 1
+            print(f"seed {seed}: {what}; {case}")
+    print(f"{parsed.cases} cases, {broken} broken")
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

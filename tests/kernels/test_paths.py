@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels step as torch's operators do, whatever the threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from flora_dist import Flora
+from flora_dist.kernels import native, native_vector
+from flora_dist.kernels.library import VARIABLE, found
+from tests.kernels.paths import Case, case_of, difference, run
+
+FIXED = Case(
+    seed=0,
+    shapes=((70, 100), (24, 64), (24, 64), (3, 20, 32), (50,)),
+    dtype=torch.float32,
+    settings={"lr": 1e-2, "momentum": "blend", "clip": 0.3, "weight_decay": 0.1, "kappa": 2},
+)
+# Places of ``numbers_of``: what of a step goes wrong if one of them is.
+NUMBERS = {
+    "beta2": 0,
+    "rate of the second moment": 1,
+    "lr": 2,
+    "decay": 3,
+    "beta1": 5,
+    "gain": 6,
+    "clip": 7,
+    "sign": 8,
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_build_has_kernels_here() -> None:
+    assert found().name.startswith("native"), found().said
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_runs_are_the_same_by_kernels_and_by_torch(seed: int) -> None:
+    assert not difference(case_of(seed))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_wrong_number_given_to_the_kernels_is_noticed(
+    number: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (native, native_vector):
+        right = module.numbers_of
+
+        def wrong(*given: object, right: object = right) -> list[float]:
+            numbers = right(*given)  # type: ignore[operator]
+            numbers[NUMBERS[number]] *= 0.99
+            return list(numbers)
+
+        monkeypatch.setattr(module, "numbers_of", wrong)
+    assert difference(FIXED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
+@pytest.mark.usefixtures("threads")
+def test_bits_do_not_depend_on_the_number_of_threads(momentum: str, dtype: torch.dtype) -> None:
+    shapes = (*FIXED.shapes, (300, 512))
+    settings = {**FIXED.settings, "momentum": momentum}
+    case = Case(seed=1, shapes=shapes, dtype=dtype, settings=settings)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(case, "native")[1])
+    for other in results[1:]:
+        assert [key for key in other if not torch.equal(other[key], results[0][key])] == []
+
+
+def test_the_path_may_be_chosen_and_the_report_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert Flora([("w", weight)]).report().summary().endswith("kernels: torch")
+    monkeypatch.setenv(VARIABLE, "native")
+    assert "kernels: native (" in Flora([("w", weight)]).report().summary()
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ValueError, match="FLORA_DIST_KERNELS must be torch, native or unset"):
+        Flora([("w", weight)]).report()
