@@ -108,7 +108,8 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     module = spread(model, config, bench.world)
     lr = lr_of(row, run.exponent, bench.network.initializer_range)
     optimizer = build(row, model, lr=lr, seed=run.seed)
-    sketched = keep_sketched(module.module, optimizer, config.gradients)
+    handle = keep_sketched(module.module, optimizer, config.gradients)
+    sketched = None if handle is None else handle.report()
     factor = schedule_factor(config.schedule, config.train.steps)
     job = Job(
         config=config,
