@@ -43,7 +43,8 @@ def covers(batch: Batch, gradient: Gradient) -> bool:
         return False
     if isinstance(gradient, SketchedGradient):
         sketch_ERB = gradient.sketch_ERB
-        if sketch_ERB.dtype != torch.float32 or sketch_ERB[0].numel() > LARGEST_SKETCH:
+        numbers = sketch_ERB.shape[1] * sketch_ERB.shape[2]
+        if sketch_ERB.dtype != torch.float32 or numbers > LARGEST_SKETCH:
             return False
     return all(
         tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.device.type == "cpu"

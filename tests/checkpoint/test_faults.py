@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from flora_dist import checkpoint
+from flora_dist import Flora, checkpoint
 from flora_dist.checkpoint import folder as folders
 from flora_dist.checkpoint.folder import hash_files, read_manifest, tag_of
 from tests.checkpoint.damage import FAULTS, NEWEST, PREVIOUS, strike
-from tests.checkpoint.small import Run, start
+from tests.checkpoint.small import SETTINGS, Run, Small, start
 from tests.checkpoint.test_manifest import forge
 from tests.checkpoint.verdict import BAD, REFUSED, WRONG, Verdict
 from tests.conftest import pool_of
@@ -79,9 +79,9 @@ def test_faults_tell_of_a_latest_that_names_no_digest() -> None:
 
 
 def sharded(data: int) -> Run:
-    run = start(data)
-    fully_shard(run.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return run
+    model = fully_shard(Small(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    # After sharding: it swaps the parameters, and an optimizer of the old ones trains nothing.
+    return Run(model=model, optimizer=Flora(model.named_parameters(), **SETTINGS), data=data)
 
 
 def faults_on_two_ranks(home: Path, seeds: range) -> list[tuple[str, str, bool, bool]]:
