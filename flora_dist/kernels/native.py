@@ -151,13 +151,11 @@ class NativePhases:
         if not self._second_terms:
             return {}
         buffer, terms = make_terms(self._second_terms)
-        old, _, columns = self._bases.of(now.basis)
         self._ops.couple(
             self._table.numbers,
             measured.given.numbers,
             measured.numbers,
-            old,
-            columns,
+            *self._bases.of(now.basis),
             measured.rows,
             factor_HM,
             "squares" in terms,

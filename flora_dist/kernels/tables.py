@@ -119,6 +119,7 @@ def _joined(
         int(config.stochastic_rounding),
         CHUNK if size.rank is None or rule is None else size.block,
         0 if size.rank is None or rule is None else size.rank,
+        int(config.sketch == "hadamard"),
         size.num_rows,
         size.num_columns,
         members * each,

@@ -20,6 +20,8 @@ struct Update {
   const Settled& settled;
   const FinishOptions& options;
   const Room& room;
+  const Sketch& old;
+  const Sketch& fresh;
   float factor;   // what X was scaled by: whole sketches of cut blocks are not
 };
 
@@ -40,17 +42,6 @@ FLORA_CALLED void fill_cut_blocks(const Update& u, const Chunk& chunk, int64_t i
     const float* whole = u.settled.blocks + (slots[e] + i) * rank;
     float* to = u.room.compressed + (edges[e] - chunk.k0) * u.basis.padded;
     for (int64_t r = 0; r < rank; r++) to[r] = whole[r] * u.factor;
-  }
-}
-
-// The old M of a chunk, a block's R numbers P apart with zeros between.
-FLORA_CALLED void read_padded(float* to, const Stored& stored, int64_t blocks, int64_t rank, int64_t padded,
-                              float* narrow) {
-  if (rank == padded) return Stored::read(stored, to);
-  Stored::read(stored, narrow);
-  for (int64_t k = 0; k < blocks; k++) {
-    memcpy(to + k * padded, narrow + k * rank, sizeof(float) * rank);
-    memset(to + k * padded + rank, 0, sizeof(float) * (padded - rank));
   }
 }
 
@@ -97,35 +88,49 @@ FLORA_CALLED void write_sketch(const Update& u, const Chunk& chunk, const Stored
   write_momentum(u, stored, narrow, i, chunk.k0 * rank, per_row * rank);
 }
 
-// From X of a chunk to U, in its place; writes the new momentum.
+FLORA_INLINE bool is_whole(const Chunk& chunk) { return chunk.lo == chunk.start && chunk.hi == chunk.stop; }
+
+// X of a chunk and its sketch.
+FLORA_INLINE void take_sketch(const Update& u, const Chunk& chunk, const float* g, float row, const float* factor,
+                              int64_t i) {
+  const int64_t blocks = chunk.k1 - chunk.k0;
+  const Sketch& sketch = u.fresh;
+  if (sketch.is_fast && is_whole(chunk)) {
+    by_vectors(sketch.fast.vectors, [&](auto count) {
+      normalise_fast<count.value>(u.room.compressed, u.room.x, g + (chunk.lo - u.tile.first), row, factor + chunk.lo,
+                                  blocks, sketch.fast);
+    });
+    return;
+  }
+  normalise(u.room.x, chunk, u.tile, g, row, factor);
+  compress_with(sketch, u.room.compressed, u.room.x, blocks);
+  fill_cut_blocks(u, chunk, i);
+}
+
+// The new momentum of a chunk, and D.
 template <int kRule>
 FLORA_INLINE void advance_sketch(const Update& u, const Chunk& chunk, int64_t i) {
-  const int64_t block = u.size.block, rank = u.size.rank, padded = u.basis.padded;
+  const int64_t rank = u.size.rank, padded = u.basis.padded;
   const int64_t blocks = chunk.k1 - chunk.k0, count = blocks * padded;
   const float beta = u.now.beta1;
   const Room& room = u.room;
-  compress(room.compressed, room.x, blocks, u.basis.columns_HBP + u.tile.matrix * block * padded, block, padded);
-  fill_cut_blocks(u, chunk, i);
   const Stored stored = stored_momentum(u.size, u.tile, chunk, i);
-  read_padded(room.numbers, stored, blocks, rank, padded, room.fresh);
+  read_padded(room.numbers, stored, blocks, u.fresh, room.fresh);
   const float* moved = room.numbers;
   if (u.basis.move != kStays) {
     const float* move_RP = u.basis.move_HRP == nullptr ? nullptr : u.basis.move_HRP + u.tile.matrix * rank * padded;
     move(room.moved, room.numbers, blocks, u.basis, move_RP, rank);
     moved = room.moved;
   }
-  for (int64_t n = 0; n < count; n++) room.fresh[n] = (1 - beta) * room.compressed[n] + beta * moved[n];
+  for (int64_t n = 0; n < count; n += 8)
+    store8(room.fresh + n, (1 - beta) * load8(room.compressed + n) + beta * load8(moved + n));
   write_sketch(u, chunk, stored, room.fresh, i);
-  const float keep = kRule == kBlend ? 1 : kRule == kFlora ? 1 - beta : 0;
   const float gain = kRule == kBlend ? u.now.gain : kRule == kFlora ? beta : 1;
-  for (int64_t n = 0; n < count; n++) {
-    const float d = kRule == kBlend ? room.fresh[n] - room.compressed[n]
-                                    : kRule == kFlora ? room.numbers[n] : room.fresh[n];
-    room.difference[n] = gain * d;
+  const float* source = kRule == kFlora ? room.numbers : room.fresh;
+  for (int64_t n = 0; n < count; n += 8) {
+    const Eight d = kRule == kBlend ? load8(source + n) - load8(room.compressed + n) : load8(source + n);
+    store8(room.difference + n, gain * d);
   }
-  const float* sketch_RB = matrix_of(kRule == kFlora ? u.basis.old_HRB : u.basis.new_HRB, u.size, u.tile);
-  for (int64_t k = 0; k < blocks; k++)
-    expand(room.x + k * block, room.x + k * block, keep, room.difference + k * padded, sketch_RB, block, rank);
 }
 
 FLORA_CALLED void advance_dense(const Update& u, const Chunk& chunk, int64_t i) {
@@ -152,10 +157,7 @@ FLORA_CALLED void step_weights(void* weight, int64_t dtype, const float* update,
     Rounding::write(rounding, static_cast<uint16_t*>(weight), w, count, line, column);
 }
 
-FLORA_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
-}
-
+// One row; returns |U|^2 where that alone is asked for.
 template <int kRule>
 FLORA_INLINE double finish_line(const Update& u, const float* g, int64_t i, float row, float rate,
                                 const Rounding& rounding) {
@@ -164,18 +166,26 @@ FLORA_INLINE double finish_line(const Update& u, const float* g, int64_t i, floa
   const int64_t width = tile.last - tile.first, bytes = size.weight_dtype == kFloat32 ? 4 : 2;
   char* weights = reinterpret_cast<char*>(tile.weight) + bytes * i * width;
   const float* factor = u.settled.factor + tile.matrix * size.num_columns;
+  const Sketch& sketch = kRule == kFlora ? u.old : u.fresh;
+  const float keep = kRule == kFlora ? 1 - u.now.beta1 : kRule == kStrict ? 0 : 1;
   double squares = 0;
   each_chunk(size, tile, [&](const Chunk& chunk) {
     char* w = weights + bytes * (chunk.lo - tile.first);
-    const int64_t count = chunk.hi - chunk.lo;
-    prefetch(w, bytes * count);
-    normalise(u.room.x, chunk, tile, g, row, factor);
-    prefetch(g + (chunk.hi - tile.first), 4 * count);  // of the coming chunk
-    if (kRule != kNone) {
-      if (size.is_dense)
-        advance_dense(u, chunk, i);
-      else
-        advance_sketch<kRule>(u, chunk, i);
+    const int64_t blocks = chunk.k1 - chunk.k0, count = chunk.hi - chunk.lo;
+    if (kRule == kNone || size.is_dense) {
+      normalise(u.room.x, chunk, tile, g, row, factor);
+      if (kRule != kNone) advance_dense(u, chunk, i);
+    } else {
+      take_sketch(u, chunk, g, row, factor, i);
+      advance_sketch<kRule>(u, chunk, i);
+      if (sketch.is_fast && is_whole(chunk) && bytes == 4 && u.options.squares == nullptr) {
+        by_vectors(sketch.fast.vectors, [&](auto vectors) {
+          step_fast<vectors.value>(reinterpret_cast<float*>(w), u.room.x, keep, u.room.difference, blocks,
+                                   sketch.fast, u.now.keep, rate);
+        });
+        return;
+      }
+      add_expanded(sketch, u.room.x, keep, u.room.difference, blocks);
     }
     const float* update = u.room.x + (chunk.lo - chunk.start);
     if (u.options.squares != nullptr) {
@@ -198,7 +208,12 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
   const bool clips_input = kRule == kNone || kRule == kBlend;
   const float clip = settled.clip[tile.matrix], factor = clips_input ? clip : 1;
   const float rate = settled.rate[tile.matrix] * (clips_input ? 1 : clip);
-  const Update update = {size, tile, basis, now, settled, options, room, factor};
+  Sketch old, fresh;
+  if (kRule != kNone && !size.is_dense) {
+    Sketch::read(fresh, matrix_of(basis.new_HRB, size, tile), columns_of(basis, size, tile), size);
+    if (kRule == kFlora) Sketch::read(old, matrix_of(basis.old_HRB, size, tile), nullptr, size);
+  }
+  const Update update = {size, tile, basis, now, settled, options, room, old, fresh, factor};
   const Rounding rounding =
       rounding_of(size, size.weight_dtype, options.weight_keys, tile.member, size.num_columns);
   double squares = 0;

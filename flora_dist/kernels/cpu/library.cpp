@@ -199,13 +199,13 @@ void settle(Tensor table, Numbers numbers, Tensor columns, Maybe squares, Maybe 
 
 // ---- message 2
 
-void couple(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Maybe columns_HBP, Tensor rows,
+void couple(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Maybe new_HRB, Maybe columns_HBP, Tensor rows,
             Tensor factor, bool asks_squares, bool asks_cross, bool asks_blocks, Tensor terms_S) {
   const Plan plan = read_plan(table);
   const Header& size = *plan.header;
   const Gradients given = read_gradients(plan, gradients);
   const Now now = read_now(numbers);
-  const Basis basis = read_basis(plan, old_HRB, {}, columns_HBP, {}, kStays);
+  const Basis basis = read_basis(plan, old_HRB, new_HRB, columns_HBP, {}, kStays);
   const Settled settled = {data<const float>(factor), data<const float>(rows), nullptr, nullptr, nullptr};
   std::vector<double> scalars(kMatrixSums * size.num_tiles, 0.0);
   float* squares = data<float>(terms_S);
@@ -367,8 +367,8 @@ STABLE_TORCH_LIBRARY(flora_dist_kernels, library) {
       "settle(Tensor table, float[] now, Tensor columns, Tensor? squares, Tensor? cross, Tensor? history, "
       "Tensor? cut_rows, Tensor(a!) rows, Tensor(b!) column, Tensor(c!) factor, Tensor(d!) sums) -> ()");
   library.def(
-      "couple(Tensor table, int[] gradients, float[] now, Tensor? old, Tensor? columns, Tensor rows, Tensor factor, "
-      "bool asks_squares, bool asks_cross, bool asks_blocks, Tensor(a!) terms) -> ()");
+      "couple(Tensor table, int[] gradients, float[] now, Tensor? old, Tensor? new, Tensor? columns, Tensor rows, "
+      "Tensor factor, bool asks_squares, bool asks_cross, bool asks_blocks, Tensor(a!) terms) -> ()");
   library.def(
       "tally(Tensor table, int[] gradients, float[] now, Tensor? old, Tensor? new, Tensor? columns, Tensor? move, "
       "int moves, Tensor rows, Tensor factor, Tensor? blocks, Tensor(a!) update) -> ()");

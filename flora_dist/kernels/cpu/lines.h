@@ -24,7 +24,8 @@ FLORA_CALLED const float* gradient_line(const Plan& plan, const Tile& tile, cons
         given.addresses[tile.member * plan.header->num_sources + tile.source]);
     const auto* sketch = reinterpret_cast<const float*>(given.sketches[tile.member]) + matrix * rank * block;
     sums += (tile.source_line + i) * blocks * rank;
-    for (int64_t k = 0; k < blocks; k++) expand_new(buffer + k * block, sums + k * rank, sketch, block, rank);
+    memset(buffer, 0, sizeof(float) * blocks * block);
+    for (int64_t k = 0; k < blocks; k++) expand(buffer + k * block, 0, sums + k * rank, sketch, block, rank);
     return buffer + (tile.first - k0 * block);
   }
   const int64_t at = tile.gradient + i * width;
@@ -108,21 +109,23 @@ FLORA_INLINE Stored stored_momentum(const Header& size, const Tile& tile, const 
   return {size.momentum_dtype, reinterpret_cast<char*>(tile.momentum) + bytes * offset, count};
 }
 
-// M A_old of a chunk of row i, from column chunk.start on; `numbers` is room for what is stored.
-FLORA_CALLED void old_elements(float* to, float* numbers, const Header& size, const Tile& tile, const Chunk& chunk,
-                               int64_t i, const float* old_RB) {
-  const Stored stored = stored_momentum(size, tile, chunk, i);
-  if (size.is_dense) {
-    Stored::read(stored, to + (chunk.lo - chunk.start));
-    return;
+// The old M of a chunk, a block's R numbers P apart with zeros between; `narrow` is room for them without.
+FLORA_CALLED void read_padded(float* to, const Stored& stored, int64_t blocks, const Sketch& sketch, float* narrow) {
+  const int64_t rank = sketch.rank, padded = sketch.padded;
+  if (rank == padded) return Stored::read(stored, to);
+  Stored::read(stored, narrow);
+  for (int64_t k = 0; k < blocks; k++) {
+    memcpy(to + k * padded, narrow + k * rank, sizeof(float) * rank);
+    memset(to + k * padded + rank, 0, sizeof(float) * (padded - rank));
   }
-  Stored::read(stored, numbers);
-  for (int64_t k = 0; k < chunk.k1 - chunk.k0; k++)
-    expand_new(to + k * size.block, numbers + k * size.rank, old_RB, size.block, size.rank);
 }
 
 FLORA_INLINE const float* matrix_of(const float* sketches_HRB, const Header& size, const Tile& tile) {
-  return sketches_HRB + tile.matrix * size.rank * size.block;
+  return sketches_HRB == nullptr ? nullptr : sketches_HRB + tile.matrix * size.rank * size.block;
+}
+
+FLORA_INLINE const float* columns_of(const Basis& basis, const Header& size, const Tile& tile) {
+  return basis.columns_HBP == nullptr ? nullptr : basis.columns_HBP + tile.matrix * size.block * basis.padded;
 }
 
 template <class Body>
@@ -166,6 +169,17 @@ FLORA_INLINE Room room_for(float* scratch, const Header& size, const Tile& tile,
                            const Basis& basis) {
   const int64_t gradient_block = given.kind == kSketched ? given.block : 0;
   return Room::of(scratch, tile.last - tile.first, size.block, gradient_block, basis.padded);
+}
+
+// M A_old of a chunk of row i, from column chunk.start on.
+FLORA_CALLED void old_elements(const Header& size, const Tile& tile, const Chunk& chunk, int64_t i,
+                               const Sketch& old, const Room& room) {
+  const Stored stored = stored_momentum(size, tile, chunk, i);
+  if (size.is_dense) return Stored::read(stored, room.old + (chunk.lo - chunk.start));
+  const int64_t blocks = chunk.k1 - chunk.k0;
+  read_padded(room.numbers, stored, blocks, old, room.fresh);
+  memset(room.old, 0, sizeof(float) * blocks * size.block);
+  add_expanded(old, room.old, 0, room.numbers, blocks);
 }
 
 }  // namespace

@@ -7,24 +7,62 @@
 namespace flora {
 namespace {
 
-// kRows rows side by side, each a stream of its own for the prefetcher: |G_i|^2, then the columns' sums.
+// Column sums of kRows rows: of G^2, and of G^2 / R where kScaled.
+template <int kRows, bool kScaled>
+FLORA_CALLED void add_columns(float* plain, const float* const* rows, const float* inverse, int64_t width) {
+  const float* g[kRows];
+  Vec over[kRows];
+  float* scaled = plain + width;
+  for (int r = 0; r < kRows; r++) {
+    g[r] = rows[r];
+    over[r] = spread(inverse[r]);
+  }
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) {
+    Vec sum = load(plain + j), sum_over = kScaled ? load(scaled + j) : Vec{};
+    for (int r = 0; r < kRows; r++) {
+      const Vec a = load(g[r] + j), square = a * a;
+      sum += square;
+      if (kScaled) sum_over += square * over[r];
+    }
+    store(plain + j, sum);
+    if (kScaled) store(scaled + j, sum_over);
+  }
+  for (; j < width; j++)
+    for (int r = 0; r < kRows; r++) {
+      const float square = g[r][j] * g[r][j];
+      plain[j] += square;
+      if (kScaled) scaled[j] += square * inverse[r];
+    }
+}
+
+// |G_i|^2 of kRows rows side by side, each a stream of its own for the prefetcher.
 template <int kRows>
-FLORA_INLINE void measure_lines(const Header& size, const Tile& tile, const Now& now, const int64_t* at,
-                                const float* const* g, const MeasureSums& sums) {
-  const int64_t width = tile.last - tile.first;
-  float squares[kRows], inverse[kRows];
-  Vec t[kRows][2] = {};
+FLORA_CALLED void add_rows(float* squares, const float* const* rows, int64_t width) {
+  const float* g[kRows];
+  Vec sums[kRows][2] = {};
+  for (int r = 0; r < kRows; r++) g[r] = rows[r];
   int64_t j = 0;
   for (; j + 2 * kLanes <= width; j += 2 * kLanes)
     for (int r = 0; r < kRows; r++)
       for (int v = 0; v < 2; v++) {
         const Vec a = load(g[r] + j + v * kLanes);
-        t[r][v] += a * a;
+        sums[r][v] += a * a;
       }
   for (int r = 0; r < kRows; r++) {
     float rest = 0;
     for (int64_t i = j; i < width; i++) rest += g[r][i] * g[r][i];
-    squares[r] = rest + sum_of(t[r][0] + t[r][1]);
+    squares[r] = rest + sum_of(sums[r][0] + sums[r][1]);
+  }
+}
+
+template <int kRows>
+FLORA_INLINE void measure_lines(const Header& size, const Tile& tile, const Now& now, const int64_t* at,
+                                const float* const* g, const MeasureSums& sums) {
+  const int64_t width = tile.last - tile.first;
+  float squares[kRows], inverse[kRows];
+  add_rows<kRows>(squares, g, width);
+  for (int r = 0; r < kRows; r++) {
     inverse[r] = 0;
     if (tile.is_cut) {
       sums.cut_rows[tile.row_slot + at[r]] = squares[r];
@@ -37,40 +75,31 @@ FLORA_INLINE void measure_lines(const Header& size, const Tile& tile, const Now&
     inverse[r] = 1 / fresh;
   }
   float* columns = sums.partial + tile.partial;
-  float* scaled = columns + width;
-  const bool asks_scaled = size.num_sums > 1 && !tile.is_cut;
-  for (j = 0; j + kLanes <= width; j += kLanes) {
-    Vec plain = load(columns + j), over = asks_scaled ? load(scaled + j) : Vec{};
-    for (int r = 0; r < kRows; r++) {
-      const Vec a = load(g[r] + j), square = a * a;
-      plain += square;
-      over += square * inverse[r];
-    }
-    store(columns + j, plain);
-    if (asks_scaled) store(scaled + j, over);
-  }
-  for (; j < width; j++)
-    for (int r = 0; r < kRows; r++) {
-      const float square = g[r][j] * g[r][j];
-      columns[j] += square;
-      if (asks_scaled) scaled[j] += square * inverse[r];
-    }
+  if (size.num_sums > 1 && !tile.is_cut)
+    add_columns<kRows, true>(columns, g, inverse, width);
+  else
+    add_columns<kRows, false>(columns, g, inverse, width);
+}
+
+FLORA_INLINE void add_products(float* to, float scale, const float* x, const float* y, int64_t count) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(to + j, load(to + j) + scale * load(x + j) * load(y + j));
+  for (; j < count; j++) to[j] += scale * x[j] * y[j];
 }
 
 // history: |M A|^2; cross: sum_i G (M A) / sqrt(R_i), of whole rows.
-FLORA_CALLED double add_history(const Header& size, const Tile& tile, const Now& now, const Basis& basis, int64_t i,
+FLORA_CALLED double add_history(const Header& size, const Tile& tile, const Now& now, const Sketch& old, int64_t i,
                                 const float* g, const MeasureSums& sums, const Room& room) {
   const int64_t width = tile.last - tile.first;
   float* cross = sums.partial + tile.partial + 2 * width;
   const float scale = tile.is_cut ? 0 : now.sign / __builtin_sqrtf(sums.rows[tile.new_row + i]);
   double history = 0;
   each_chunk(size, tile, [&](const Chunk& chunk) {
-    old_elements(room.old, room.numbers, size, tile, chunk, i, matrix_of(basis.old_HRB, size, tile));
-    const float* old = room.old + (chunk.lo - chunk.start);
+    old_elements(size, tile, chunk, i, old, room);
+    const float* x = room.old + (chunk.lo - chunk.start);
     const int64_t count = chunk.hi - chunk.lo, offset = chunk.lo - tile.first;
-    history += square_sum(old, count);
-    if (tile.is_cut) return;
-    for (int64_t j = 0; j < count; j++) cross[offset + j] += scale * g[offset + j] * old[j];
+    history += square_sum(x, count);
+    if (!tile.is_cut) add_products(cross + offset, scale, g + offset, x, count);
   });
   return history;
 }
@@ -98,6 +127,8 @@ void measure(const Plan& plan, int64_t index, const Gradients& given, const Basi
   const int64_t width = tile.last - tile.first, stride = tile.num_rows / kLineRows;
   memset(sums.partial + tile.partial, 0, sizeof(float) * size.num_sums * width);
   double history = 0;
+  Sketch old;
+  if (size.num_sums == 3 && !size.is_dense) Sketch::read(old, matrix_of(basis.old_HRB, size, tile), nullptr, size);
   const float* g[kLineRows];
   int64_t at[kLineRows];
   for (int64_t i = 0; i < stride; i++) {  // rows a quarter of the tile apart
@@ -107,13 +138,13 @@ void measure(const Plan& plan, int64_t index, const Gradients& given, const Basi
     }
     measure_lines<kLineRows>(size, tile, now, at, g, sums);
     if (size.num_sums == 3)
-      for (int64_t r = 0; r < kLineRows; r++) history += add_history(size, tile, now, basis, at[r], g[r], sums, room);
+      for (int64_t r = 0; r < kLineRows; r++) history += add_history(size, tile, now, old, at[r], g[r], sums, room);
   }
   for (int64_t i = kLineRows * stride; i < tile.num_rows; i++) {
     at[0] = i;
     g[0] = gradient_line(plan, tile, given, i, room.lines[0]);
     measure_lines<1>(size, tile, now, at, g, sums);
-    if (size.num_sums == 3) history += add_history(size, tile, now, basis, i, g[0], sums, room);
+    if (size.num_sums == 3) history += add_history(size, tile, now, old, i, g[0], sums, room);
   }
   sums.scalars[kMatrixSums * index] = history;
   sums.scalars[kMatrixSums * index + 1] = size.sums_weight ? weight_square_sum(size, tile, room.weights) : 0;
@@ -127,6 +158,10 @@ void couple(const Plan& plan, int64_t index, const Gradients& given, const Basis
   const Room room = room_for(scratch, size, tile, given, basis);
   const float* factor = settled.factor + tile.matrix * size.num_columns;
   double squares = 0, cross = 0;
+  Sketch old, fresh;
+  if (sums.asks_cross && !size.is_dense) Sketch::read(old, matrix_of(basis.old_HRB, size, tile), nullptr, size);
+  if (sums.asks_blocks)
+    Sketch::read(fresh, matrix_of(basis.new_HRB, size, tile), columns_of(basis, size, tile), size);
   for (int64_t i = 0; i < tile.num_rows; i++) {
     const float* g = gradient_line(plan, tile, given, i, room.lines[0]);
     const float row = now.sign / __builtin_sqrtf(settled.rows[tile.new_row + i]);
@@ -135,16 +170,15 @@ void couple(const Plan& plan, int64_t index, const Gradients& given, const Basis
       normalise(room.x, chunk, tile, g, row, factor);
       squares += square_sum(room.x + skip, count);
       if (sums.asks_cross) {
-        old_elements(room.old, room.numbers, size, tile, chunk, i, matrix_of(basis.old_HRB, size, tile));
+        old_elements(size, tile, chunk, i, old, room);
         cross += dot(room.x + skip, room.old + skip, count);
       }
       if (!sums.asks_blocks) return;
-      const float* columns = basis.columns_HBP + tile.matrix * size.block * basis.padded;
       const int64_t edges[2] = {tile.first / size.block, (tile.last - 1) / size.block};
       const int64_t slots[2] = {tile.head_slot, tile.tail_slot};
       for (int e = 0; e < 2; e++) {
         if (slots[e] < 0 || edges[e] < chunk.k0 || edges[e] >= chunk.k1) continue;
-        compress(room.compressed, room.x + (edges[e] - chunk.k0) * size.block, 1, columns, size.block, basis.padded);
+        compress_with(fresh, room.compressed, room.x + (edges[e] - chunk.k0) * size.block, 1);
         memcpy(sums.blocks + (slots[e] + i) * size.rank, room.compressed, sizeof(float) * size.rank);
       }
     });

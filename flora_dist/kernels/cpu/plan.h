@@ -24,6 +24,7 @@ struct Header {
   int64_t is_stochastic;   // rounding to a 16-bit dtype
   int64_t block;           // B
   int64_t rank;            // R
+  int64_t is_hadamard;     // A is some rows of a Hadamard matrix, times signs and one number
   int64_t num_rows;        // N of the whole matrix
   int64_t num_columns;     // M of the whole matrix
   int64_t num_matrices;    // H
@@ -183,7 +184,7 @@ static inline int64_t chunk_blocks(int64_t block) { return block >= kChunk ? 1 :
 // Floats that one thread needs for a tile: rows in fp32, and the buffers of a chunk.
 static inline int64_t scratch_floats(int64_t width, int64_t block, int64_t gradient_block, int64_t padded) {
   const int64_t blocks = chunk_blocks(block);
-  return kLineRows * up(width + 2 * gradient_block, 16) + 4 * up(blocks * block, kChunk) + 5 * blocks * padded +
+  return kLineRows * up(width + 2 * gradient_block, 16) + 2 * up(blocks * block, kChunk) + 5 * blocks * padded +
          2 * kChunk;
 }
 
