@@ -3,23 +3,61 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from flora_dist.trainer.extras import needs_train_extra
+
+with needs_train_extra():
+    from pydantic import (
+        AfterValidator,
+        ConfigDict,
+        Field,
+        StrictBool,
+        StrictFloat,
+        StrictInt,
+        StrictStr,
+        ValidationInfo,
+    )
+    from pydantic.dataclasses import dataclass
 
 STDLIB = "python-stdlib"
 BYTE = "byte"
 DENSE: Final = "dense"
 AUTO: Final = "auto"
 
+_KNOWN = ConfigDict(extra="forbid", allow_inf_nan=False)
+_Positive = Annotated[StrictInt, Field(ge=1)]
 
-@dataclass(frozen=True, kw_only=True)
+
+def _found(key: str, reserved: str | None = None) -> AfterValidator:
+    """Finds a path of a file's config: from the working directory, else from the file's folder."""
+
+    def find(value: str, info: ValidationInfo) -> str:
+        folder: Path | None = info.context  # None where there is no file
+        if folder is None or value == reserved:
+            return value
+        for candidate in (Path(value), folder / value):
+            if candidate.exists():
+                return str(candidate)
+        also = f" (the one built in is {reserved!r})" if reserved else ""
+        raise ValueError(
+            f"{key} must name something that exists; {value!r} does not, neither from the working "
+            f"directory nor from {str(folder)!r}. Correct the path{also}."
+        )
+
+    return AfterValidator(find)
+
+
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class ModelConfig:
     """Which network is trained. The vocabulary is always the tokenizer's."""
 
-    config: str | None = None
+    config: Annotated[StrictStr, _found("model.config")] | None = None
     """A transformers config (.json); its weights are drawn from `train.seed`."""
-    pretrained: str | None = None
+    pretrained: Annotated[StrictStr, _found("model.pretrained")] | None = None
     """A local folder written by `save_pretrained`; its weights are the starting point."""
 
     def __post_init__(self) -> None:
@@ -30,35 +68,31 @@ class ModelConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class DataConfig:
     """Which text is read, and how it is cut into sequences."""
 
-    corpus: str = STDLIB
+    corpus: Annotated[StrictStr, _found("data.corpus", STDLIB)] = STDLIB
     """`python-stdlib` (the standard library's own sources), a file, or a folder of files."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """`auto` goes by the file's ending: .jsonl/.json, .parquet, everything else is text."""
-    field: str = "text"
+    field: StrictStr = "text"
     """The column of jsonl and parquet files that holds the document."""
-    tokenizer: str = BYTE
+    tokenizer: Annotated[StrictStr, _found("data.tokenizer", BYTE)] = BYTE
     """`byte` (256 bytes and one end-of-document token) or a local Hugging Face folder."""
-    sequence_length: int = 256
+    sequence_length: _Positive = 256
     """Tokens per sequence."""
-    validation_every: int = 20
+    validation_every: Annotated[StrictInt, Field(ge=2)] = 20
     """Every so many documents, one goes to validation and never to training."""
 
-    def __post_init__(self) -> None:
-        _at_least("data.sequence_length", self.sequence_length, 1)
-        _at_least("data.validation_every", self.validation_every, 2)
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class OptimizerConfig:
     """An optimizer by name; every other key goes to it as it stands."""
 
     name: Literal["flora", "adamw", "adafactor"]
     """`flora` is `flora_dist.Flora`, the others are `torch.optim`'s."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The keyword arguments, as the optimizer itself names them; `lr` is required."""
 
     def __post_init__(self) -> None:
@@ -75,21 +109,19 @@ class OptimizerConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class GradientsConfig:
     """How Flora's gradients are kept between backward and step, as `flora_dist.attach` says it."""
 
     level: Literal["dense", "sharded", "compressed", "fused"] = DENSE
     """`sharded`: reduced whole, kept as sketches; `compressed`: kept and reduced as sketches;
     `fused`: linear layers compute the sketch and never the gradient. `compare` stays dense."""
-    rank: int | None = None
+    rank: _Positive | None = None
     """Numbers per block of the sketches; None: the optimizer's `rank`."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """What travels of the sketches."""
 
     def __post_init__(self) -> None:
-        if self.rank is not None:
-            _at_least("gradients.rank", self.rank, 1)
         if self.level == DENSE and (self.rank is not None or self.wire_dtype != "float32"):
             raise ValueError(
                 "gradients.rank and gradients.wire_dtype describe sketches, and "
@@ -104,19 +136,18 @@ class GradientsConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class ScheduleConfig:
     """How the learning rate moves: linear warm-up, then the named curve."""
 
     name: Literal["constant", "linear", "cosine"] = "cosine"
     """The curve after warm-up, down to `final_ratio` at the last step."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
-    final_ratio: float = 0.1
+    final_ratio: StrictFloat = 0.1
     """Learning rate of the last step, as a part of `lr`; unused by `constant`."""
 
     def __post_init__(self) -> None:
-        _at_least("schedule.warmup_steps", self.warmup_steps, 0)
         if not 0.0 <= self.final_ratio <= 1.0:
             raise ValueError(
                 f"schedule.final_ratio must be between 0 and 1; it is {self.final_ratio!r}. "
@@ -124,34 +155,32 @@ class ScheduleConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class TrainConfig:
     """How long and in which batches."""
 
-    steps: int
+    steps: _Positive
     """Optimizer steps."""
-    global_batch: int
+    global_batch: _Positive
     """Sequences per optimizer step, over all processes; the same for every world size."""
-    micro_batch: int
+    micro_batch: _Positive
     """Sequences one process sends through the model at once; the rest is accumulated."""
-    seed: int = 0
+    seed: StrictInt = 0
     """The run's one seed: weights, order of the data, dropout, and Flora's projections."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: arithmetic of the model only; weights and reductions stay float32.
 
     Under deepspeed its "bf16": weights in bfloat16 with float32 masters, reduced as the JSON says.
     """
-    max_grad_norm: float | None = None
+    max_grad_norm: StrictFloat | None = None
     """Clip the gradient's global norm to this before the step; none by default."""
-    log_every: int = 10
+    log_every: _Positive = 10
     """Steps between two lines of metrics."""
-    stop_at_nan: bool = True
+    stop_at_nan: StrictBool = True
     """End the run with exit code 1 where a loss, a weight or a state is NaN or infinite. False: go
     on. Either way no checkpoint of such weights is written."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "log_every"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
             raise ValueError(
                 f"train.max_grad_norm must be above 0; it is {self.max_grad_norm!r}. "
@@ -164,21 +193,17 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class EvaluationConfig:
     """When the validation loss is taken, and on how much."""
 
-    every: int = 100
+    every: _Positive = 100
     """Steps between evaluations; the last step is always evaluated."""
-    sequences: int = 64
+    sequences: _Positive = 64
     """Validation sequences, evenly spread over the held-out documents, always the same."""
 
-    def __post_init__(self) -> None:
-        _at_least("evaluation.every", self.every, 1)
-        _at_least("evaluation.sequences", self.sequences, 1)
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class BackendConfig:
     """How the model is spread over the processes."""
 
@@ -186,17 +211,17 @@ class BackendConfig:
     """`none` is one process; `hsdp` is FSDP2 on a replicate x shard mesh."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA with nccl where there is one, else CPU with gloo."""
-    replicate: int | None = None
+    replicate: StrictInt | None = None
     """hsdp: number of groups that hold a whole copy of the model."""
-    shard: int | None = None
+    shard: StrictInt | None = None
     """hsdp: number of processes one copy is cut into."""
-    reshard_after_forward: bool = True
+    reshard_after_forward: StrictBool = True
     """fsdp1, fsdp2, hsdp: free a layer's full weights between forward and backward."""
-    config: str | None = None
+    config: Annotated[StrictStr, _found("backend.config")] | None = None
     """deepspeed: its JSON config."""
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """deepspeed: laid over the JSON key by key; null takes a key out."""
-    timeout_minutes: float | None = None
+    timeout_minutes: StrictFloat | None = None
     """How long a process waits for the others in any message; then the run fails. None: what
     `flora-dist launch --timeout` says, else 10."""
 
@@ -230,17 +255,17 @@ class BackendConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every: int | None = None
+    every: _Positive | None = None
     """Steps between checkpoints in `<run>/checkpoints`, the last step too; none by default."""
-    keep: int | None = 2
+    keep: _Positive | None = 2
     """Newest checkpoints that stay; `auto` takes the one before a damaged one. null: all."""
-    asynchronous: bool = False
+    asynchronous: StrictBool = False
     """Copy the state at once and write it while training goes on; not under deepspeed."""
-    resume: str | None = None
+    resume: Annotated[StrictStr, _found("checkpoint.resume", AUTO)] | None = None
     """`auto`: go on from the run folder's newest checkpoint, or start where it has none, so that
     the same command starts and resumes. Where the newest is damaged, from the whole one before it,
     with a warning that names both. It removes nothing: a folder with checkpoints is gone on
@@ -248,9 +273,6 @@ class CheckpointConfig:
     to be started over. Else a checkpoint, or the folder of several: the newest."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) is not None:
-                _at_least(f"checkpoint.{name}", getattr(self, name), 1)
         if self.resume == AUTO and self.every is None:
             raise ValueError(
                 "checkpoint.resume='auto' goes on from what checkpoint.every saves; "
@@ -258,19 +280,19 @@ class CheckpointConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class OutputConfig:
     """Where the results go."""
 
-    folder: str = "runs"
+    folder: StrictStr = "runs"
     """Parent of all run folders."""
-    name: str
+    name: StrictStr
     """Name of this run's folder."""
-    overwrite: bool = False
+    overwrite: StrictBool = False
     """Replace a run of this name instead of refusing; with checkpoint.resume: auto, see there."""
-    tensorboard: bool = True
+    tensorboard: StrictBool = True
     """Write TensorBoard scalars beside metrics.jsonl."""
-    progress: bool = True
+    progress: StrictBool = True
     """Show a progress bar on process 0."""
 
     def __post_init__(self) -> None:
@@ -281,29 +303,29 @@ class OutputConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_KNOWN)
 class Config:
     """One run. The sections of a config file, under their own names."""
 
     model: ModelConfig
     """The network."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The text."""
     optimizer: OptimizerConfig
     """The optimizer under test."""
     compare: OptimizerConfig | None = None
     """AdamW to be run afterwards on the same data, steps and seed; none by default."""
-    gradients: GradientsConfig = field(default_factory=GradientsConfig)
+    gradients: GradientsConfig = dataclasses.field(default_factory=GradientsConfig)
     """What of the gradients of the optimizer under test is compressed; nothing by default."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     """The learning rate's curve."""
     train: TrainConfig
     """Length and batches."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     """The validation loss."""
-    backend: BackendConfig = field(default_factory=BackendConfig)
+    backend: BackendConfig = dataclasses.field(default_factory=BackendConfig)
     """Processes."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """Save and resume."""
     output: OutputConfig
     """Results."""
@@ -319,8 +341,3 @@ class Config:
                 "schedule.warmup_steps must be below train.steps; "
                 f"{self.schedule.warmup_steps} of {self.train.steps}. Lower it or train longer."
             )
-
-
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise ValueError(f"{name} must be at least {lowest}; it is {value}. Raise it.")

@@ -5,20 +5,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from flora_dist.trainer.config import AUTO, BYTE, STDLIB, Config, OptimizerConfig
-from flora_dist.trainer.optimizers import option_names
+from flora_dist.trainer.config import Config
+from flora_dist.trainer.optimizers import LABELS, option_names
 from flora_dist.trainer.optional_imports import needs_train_extra
 from flora_dist.trainer.utf8 import read_utf8
 
 with needs_train_extra():
     import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+# Which of several mistakes is told: a key that is unknown or missing explains others.
+_FIRST = ("unexpected_keyword_argument", "invalid_key", "missing")
+_TYPES = {
+    "int_type": "int",
+    "float_type": "float",
+    "bool_type": "bool",
+    "string_type": "str",
+    "dict_type": "Mapping",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,7 +76,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         )
     for override in overrides:
         _override(tree, override)
-    return _with_paths(_build(Config, tree, ""), path.parent)
+    for section in ("optimizer", "compare"):
+        if isinstance(tree.get(section), Mapping):
+            tree[section] = _with_options(tree[section], section)
+    try:
+        return TypeAdapter(Config).validate_python(tree, context=path.parent)
+    except ValidationError as error:
+        raise ValueError(_explained(error)) from error
 
 
 def as_tree(config: Config) -> dict[str, Any]:
@@ -111,87 +129,71 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[keys[-1]] = _parse(text, subject=f"the value of --set {dotted}")
 
 
-def _build(kind: type[Any], tree: Any, where: str) -> Any:
-    """A dataclass from a mapping; `where` is the dotted path of the section."""
-    if not isinstance(tree, Mapping):
-        raise ValueError(  # noqa: TRY004 - the user's mistake: one type for all config errors
-            f"{where} must be a section with keys; it is {tree!r}. Indent its keys below it."
-        )
-    if kind is OptimizerConfig:
-        tree = _with_options(tree, where)
-    types_ = get_type_hints(kind)
-    for key in tree:
-        if key not in types_:
-            raise _unknown(str(key), list(types_), where)
-    required = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    for name in required:
-        if name not in tree:
-            raise ValueError(
-                f"{_dotted(where, name)} is required and missing. Add it to the config."
-            )
-    return kind(
-        **{key: _convert(value, types_[key], _dotted(where, key)) for key, value in tree.items()}
-    )
-
-
 def _with_options(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The optimizer's section: `name`, and the rest checked against that optimizer's names."""
-    name = _convert(tree.get("name"), get_type_hints(OptimizerConfig)["name"], f"{where}.name")
-    known = option_names(name)
-    for key in tree:
-        if key != "name" and key not in known:
-            raise _unknown(str(key), ["name", *known], where)
+    name = tree.get("name")
     options = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in tree.items()
         if key != "name"
     }
+    if name in list(LABELS):  # else it is refused as any other word would be
+        known = option_names(name)
+        for key in options:
+            if key not in known:
+                raise ValueError(_unknown(str(key), ["name", *known], where))
     return {"name": name, "options": options}
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """Check one value against its annotation; ints become floats where a float is meant."""
-    choices = get_args(kind)
-    if get_origin(kind) is Literal:
-        if value not in choices:
+def _explained(error: ValidationError) -> str:
+    """What to say of the first mistake."""
+    mistakes = error.errors(include_url=False)
+    kinds = [*_FIRST, *(mistake["type"] for mistake in mistakes)]
+    mistake = min(mistakes, key=lambda each: kinds.index(each["type"]))
+    where, value, context = ".".join(map(str, mistake["loc"])), mistake["input"], _context(mistake)
+    match mistake["type"]:
+        case "unexpected_keyword_argument" | "invalid_key":
+            return _unknown_of(mistake)
+        case "missing":
+            return f"{where} is required and missing. Add it to the config."
+        case "dataclass_type":
+            remedy = "Indent its keys below it."
+            return f"{where} must be a section with keys; it is {value!r}. {remedy}"
+        case "literal_error":
+            choices = re.findall(r"'([^']*)'", context["expected"])
             near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"{where} must be one of {', '.join(choices)}; it is {value!r}."
-                f"{hint or ' Choose one.'}"
-            )
-        return value
-    if get_origin(kind) in {Union, types.UnionType}:
-        if value is None and type(None) in choices:
-            return None
-        (kind,) = (choice for choice in choices if choice is not type(None))
-        return _convert(value, kind, where)
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)  # type: ignore[arg-type]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    plain = get_origin(kind) or kind
-    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
-        raise ValueError(
-            f"{where} must be of type {plain.__name__}; it is {value!r} "
-            f"({type(value).__name__}). Correct the value."
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} must be finite; it is {value!r}. Correct the value.")
-    return value
+            hint = f"Did you mean {near[0]!r}?" if near else "Choose one."
+            return f"{where} must be one of {', '.join(choices)}; it is {value!r}. {hint}"
+        case "finite_number":
+            return f"{where} must be finite; it is {value!r}. Correct the value."
+        case "greater_than_equal":
+            return f"{where} must be at least {context['ge']}; it is {value}. Raise it."
+        case "value_error":
+            return str(context["error"])
+    kind = _TYPES.get(mistake["type"], mistake["msg"])
+    return (
+        f"{where} must be of type {kind}; it is {value!r} ({type(value).__name__}). Correct the "
+        "value."
+    )
 
 
-def _unknown(key: str, siblings: list[str], where: str) -> ValueError:
+def _context(mistake: ErrorDetails) -> dict[str, Any]:
+    return mistake.get("ctx", {})
+
+
+def _unknown_of(mistake: ErrorDetails) -> str:
+    *where, key = map(str, mistake["loc"])
+    kind: Any = get_type_hints(Config)[where[0]] if where else Config
+    return _unknown(key, [each.name for each in dataclasses.fields(kind)], ".".join(where))
+
+
+def _unknown(key: str, siblings: list[str], where: str) -> str:
     near = difflib.get_close_matches(key, siblings, n=1)
     nearest = [_dotted(where, name) for name in near] or [
         dotted for dotted in _all_keys() if dotted.rpartition(".")[2] == key
     ]
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-    return ValueError(
+    return (
         f"a config holds only known keys; {_dotted(where, key)!r} is unknown. {hint}"
         f"Known here: {', '.join(siblings)}."
     )
@@ -207,38 +209,3 @@ def _all_keys() -> list[str]:
 
 def _dotted(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
-
-
-def _with_paths(config: Config, folder: Path) -> Config:
-    """Find every path: from the working directory, else from the config file's own folder."""
-
-    def found(value: str | None, key: str, reserved: str | None = None) -> str | None:
-        if value is None or value == reserved:
-            return value
-        for candidate in (Path(value), folder / value):
-            if candidate.exists():
-                return str(candidate)
-        also = f" (the one built in is {reserved!r})" if reserved else ""
-        raise ValueError(
-            f"{key} must name something that exists; {value!r} does not, neither in the working "
-            f"directory nor in {str(folder)!r}. Correct the path{also}."
-        )
-
-    change = dataclasses.replace
-    model, data, backend = config.model, config.data, config.backend
-    checkpoint = config.checkpoint
-    return change(
-        config,
-        model=change(
-            model,
-            config=found(model.config, "model.config"),
-            pretrained=found(model.pretrained, "model.pretrained"),
-        ),
-        data=change(
-            data,
-            corpus=found(data.corpus, "data.corpus", STDLIB),
-            tokenizer=found(data.tokenizer, "data.tokenizer", BYTE),
-        ),
-        backend=change(backend, config=found(backend.config, "backend.config")),
-        checkpoint=change(checkpoint, resume=found(checkpoint.resume, "checkpoint.resume", AUTO)),
-    )

@@ -86,6 +86,11 @@ def test_an_exponent_without_a_dot_is_a_number() -> None:
         ("train.micro_batch=3", "multiple of train.micro_batch"),
         ("data.corpus=5", "data.corpus must be of type str"),
         ("data=5", "data must be a section"),
+        ("data=null", "data must be a section with keys; it is None. Indent its keys below it"),
+        ("backend.changes=[1]", "backend.changes must be of type Mapping; it is \\[1\\]"),
+        ("train={steps: 0, stepps: 1}", "'train.stepps' is unknown. Did you mean 'train.steps'"),
+        ("evaluation={1: 2}", "'evaluation.1' is unknown"),
+        ("optimizer={name: adamw, lr: 1, options: {}}", "'optimizer.options' is unknown"),
         ("output.overwrite=1", "must be of type bool"),
         ("backend.name=fsdp", "one of none, ddp, fsdp1.*; it is 'fsdp'. Did you mean 'fsdp"),
         ("backend.shard=2", "belong to hsdp"),
@@ -190,14 +195,23 @@ def test_the_command_line_reports_a_mistake_without_a_traceback(
     assert capsys.readouterr().err.startswith("error: a config holds only known keys")
 
 
-def test_the_command_can_be_imported_without_torch() -> None:
-    code = "import sys, flora_dist.cli; sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
+def test_the_command_the_planner_and_the_launcher_are_imported_without_the_trainers_packages() -> (
+    None
+):
+    code = (
+        "import sys, flora_dist, flora_dist.cli, flora_dist.planner, flora_dist.launch; "
+        "sys.exit(bool({'torch', 'yaml', 'pydantic'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
 
 
 @pytest.mark.parametrize(
     ("package", "module"),
-    [("yaml", "flora_dist.trainer.configfile"), ("numpy", "flora_dist.trainer.data")],
+    [
+        ("yaml", "flora_dist.trainer.configfile"),
+        ("pydantic", "flora_dist.trainer.config"),
+        ("numpy", "flora_dist.trainer.data"),
+    ],
 )
 def test_a_missing_package_is_answered_with_the_extra_to_install(
     package: str,
