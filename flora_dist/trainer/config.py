@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from flora_dist.trainer.extras import needs_train_extra
+from flora_dist.trainer.optional_imports import needs_train_extra
 
 with needs_train_extra():
     from pydantic import (
