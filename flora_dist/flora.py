@@ -25,10 +25,10 @@ from flora_dist.core.parameters.checks import (
 )
 from flora_dist.core.parameters.first_step import Beginning
 from flora_dist.core.parameters.norms import clip_factor, global_norm, scale_
-from flora_dist.core.parameters.registry import Roster, takes_part
+from flora_dist.core.parameters.registry import Registry, takes_part
 from flora_dist.core.parameters.report import Report
 from flora_dist.core.parameters.source import DenseGradients, GradientSource
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.parameters.turns import Player, take_turn
 from flora_dist.core.protocols import Layout
 from flora_dist.core.sketch.ops import exact_products
@@ -132,7 +132,7 @@ class Flora(torch.optim.Optimizer):
         defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
         config_of(defaults)
         self._rhythm = consistency.Rhythm(check_every)
-        self._roster = Roster(phases_of)
+        self._roster = Registry(phases_of)
         self._announced = False
         self._source: GradientSource = DenseGradients()
         self._beginning, self._player = Beginning(), Player()
@@ -203,7 +203,7 @@ class Flora(torch.optim.Optimizer):
                 self._rhythm.count(self, slots)
         return loss
 
-    def _step(self, slots: Sequence[Slot]) -> None:
+    def _step(self, slots: Sequence[Trainable]) -> None:
         if not all("param_names" in group for group in self.param_groups):
             take_turn(self._player, slots)
         ordered = sorted(slots, key=attrgetter("name"))
@@ -294,11 +294,11 @@ class Flora(torch.optim.Optimizer):
         return self._source
 
     @property
-    def roster(self) -> Roster:
+    def roster(self) -> Registry:
         """Who holds what, for checkpoints."""
         return self._roster
 
-    def slots(self) -> list[Slot]:
+    def slots(self) -> list[Trainable]:
         """Every parameter as the optimizer holds it, for integrations; in the order of groups."""
         return self._roster.everything(self.param_groups, self.state)
 
@@ -330,7 +330,7 @@ class Flora(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_roster" not in self.__dict__:  # unpickled or deep-copied
-            self._roster = Roster(phases_of)
+            self._roster = Registry(phases_of)
             self._source = DenseGradients()
             self._announced = True
             self._beginning = Beginning()  # a copy without its model has tensors that nobody trains
@@ -338,14 +338,14 @@ class Flora(torch.optim.Optimizer):
                 self._roster.enter(group["params"])
         self._roster.forget()
 
-    def _present_slots(self) -> list[Slot]:
+    def _present_slots(self) -> list[Trainable]:
         """Those that take part in a step, in the order of groups; their gradients are sound."""
         slots = [s for s in self._roster.present(self.param_groups, self.state) if takes_part(s)]
         for slot in slots:
             self._source.check(slot)
         return slots
 
-    def _current_gradients(self) -> tuple[list[Slot], list[Gradient]]:
+    def _current_gradients(self) -> tuple[list[Trainable], list[Gradient]]:
         check_not_in_turns(self._roster)
         slots = sorted(self._present_slots(), key=attrgetter("name"))
         return slots, self._source.read(slots)

@@ -19,7 +19,7 @@ from flora_dist.checkpoint.canonical import (
     owned_boxes,
 )
 from flora_dist.checkpoint.folder import Json, Manifest, TensorFacts
-from flora_dist.core.parameters.trainable import Group, Slot
+from flora_dist.core.parameters.trainable import Group, Trainable
 from flora_dist.core.sketch.keys import canonical_name
 from flora_dist.core.state.settings import KNOBS, check_settings, completed
 from flora_dist.core.tiles import Tile
@@ -143,12 +143,12 @@ def _elements(held: Held) -> Boxes:
     return Boxes.of(elements_shape(held.shape), held.local.dtype, boxes)
 
 
-def _weight(slot: Slot) -> Boxes:
+def _weight(slot: Trainable) -> Boxes:
     part = slot.part
     return _elements(Held(name=part.name, shape=part.shape, tiles=part.tiles, local=part.weight()))
 
 
-def _states(slot: Slot, state: dict[str, object]) -> Iterator[tuple[str, Boxes]]:
+def _states(slot: Trainable, state: dict[str, object]) -> Iterator[tuple[str, Boxes]]:
     if not slot.has_state(state):
         return
     own = slot.own_state(state)
@@ -159,7 +159,7 @@ def _states(slot: Slot, state: dict[str, object]) -> Iterator[tuple[str, Boxes]]
         yield state_key(slot.part.name, entry.name), Boxes.of(shape, local.dtype, boxes)
 
 
-def _counters(slot: Slot, optimizer: Flora) -> Json:
+def _counters(slot: Trainable, optimizer: Flora) -> Json:
     state = optimizer.state.get(slot.tensor, {})
     counters: dict[str, Json] = {"shape": list(slot.part.shape)}
     if slot.has_state(state):
@@ -169,7 +169,7 @@ def _counters(slot: Slot, optimizer: Flora) -> Json:
     return counters
 
 
-def _groups(slots: Sequence[Slot]) -> list[Json]:
+def _groups(slots: Sequence[Trainable]) -> list[Json]:
     """By identity of the group: engines take tensors out of theirs, slots know them still."""
     groups: dict[int, tuple[Group, list[Json]]] = {}
     for slot in slots:

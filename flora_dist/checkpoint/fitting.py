@@ -25,7 +25,7 @@ from flora_dist.checkpoint.contents import (
 )
 from flora_dist.checkpoint.folder import Json, Manifest
 from flora_dist.checkpoint.json_values import filled_like
-from flora_dist.core.parameters.trainable import Slot, check_level, check_state
+from flora_dist.core.parameters.trainable import Trainable, check_level, check_state
 from flora_dist.core.state.settings import config_of
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.flora import Flora
@@ -113,7 +113,9 @@ def _more(names: set[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _settings_of(manifest: Manifest, group: Mapping[str, Any], slots: Sequence[Slot]) -> Settings:
+def _settings_of(
+    manifest: Manifest, group: Mapping[str, Any], slots: Sequence[Trainable]
+) -> Settings:
     """The saved settings of a group's parameters, which must have stood in groups alike."""
     names = [slot.part.name for slot in slots if slot.group is group]
     saved: dict[str, Settings] = {}
@@ -150,7 +152,7 @@ def _add_weights(fitted: FittedFlora, manifest: Manifest, held: Held) -> None:
     fitted.tensors[key] = Boxes.of(shape, coming.dtype, boxes)
 
 
-def _add_state(fitted: FittedFlora, manifest: Manifest, slot: Slot) -> None:
+def _add_state(fitted: FittedFlora, manifest: Manifest, slot: Trainable) -> None:
     part = slot.part
     counters = dict(saved_counters(manifest).get(part.name, {}))
     # Absent where the other optimizer was not given the parameter: it was frozen there.
@@ -179,7 +181,7 @@ def _add_state(fitted: FittedFlora, manifest: Manifest, slot: Slot) -> None:
         fitted.tensors[key] = Boxes.of(shape, local.dtype, boxes)
 
 
-def _check_counters(counters: Mapping[str, Json], slot: Slot) -> None:
+def _check_counters(counters: Mapping[str, Json], slot: Trainable) -> None:
     """Refuse numbers that no run has counted; which of them must be this run's comes later."""
     for name, value in counters.items():
         lowest, end = (-(2**63), 2**63) if name == "seed" else (0, _MOST_STEPS)
@@ -197,7 +199,7 @@ def _check_counters(counters: Mapping[str, Json], slot: Slot) -> None:
         )
 
 
-def _check_shape(saved: Json, slot: Slot) -> None:
+def _check_shape(saved: Json, slot: Trainable) -> None:
     if saved != list(slot.part.shape):
         raise ValueError(
             f"{slot.part.name!r} must have the shape it was saved with, {saved}; it has "

@@ -21,7 +21,7 @@ from flora_dist.core.consistency.compare import check
 from flora_dist.core.layouts.dtensor import local_of
 from flora_dist.core.parameters.registry import takes_part
 from flora_dist.core.parameters.source import DenseGradients
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import Geometry
 from flora_dist.flora import Flora
 from flora_dist.gradients.cycle import Flow, Gradients
@@ -113,7 +113,7 @@ def _peers(model: nn.Module) -> Peers:
     return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
 
-def _check_owned(slots: Sequence[Slot], model: nn.Module) -> None:
+def _check_owned(slots: Sequence[Trainable], model: nn.Module) -> None:
     own = set(map(id, model.parameters()))
     for slot in slots:
         if id(slot.tensor) not in own:
@@ -141,7 +141,7 @@ def _check_late(
             )
 
 
-def _host(model: nn.Module, slots: Sequence[Slot], level: str) -> Host:
+def _host(model: nn.Module, slots: Sequence[Trainable], level: str) -> Host:
     """What the model's framework is."""
     kinds = [type(module) for module in model.modules()]
     if any(issubclass(kind, FullyShardedDataParallel) for kind in kinds):
@@ -186,7 +186,7 @@ class Handle:
         self,
         model: nn.Module,
         optimizer: Flora,
-        slots: Sequence[Slot],
+        slots: Sequence[Trainable],
         sizes: Mapping[str, Geometry],
         host: Host,
         request: tuple[str, int | None, str],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flora_dist.core.comm.message import Message, Sender
 from flora_dist.core.parameters.source import DenseGradients
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.protocols import Part, Reducer, Terms
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Sketches, draw_together
@@ -212,7 +212,7 @@ class Gradients:
                 here = factor.to(compressed_ENKR.device) if isinstance(factor, Tensor) else factor
                 compressed_ENKR.mul_(here)
 
-    def check(self, slot: Slot) -> None:
+    def check(self, slot: Trainable) -> None:
         """Refuse a full gradient where sketches belong.
 
         Raises:
@@ -238,7 +238,7 @@ class Gradients:
                 "attach() on the model that is trained, after sharding, and do not write .grad."
             )
 
-    def _asks_for_state(self, slot: Slot) -> bool:
+    def _asks_for_state(self, slot: Trainable) -> bool:
         """Whether a zero gradient at rate 0 was written where sketches belong, before any step.
 
         torch.distributed.checkpoint asks for state so. Looks at the device at a rate of 0 only.
@@ -248,7 +248,7 @@ class Gradients:
             return False
         return slot.group["lr"] == 0 and not bool(gradient.any())
 
-    def read(self, slots: Sequence[Slot]) -> list[Gradient]:
+    def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """Each slot's gradient, averaged over the ranks if it is sketched."""
         if any(map(self._asks_for_state, slots)):
             return self._dense.read(slots)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flora_dist.core.layouts.dtensor import local_of
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.sketch.keys import Purpose
 from flora_dist.core.state.spec import LEVELS, Geometry, geometry_of
 from flora_dist.core.step.basis import Sketches
@@ -44,7 +44,7 @@ def check_request(level: str, wire_dtype: str) -> None:
         )
 
 
-def geometry_for(slot: Slot, gradient_rank: int | None) -> Geometry:
+def geometry_for(slot: Trainable, gradient_rank: int | None) -> Geometry:
     """Blocks and numbers per block of a parameter's gradient sketches; None: the group's rank."""
     config = slot.config
     if gradient_rank is not None:
@@ -52,7 +52,7 @@ def geometry_for(slot: Slot, gradient_rank: int | None) -> Geometry:
     return geometry_of(slot.part.name, slot.part.shape, config)
 
 
-def flow_for(slot: Slot, source: Source, size: Geometry, optimizer: Flora) -> Flow:
+def flow_for(slot: Trainable, source: Source, size: Geometry, optimizer: Flora) -> Flow:
     """A flow that has taken nothing in yet; ``size`` must not be dense."""
     assert size.rank is not None
     tile = source.tiles[0] if source.tiles else None
@@ -89,7 +89,7 @@ class _Counter:
     """The coming step of a parameter; the optimizer may be gone before its model is."""
 
     optimizer: ref[Flora]
-    slot: Slot
+    slot: Trainable
 
     def __call__(self) -> int:
         optimizer = self.optimizer()

@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist.core.layouts.replicated import whole
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.average import Route
 from flora_dist.gradients.sources import Host, Source, nothing
 
 _TESTED = "2.13.0"
 
 
-def host_of_ddp(model: DistributedDataParallel, slots: Sequence[Slot]) -> Host:
+def host_of_ddp(model: DistributedDataParallel, slots: Sequence[Trainable]) -> Host:
     """Gradients arrive whole on every rank and are averaged by one all-reduce of sketches.
 
     Raises:
@@ -48,7 +48,7 @@ def host_of_ddp(model: DistributedDataParallel, slots: Sequence[Slot]) -> Host:
     )
 
 
-def _source(slot: Slot, sums: tuple[dist.ProcessGroup, ...], world_size: int) -> Source:
+def _source(slot: Trainable, sums: tuple[dist.ProcessGroup, ...], world_size: int) -> Source:
     tiles = whole(tuple(slot.tensor.shape))
     return Source(
         tensor=slot.tensor,

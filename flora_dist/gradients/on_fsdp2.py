@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from flora_dist.core.layouts.dtensor import shard_axes, tiles_along, tiles_at
 from flora_dist.core.layouts.replicated import whole
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.average import Route
 from flora_dist.gradients.on_plain import source_at_parameter
 from flora_dist.gradients.sources import Host, Source, nothing
@@ -27,7 +27,7 @@ from flora_dist.gradients.sources import Host, Source, nothing
 _TESTED = "2.13.0"
 
 
-def host_of_shards(model: nn.Module, slots: Sequence[Slot]) -> Host:
+def host_of_shards(model: nn.Module, slots: Sequence[Trainable]) -> Host:
     """FSDP2 reduces full gradients; what is taken is this rank's shard of the mean."""
     del model
     return Host(
@@ -38,7 +38,7 @@ def host_of_shards(model: nn.Module, slots: Sequence[Slot]) -> Host:
     )
 
 
-def host_of_unsharded(model: nn.Module, slots: Sequence[Slot]) -> Host:
+def host_of_unsharded(model: nn.Module, slots: Sequence[Trainable]) -> Host:
     """Gradients are taken whole, before FSDP2 sees them; costs one all-gather of the weights.
 
     Raises:
@@ -62,7 +62,7 @@ def host_of_unsharded(model: nn.Module, slots: Sequence[Slot]) -> Host:
 
 
 def _source(
-    slot: Slot, gathered: Mapping[int, Tensor], divisors: Mapping[int, float | None]
+    slot: Trainable, gathered: Mapping[int, Tensor], divisors: Mapping[int, float | None]
 ) -> Source:
     sharded = slot.tensor
     tensor = gathered.get(id(sharded))

@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor
 
 from flora_dist.core.layouts.dtensor import tiles_at
 from flora_dist.core.layouts.replicated import whole
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.average import Route
 from flora_dist.gradients.sources import Host, Source, nothing
 
 
-def host_of_plain(slots: Sequence[Slot]) -> Host:
+def host_of_plain(slots: Sequence[Trainable]) -> Host:
     """Parameters whose ``.grad`` is complete after backward, whole or as this rank's shard."""
     return Host(
         sources=[source_at_parameter(slot) for slot in slots],
@@ -24,7 +24,7 @@ def host_of_plain(slots: Sequence[Slot]) -> Host:
     )
 
 
-def source_at_parameter(slot: Slot) -> Source:
+def source_at_parameter(slot: Trainable) -> Source:
     """Nothing is left to average: the framework has done it, or there is only one rank."""
     tensor = slot.tensor
     is_sharded = isinstance(tensor, DTensor)

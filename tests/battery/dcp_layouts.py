@@ -305,11 +305,11 @@ def save_narrow(columns: int, way: str, folder: Path) -> tuple[int, ...]:
 
 def load_narrow(columns: int, way: str, folder: Path, mutation: str = "") -> tuple[str, Any]:
     """The error, and the shape of the momentum here."""
-    from flora_dist.core.parameters.trainable import Slot
+    from flora_dist.core.parameters.trainable import Trainable
 
-    original = Slot.column_shards
+    original = Trainable.column_shards
     if mutation:
-        Slot.column_shards = None  # type: ignore[assignment]
+        Trainable.column_shards = None  # type: ignore[assignment]
     try:
         model, optimizer = narrow_run(columns)
         (state,) = optimizer.state.values()
@@ -319,4 +319,4 @@ def load_narrow(columns: int, way: str, folder: Path, mutation: str = "") -> tup
             return f"{type(error).__name__}: {error}", tuple(state["momentum"].shape)
         return "", tuple(state["momentum"].shape)
     finally:
-        Slot.column_shards = original  # type: ignore[method-assign]
+        Trainable.column_shards = original  # type: ignore[method-assign]

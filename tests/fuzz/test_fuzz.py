@@ -12,8 +12,8 @@ import torch
 
 from flora_dist.core.comm.groups import GroupReducer, MeshReducer
 from flora_dist.core.parameters import loading
-from flora_dist.core.parameters import trainable as slots
 from flora_dist.core.state.settings import MOMENTA, SKETCHES, TRANSFERS
+from flora_dist.core.step import phases
 from tests.conftest import pool_of
 from tests.fuzz import optimizer
 from tests.fuzz.cases import PRECISIONS, ROUND_TRIPS, SHARDED, WORLD_SIZE, Case, deal
@@ -69,20 +69,20 @@ def _as_torch_loads(original: Any) -> Callable[..., Any]:
 
 
 def _first_window_for_ever(original: Any) -> Callable[..., Any]:
-    def job(self: Any, *given: Any) -> Any:
-        made = original(self, *given)
+    def moment(*given: Any) -> Any:
+        made = original(*given)
         object.__setattr__(made, "window", 0)
         return made
 
-    return job
+    return moment
 
 
 @pytest.mark.parametrize(
     ("home", "attribute", "mutate"),
     [
-        (slots, "beta2_at", _rate_of_the_next_step),
+        (phases, "beta2_at", _rate_of_the_next_step),
         (loading, "copy_in", _as_torch_loads),
-        (slots.Slot, "job", _first_window_for_ever),
+        (phases, "_moment", _first_window_for_ever),
     ],
 )
 def test_the_fuzz_notices_a_broken_mechanism(
@@ -121,7 +121,8 @@ def test_the_command_prints_a_broken_case_and_exits_with_1(
     monkeypatch.setattr(sys, "argv", ["fuzz", "--cases", "3", "--seed", str(SEED)])
     for is_broken, code in ((False, 0), (True, 1)):
         if is_broken:
-            monkeypatch.setattr(slots, "beta2_at", _rate_of_the_next_step(slots.beta2_at))
+            wrong = _rate_of_the_next_step(phases.beta2_at)
+            monkeypatch.setattr(phases, "beta2_at", wrong)
         with pytest.raises(SystemExit) as ended:
             optimizer.main()
         assert ended.value.code == code

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flora_dist import Flora
 from flora_dist.core.layouts.flat import FlatPart
-from flora_dist.core.parameters.registry import Roster
+from flora_dist.core.parameters.registry import Registry
 from tests.battery.oracle import STEPS
 from tests.battery.variants import differing
 from tests.zero.engines import (
@@ -114,15 +114,15 @@ def counts_from_the_start(run: Run, steps: Iterable[int]) -> list[set[tuple[int,
 
 def step_in_the_constructor(run: Run) -> str:
     """What an engine's constructor says if its step on zeros were a step; empty if nothing."""
-    original = Roster.is_rehearsal
-    Roster.is_rehearsal = lambda self, groups, state: False  # type: ignore[method-assign]  # noqa: ARG005
+    original = Registry.is_rehearsal
+    Registry.is_rehearsal = lambda self, groups, state: False  # type: ignore[method-assign]  # noqa: ARG005
     try:
         engine, _ = start(run)
         engine.destroy()
     except ValueError as error:
         return str(error)
     finally:
-        Roster.is_rehearsal = original  # type: ignore[method-assign]
+        Registry.is_rehearsal = original  # type: ignore[method-assign]
     return ""
 
 

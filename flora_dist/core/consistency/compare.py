@@ -37,9 +37,9 @@ from flora_dist.core.consistency.fingerprints import (
     fingerprints,
     numbers_of,
 )
-from flora_dist.core.parameters.registry import Roster
+from flora_dist.core.parameters.registry import Registry
 from flora_dist.core.parameters.source import GradientSource
-from flora_dist.core.parameters.trainable import Group, Slot
+from flora_dist.core.parameters.trainable import Group, Trainable
 from flora_dist.core.state.settings import KNOBS
 from flora_dist.core.state.spec import matrix_sizes
 
@@ -67,7 +67,7 @@ class Compared(Protocol):
         """This rank's state."""
 
     @property
-    def roster(self) -> Roster:
+    def roster(self) -> Registry:
         """What the groups hold at a step."""
 
     @property
@@ -93,7 +93,7 @@ class Rhythm:
         # Stages 1 and 2 of ZeRO show a step no group but the one whose turn it is.
         self._groups: dict[int, Group] = {}
 
-    def count(self, optimizer: Compared, slots: Sequence[Slot]) -> None:
+    def count(self, optimizer: Compared, slots: Sequence[Trainable]) -> None:
         """``slots`` have been stepped; compare if that ends a step that is due.
 
         Raises:
@@ -163,7 +163,7 @@ def check(
 # ---- what each rank has
 
 
-def _fields(by_name: Mapping[str, Slot], optimizer: Compared) -> dict[str, Field]:
+def _fields(by_name: Mapping[str, Trainable], optimizer: Compared) -> dict[str, Field]:
     settings: dict[int, Mapping[str, Any]] = {}
     for slot in by_name.values():
         if id(slot.group) not in settings:
@@ -212,7 +212,7 @@ def _digest(field: Field) -> int:
 # ---- statistics
 
 
-def _samples(by_name: Mapping[str, Slot], state: State) -> Iterator[tuple[str, Sample]]:
+def _samples(by_name: Mapping[str, Trainable], state: State) -> Iterator[tuple[str, Sample]]:
     """Two of each parameter that is read this time, held or not: equal places on all ranks."""
     turn = max((slot.next_step(state.get(slot.tensor, {})) for slot in by_name.values()), default=0)
     # FSDP1 does not sum the gradients of parameters that it ignores: they are plain among spans.
@@ -226,7 +226,7 @@ def _samples(by_name: Mapping[str, Slot], state: State) -> Iterator[tuple[str, S
         yield name, _piece(slot, held, turn)
 
 
-def _column(slot: Slot, own: Mapping[str, Any], turn: int) -> Sample:
+def _column(slot: Trainable, own: Mapping[str, Any], turn: int) -> Sample:
     """Column means of one matrix, which are equal on all ranks that hold some of it."""
     if "column" not in own:
         return {}
@@ -239,7 +239,7 @@ def _column(slot: Slot, own: Mapping[str, Any], turn: int) -> Sample:
     return {"column" if count == 1 else f"column {matrix}": chunk(column_M, turn)}
 
 
-def _piece(slot: Slot, own: Mapping[str, Any], turn: int) -> Sample:
+def _piece(slot: Trainable, own: Mapping[str, Any], turn: int) -> Sample:
     """All that replicas of one shard have, the weight too; the whole parameter is one shard."""
     place, count = place_of(slot.part.reducer)
     if not own or place != draw(turn, "place") % count:

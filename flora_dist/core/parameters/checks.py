@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flora_dist.core.parameters import names as naming
-from flora_dist.core.parameters.registry import Roster
-from flora_dist.core.parameters.trainable import Group, Slot, check_compressed, check_level
+from flora_dist.core.parameters.registry import Registry
+from flora_dist.core.parameters.trainable import Group, Trainable, check_compressed, check_level
 from flora_dist.core.sketch.matrices import smallest_stable_kappa
 from flora_dist.core.state.settings import check_group_keys, check_settings
 from flora_dist.core.state.spec import geometry_of
@@ -32,7 +32,7 @@ _TORCH_KEYS = (
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_not_in_turns(roster: Roster) -> None:
+def check_not_in_turns(roster: Registry) -> None:
     """Refuse to look at gradients outside an engine's step."""
     if roster.is_stepped_in_turns:
         raise RuntimeError(
@@ -41,14 +41,14 @@ def check_not_in_turns(roster: Roster) -> None:
         )
 
 
-def check_levels(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
+def check_levels(slots: Sequence[Trainable], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Refuse to step state of dense gradients with sketched ones, and the reverse."""
     for slot in slots:
         if slot.has_state(state.get(slot.tensor, {})):
             check_level(slot, slot.own_state(state[slot.tensor]))
 
 
-def create_states(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
+def create_states(slots: Sequence[Trainable], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """State of those that have none yet, in the order of groups; others' must be of their level."""
     check_levels(slots, state)
     for slot in slots:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from flora_dist.core.comm.groups import any_process
-from flora_dist.core.parameters.registry import Roster
-from flora_dist.core.parameters.trainable import Group, Slot
+from flora_dist.core.parameters.registry import Registry
+from flora_dist.core.parameters.trainable import Group, Trainable
 from flora_dist.core.step.gradient import Gradient
 
 
@@ -28,7 +28,7 @@ class Beginner(Protocol):
         """This rank's state."""
 
     @property
-    def roster(self) -> Roster:
+    def roster(self) -> Registry:
         """How it is stepped."""
 
 
@@ -40,7 +40,7 @@ class Beginning:
 
     @contextmanager
     def watched(
-        self, slots: Sequence[Slot], gradients: Sequence[Gradient], optimizer: Beginner
+        self, slots: Sequence[Trainable], gradients: Sequence[Gradient], optimizer: Beginner
     ) -> Iterator[None]:
         """Around a step of ``slots``, with this rank's gradients.
 
@@ -63,12 +63,12 @@ class Beginning:
         raise ValueError(_complaint(optimizer.param_groups, slots))
 
 
-def _steps(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> list[int]:
+def _steps(slots: Sequence[Trainable], state: Mapping[Tensor, dict[str, Any]]) -> list[int]:
     """What each parameter counts. That follows from gradients on all ranks, so ranks agree."""
     return [slot.next_step(state[slot.tensor]) for slot in slots]
 
 
-def _is_found(slots: Sequence[Slot], gradients: Sequence[Gradient]) -> bool:
+def _is_found(slots: Sequence[Trainable], gradients: Sequence[Gradient]) -> bool:
     """Whether a step that counted nothing was skipped for gradients that are not finite."""
     if not any(slot.config.skip_nonfinite for slot in slots):
         return False
@@ -86,7 +86,7 @@ def _only_asks(groups: Sequence[Group], gradients: Sequence[Gradient]) -> bool:
     return all(bool(group["lr"] == 0) for group in groups)
 
 
-def _complaint(groups: Sequence[Group], slots: Sequence[Slot]) -> str:
+def _complaint(groups: Sequence[Group], slots: Sequence[Trainable]) -> str:
     count = sum(len(group["params"]) for group in groups)
     idle = count - len({id(slot.tensor) for slot in slots})
     return (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flora_dist.core.parameters.names import names_of
-from flora_dist.core.parameters.trainable import Slot, check_level
+from flora_dist.core.parameters.trainable import Trainable, check_level
 from flora_dist.core.state.settings import completed, config_of
 
 Groups = Sequence[Mapping[str, Any]]
@@ -19,7 +19,7 @@ Groups = Sequence[Mapping[str, Any]]
 
 @contextmanager
 def beside_torch(
-    optimizer: torch.optim.Optimizer, fresh_slots: Callable[[Groups], Sequence[Slot]]
+    optimizer: torch.optim.Optimizer, fresh_slots: Callable[[Groups], Sequence[Trainable]]
 ) -> Iterator[None]:
     """Take the states past torch's own ``load_state_dict``, which would cast them.
 
@@ -111,7 +111,7 @@ def saved_states(
 
 
 def check_states(
-    states: Sequence[tuple[Tensor, dict[str, Any], Mapping[str, Any]]], slots: Sequence[Slot]
+    states: Sequence[tuple[Tensor, dict[str, Any], Mapping[str, Any]]], slots: Sequence[Trainable]
 ) -> None:
     """Refuse state that does not fit the model, before anything is replaced.
 
@@ -128,7 +128,7 @@ def check_states(
                 check_level(slot, slot.own_state(state))
 
 
-def _check_nested_names(state: dict[str, Any], slots: Sequence[Slot]) -> None:
+def _check_nested_names(state: dict[str, Any], slots: Sequence[Trainable]) -> None:
     """Refuse states, kept by name in a flat tensor's, of parameters that it does not hold."""
     if all(slot.own_state(state) is state for slot in slots):
         return

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.protocols import Reducer
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 
@@ -20,7 +20,7 @@ SMALLEST_NORM = 1e-6
 """Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
 
 
-def global_norm(slots: Sequence[Slot], gradients: Sequence[Gradient]) -> Tensor:
+def global_norm(slots: Sequence[Trainable], gradients: Sequence[Gradient]) -> Tensor:
     """Norm over all parameters and ranks, (); one small all-reduce per group of ranks."""
     together: dict[Reducer | None, list[Tensor]] = {}
     for slot, gradient in zip(slots, gradients, strict=True):
@@ -52,7 +52,7 @@ def scale_(gradients: Sequence[Gradient], factor: Tensor) -> None:
             tensor.mul_(factor.to(tensor.device))
 
 
-def _square_sum(slot: Slot, gradient: Gradient) -> Tensor:
+def _square_sum(slot: Trainable, gradient: Gradient) -> Tensor:
     weight = slot.part.weight()
     if gradient is None:
         return torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -63,7 +63,7 @@ def _square_sum(slot: Slot, gradient: Gradient) -> Tensor:
     return norm.square()
 
 
-def _square_sum_of_sketches(slot: Slot, gradient: SketchedGradient) -> Tensor:
+def _square_sum_of_sketches(slot: Trainable, gradient: SketchedGradient) -> Tensor:
     sketch_ERB = gradient.sketch_ERB
     total = torch.zeros((), dtype=sketch_ERB.dtype, device=sketch_ERB.device)
     block = sketch_ERB.shape[-1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flora_dist.core.layouts.dtensor import DTensorLayout
 from flora_dist.core.layouts.replicated import ReplicatedLayout
-from flora_dist.core.parameters.trainable import Group, Slot, make_slots
+from flora_dist.core.parameters.trainable import Group, Trainable, make_trainables
 from flora_dist.core.protocols import Layout, Part
 from flora_dist.core.state.settings import KNOBS, config_of
 from flora_dist.core.state.spec import LEVELS
@@ -23,7 +23,7 @@ Signature = tuple[tuple[int, ...], ...]
 MOST_SELECTIONS = 256
 
 
-class Roster:
+class Registry:
     """Layouts, the tensors given to the constructor, and slots once they are needed."""
 
     def __init__(self, phases_of: PhasesOf) -> None:
@@ -57,11 +57,11 @@ class Roster:
 
     def forget(self) -> None:
         """Drop what is derived from groups and parameters."""
-        self._slots: dict[Signature, list[Slot]] = {}
+        self._slots: dict[Signature, list[Trainable]] = {}
         self._settings: dict[Signature, list[tuple[Any, ...]]] = {}
         self._plans = Plans()
 
-    def present(self, groups: Sequence[Group], state: State) -> list[Slot]:
+    def present(self, groups: Sequence[Group], state: State) -> list[Trainable]:
         """What stands in the groups now, configured by their settings."""
         # ZeRO steps its groups and sub-groups one by one: each selection has slots of its own.
         # Slots hold the groups and tensors, so an id in the signature is not used again.
@@ -86,13 +86,17 @@ class Roster:
             self._settings[signature] = settings
         return slots
 
-    def kept_plan(self, slots: Sequence[Slot], state: State) -> Plan | None:
+    def kept_plan(self, slots: Sequence[Trainable], state: State) -> Plan | None:
         """The plan of these slots' last step; None where it does not hold any more."""
         # Slots live as long as the plans do, so their ids are not used again.
         return self._plans.find(tuple(map(id, slots)), state)
 
     def planned(
-        self, slots: Sequence[Slot], gradients: Sequence[Gradient], state: State, kept: Plan | None
+        self,
+        slots: Sequence[Trainable],
+        gradients: Sequence[Gradient],
+        state: State,
+        kept: Plan | None,
     ) -> Plan:
         """The plan of a step of these slots, which have state: the kept one, if it fits."""
         if kept is not None and kept.kinds == [type(gradient) for gradient in gradients]:
@@ -102,7 +106,7 @@ class Roster:
         self._plans.keep(tuple(map(id, slots)), plan)
         return plan
 
-    def everything(self, groups: Sequence[Group], state: State) -> list[Slot]:
+    def everything(self, groups: Sequence[Group], state: State) -> list[Trainable]:
         """Also of tensors that the host has taken out of the groups for now."""
         if self._resident is None:
             return self.present(groups, state)
@@ -119,7 +123,7 @@ class Roster:
         layout = next((layout for layout in self._layouts if layout.claims(tensor)), None)
         return () if layout is None else layout.parts(tensor, name)
 
-    def fresh(self, groups: Sequence[Group], state: State) -> list[Slot]:
+    def fresh(self, groups: Sequence[Group], state: State) -> list[Trainable]:
         """New slots, not configured yet.
 
         Raises:
@@ -143,7 +147,7 @@ class Roster:
                         "DeepSpeed call flora_dist.deepspeed.attach(engine), elsewhere the "
                         "engine's attach(); for one that was resized since, make a new optimizer."
                     )
-        return make_slots(groups, state, self._layouts, self.level)
+        return make_trainables(groups, state, self._layouts, self.level)
 
     def is_rehearsal(self, groups: Sequence[Group], state: State) -> bool:
         """Whether an engine steps its own tensors on zeros while it is being built.
@@ -177,7 +181,7 @@ class Roster:
         return isinstance(layout, ReplicatedLayout)
 
 
-def takes_part(slot: Slot) -> bool:
+def takes_part(slot: Trainable) -> bool:
     """Whether a parameter has a place in the step, and in its message.
 
     One rule on every layout, on which ranks agree: what requires no gradient now is not stepped.
@@ -193,7 +197,7 @@ def is_marked_by_fsdp1(tensor: Tensor) -> bool:
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
-def _configured(slots: list[Slot], state: State) -> list[Slot]:
+def _configured(slots: list[Trainable], state: State) -> list[Trainable]:
     configs = {id(slot.group): config_of(slot.group) for slot in slots}
     for slot in slots:
         slot.configure(configs[id(slot.group)], state.get(slot.tensor, {}))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 
@@ -23,10 +23,10 @@ class GradientSource(Protocol):
     def is_open(self) -> bool:
         """Whether something has come in since the last step that a checkpoint would lose."""
 
-    def check(self, slot: Slot) -> None:
+    def check(self, slot: Trainable) -> None:
         """Refuse a gradient that cannot be stepped, before there is state."""
 
-    def read(self, slots: Sequence[Slot]) -> list[Gradient]:
+    def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """The gradient of each slot; every rank calls this."""
 
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
@@ -46,7 +46,7 @@ class DenseGradients:
         """Never: nothing is kept outside of ``.grad``."""
         return False
 
-    def check(self, slot: Slot) -> None:
+    def check(self, slot: Trainable) -> None:
         """Refuse sparse gradients, and those whose layout does not fit the parameter's.
 
         Raises:
@@ -60,7 +60,7 @@ class DenseGradients:
             )
         slot.part.gradient()  # refuses what its layout cannot read
 
-    def read(self, slots: Sequence[Slot]) -> list[Gradient]:
+    def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """This rank's elements of each slot's gradient."""
         return [slot.part.gradient() for slot in slots]
 

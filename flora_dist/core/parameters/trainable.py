@@ -29,7 +29,7 @@ from flora_dist.core.step.batch import Member, arithmetic_dtype
 Group = dict[str, Any]
 
 
-class Slot:
+class Trainable:
     """A part with its group; geometry and sketches follow the group's settings."""
 
     def __init__(
@@ -216,7 +216,7 @@ def check_compressed(name: str, geometry: Geometry, config: FloraConfig) -> None
         )
 
 
-def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
+def check_state(slot: Trainable, own: dict[str, Any], config: FloraConfig) -> None:
     """Refuse state of another seed, sketch, level, format or shape: it would be misread.
 
     Raises:
@@ -272,7 +272,7 @@ def check_state(slot: Slot, own: dict[str, Any], config: FloraConfig) -> None:
             )
 
 
-def check_level(slot: Slot, own: dict[str, Any]) -> None:
+def check_level(slot: Trainable, own: dict[str, Any]) -> None:
     """Refuse state of dense gradients under sketched ones, and the reverse.
 
     What reads expand(C) is another algorithm than what reads G; how C came about is not.
@@ -294,12 +294,12 @@ def _meaning(field: str, number: Any) -> Any:
     return names.get(number, number)
 
 
-def make_slots(
+def make_trainables(
     groups: Sequence[Group],
     state: Mapping[Tensor, dict[str, Any]],
     layouts: Sequence[Layout],
     level: str,
-) -> list[Slot]:
+) -> list[Trainable]:
     """Every part of every parameter, in the order of the groups."""
     slots = []
     entries = [(group, tensor) for group in groups for tensor in group["params"]]
@@ -315,7 +315,7 @@ def make_slots(
                 f"{type(tensor).__name__}. Attach a layout that can read it (Flora.attach_layout)."
             )
         slots += [
-            Slot(
+            Trainable(
                 tensor=tensor,
                 part=part,
                 layout=layout,

@@ -10,7 +10,7 @@ from weakref import ref
 
 import torch
 
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 
 Place = tuple[int, str]
 """A seed and a position, from which random numbers are derived."""
@@ -42,7 +42,7 @@ class _Turn:
 _last: dict[Place, _Turn] = {}
 
 
-def take_turn(player: Player, slots: Sequence[Slot]) -> None:
+def take_turn(player: Player, slots: Sequence[Trainable]) -> None:
     """Refuse to step again what another optimizer has stepped other parameters of meanwhile.
 
     A new optimizer may follow an old one, which nobody steps any more. Two that take turns are
@@ -71,7 +71,7 @@ def take_turn(player: Player, slots: Sequence[Slot]) -> None:
     player.places.update(places)
 
 
-def _draws(slot: Slot) -> bool:
+def _draws(slot: Trainable) -> bool:
     """Whether a parameter without a name uses random numbers."""
     config = slot.config
     if slot.position is None:

@@ -29,7 +29,7 @@ from flora_dist.core.comm.groups import GroupReducer
 from flora_dist.core.layouts.flat import FlatPart, Span
 from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.registry import takes_part
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import LEVELS, Geometry, matrix_sizes
 from flora_dist.core.tiles import Tile, tiles_of_span
 from flora_dist.flora import Flora
@@ -129,14 +129,14 @@ def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, 
     flora.register_load_state_dict_post_hook(lambda _: handle.gradients.forget())
 
 
-def _size(slot: Slot, parameters: Parameters, request: GradientRequest) -> Geometry:
+def _size(slot: Trainable, parameters: Parameters, request: GradientRequest) -> Geometry:
     size = geometry_for(slot, request.gradient_rank)
     if size.rank is not None and z3_leaf_parameter(parameters[slot.part.name]):
         return replace(size, rank=None, dense_because=_IN_A_LEAF)
     return size
 
 
-def _host(engine: DeepSpeedEngine, slots: Sequence[Slot], parameters: Parameters) -> Host:
+def _host(engine: DeepSpeedEngine, slots: Sequence[Trainable], parameters: Parameters) -> Host:
     if type(engine.optimizer) in _ZERO:
         return _host_of_zero(engine.optimizer, slots, parameters)
     return _host_of_stage_0(engine, slots, parameters)
@@ -145,7 +145,7 @@ def _host(engine: DeepSpeedEngine, slots: Sequence[Slot], parameters: Parameters
 # ---- ZeRO 1, 2 and 3
 
 
-def _host_of_zero(optimizer: Any, slots: Sequence[Slot], parameters: Parameters) -> Host:
+def _host_of_zero(optimizer: Any, slots: Sequence[Trainable], parameters: Parameters) -> Host:
     # A weight that is offloaded is not where its gradient arrives.
     device = torch.device(get_accelerator().current_device_name())
     return Host(
@@ -225,7 +225,7 @@ def _broken(what: str) -> RuntimeError:
 
 
 def _host_of_stage_0(
-    engine: DeepSpeedEngine, slots: Sequence[Slot], parameters: Parameters
+    engine: DeepSpeedEngine, slots: Sequence[Trainable], parameters: Parameters
 ) -> Host:
     """Every rank keeps everything; the wrapper of low precision has fp32 copies of its own."""
     group = groups._get_sequence_data_parallel_group()

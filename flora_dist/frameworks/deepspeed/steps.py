@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from flora_dist.core.parameters.norms import global_norm
-from flora_dist.core.parameters.trainable import Slot
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.cycle import Gradients
 
 TESTED = "0.19.8"
@@ -30,7 +30,7 @@ TESTED = "0.19.8"
 class Sketched:
     """The sketched gradients of an engine, as its step asks for them."""
 
-    def __init__(self, gradients: Gradients, slots: Sequence[Slot]) -> None:
+    def __init__(self, gradients: Gradients, slots: Sequence[Trainable]) -> None:
         """``slots``: of the gradients' parameters."""
         self.gradients = gradients
         self._slots = [slot for slot in slots if slot.part.name in gradients.flows]
