@@ -25,7 +25,10 @@ def left_in(folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: what `latest` names is not damaged, but of a newer program.
     """
-    named = named_by_latest(folder)
+    try:
+        named = named_by_latest(folder)
+    except ValueError:  # it says no name, or but a part of what a save wrote
+        named = None
     if named is None:
         return older(folder, None)
     if not _has_torn_manifest(named):

@@ -14,7 +14,7 @@ from torch import Tensor
 from flora_dist.core.comm import groups
 from flora_dist.core.sketch import keys
 from flora_dist.core.step import plan
-from flora_dist.core.step.basis import SketchedBasis
+from flora_dist.core.step.basis import BatchSketches
 from flora_dist.frameworks import fsdp1
 
 
@@ -33,9 +33,8 @@ def _unsummed(*names: str) -> Callable[[Any], Callable[..., Any]]:
     return mutate
 
 
-def _never_moved(original: Any) -> Callable[..., Tensor]:
-    del original
-    return lambda self, momentum, tile: momentum  # noqa: ARG005 - the method's signature
+def _never_moved(original: Any) -> Callable[..., Any]:
+    return lambda *given, **more: replace(original(*given, **more), scale=None)
 
 
 def _key_of_this_rank(original: Any) -> Callable[..., int]:
@@ -51,7 +50,7 @@ MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "rms sums": (plan, "sum_terms", _unsummed("squares", "cross", "history", "update")),
     "cut rows": (plan, "sum_terms", _unsummed("rows")),
     "cut blocks": (plan, "sum_terms", _unsummed("blocks")),
-    "window change": (SketchedBasis, "move", _never_moved),
+    "window change": (BatchSketches, "change", _never_moved),
     "keys": (keys, "derive_key", _key_of_this_rank),
 }
 """Name -> (where, attribute, from the right one to the wrong one)."""

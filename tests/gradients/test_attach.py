@@ -123,7 +123,7 @@ def test_adding_to_a_sketched_gradient_adds_to_its_sketch(started: tuple[Small, 
     assert model.last.weight.grad is not None
     with torch.no_grad():
         model.last.weight.grad += gradient
-    flows = optimizer._gradients.flows  # type: ignore[union-attr]
+    flows = optimizer.gradients.flows  # type: ignore[attr-defined]
     sums_ENKR = flows["last.weight"].accumulator.sums_ENKR
     assert sums_ENKR is not None
     model.zero_grad()

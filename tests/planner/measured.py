@@ -116,16 +116,14 @@ def _own(model: nn.Module) -> Iterator[Tensor]:
 
 def _sketches(run: Run) -> Iterator[Tensor]:
     """C of every parameter whose gradient is sketched."""
-    gradients = run.optimizer._gradients
-    for flow in () if gradients is None else gradients.flows.values():
+    for flow in getattr(run.optimizer.gradients, "flows", {}).values():
         if flow.accumulator.sums_ENKR is not None:
             yield flow.accumulator.sums_ENKR
 
 
 def _matrices(run: Run) -> Iterator[Tensor]:
     """A of the coming step, which the last has drawn, and of the last."""
-    gradients = run.optimizer._gradients
-    for flow in () if gradients is None else gradients.flows.values():
+    for flow in getattr(run.optimizer.gradients, "flows", {}).values():
         yield from flow.accumulator._sketches._cache.values()
 
 

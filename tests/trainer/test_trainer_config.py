@@ -199,7 +199,8 @@ def test_the_command_the_planner_and_the_launcher_are_imported_without_the_train
     None
 ):
     code = (
-        "import sys, flora_dist, flora_dist.cli, flora_dist.planner, flora_dist.launch; "
+        "import sys, flora_dist, flora_dist.cli, flora_dist.cluster.planner, "
+        "flora_dist.cluster.launch; "
         "sys.exit(bool({'torch', 'yaml', 'pydantic'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
