@@ -66,11 +66,13 @@ def test_every_scheduler_of_torch_drives_the_rate(name: str, *, as_tensor: bool)
         torch.testing.assert_close(parameter, expected, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("kernels", ["torch", ""])
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lr_and_weight_decay_may_be_tensors(
-    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kernels: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FLORA_DIST_KERNELS", kernels)
     # small pieces: each expert is its own, so that a rate of one element meets several
     monkeypatch.setattr("flora_dist.core.step.views.CPU_ELEMENTS", 16)
     finals = []
