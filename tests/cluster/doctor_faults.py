@@ -84,7 +84,7 @@ def package_of_version(host: Host, package: str, version: str, scratch: Path) ->
 @contextmanager
 def another_source(host: Host, scratch: Path) -> Iterator[None]:
     """One more line in a file of the package."""
-    path = ROOT / "flora_dist" / "tiles.py"
+    path = ROOT / "flora_dist" / "core" / "tiles.py"
     with replaced(host, path, f"{path.read_text()}\n# changed\n", scratch):
         yield
 
