@@ -29,7 +29,7 @@ def test_it_runs_where_torch_and_all_other_packages_are_missing(tmp_path: Path) 
     block = (
         "import sys; sys.modules.update(torch=None, numpy=None, triton=None, deepspeed=None, "
         "transformers=None, matplotlib=None, rich=None, yaml=None)\n"
-        "import argparse\nfrom flora_dist import planner\n"
+        "import argparse\nfrom flora_dist.cluster import planner\n"
         "parser = argparse.ArgumentParser()\nplanner.add_arguments(parser)\n"
         f"sys.exit(planner.start(parser.parse_args({[*ASKED, '--search']!r})))"
     )
