@@ -57,8 +57,8 @@ def check_like(saved: Json, like: Any, where: str) -> None:
     >>> check_like({"last_epoch": 3, "rates": [0.1]}, {"last_epoch": 0, "rates": (0.5,)}, "it")
     >>> check_like("a", 0.5, "lr")
     Traceback (most recent call last):
-    ValueError: a saved value must be of the same kind as the running one; lr is 'a', here it is 0.5. Load a \
-checkpoint of the same optimizer and scheduler.
+    ValueError: a saved value must be of the same kind as the running one; lr is 'a', here \
+it is 0.5. Load a checkpoint of the same optimizer and scheduler.
 
     Raises:
         ValueError: naming ``where`` it stands.
