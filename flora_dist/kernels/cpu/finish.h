@@ -151,8 +151,8 @@ FLORA_CALLED void step_weights(void* weight, int64_t dtype, const float* update,
     widen(w, static_cast<const uint16_t*>(weight), dtype, count);
   }
   int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) store(w + j, keep * load(w + j) - rate * load(update + j));
-  for (; j < count; j++) w[j] = keep * w[j] - rate * update[j];
+  for (; j + kLanes <= count; j += kLanes) store(w + j, rounded(keep * load(w + j)) - rate * load(update + j));
+  for (; j < count; j++) w[j] = rounded(keep * w[j]) - rate * update[j];
   if (dtype != kFloat32)
     Rounding::write(rounding, static_cast<uint16_t*>(weight), w, count, line, column);
 }

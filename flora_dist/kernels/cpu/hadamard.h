@@ -169,7 +169,7 @@ FLORA_CALLED void step_fast(float* w, const float* x, float keep, const float* d
     expand_fast<kVectors>(e, d, h);
     for (int v = 0; v < kVectors; v++) {
       const Vec update = keep * load(x + v * kLanes) + e[v];
-      store(w + v * kLanes, decay * load(w + v * kLanes) - rate * update);
+      store(w + v * kLanes, rounded(decay * load(w + v * kLanes)) - rate * update);
     }
   }
 }

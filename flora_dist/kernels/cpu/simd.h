@@ -32,6 +32,20 @@ FLORA_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecAnywhere*>(p) = 
 FLORA_INLINE Eight load8(const float* p) { return *reinterpret_cast<const EightAnywhere*>(p); }
 FLORA_INLINE void store8(float* p, Eight v) { *reinterpret_cast<EightAnywhere*>(p) = v; }
 FLORA_INLINE Vec spread(float x) { return x - Vec{}; }
+// A product that is rounded by itself, as two operators of torch round it: contracted with what is taken off,
+// the decay of a weight would part from theirs by half a step of the weight, which is much beside an update.
+#if defined(__x86_64__)
+#define FLORA_REGISTER "+x"
+#elif defined(__aarch64__)
+#define FLORA_REGISTER "+w"
+#endif
+#if defined(FLORA_REGISTER)
+FLORA_INLINE Vec rounded(Vec v) { __asm__("" : FLORA_REGISTER(v)); return v; }
+FLORA_INLINE float rounded(float v) { __asm__("" : FLORA_REGISTER(v)); return v; }
+#else
+FLORA_INLINE Vec rounded(Vec v) { volatile Vec t = v; return t; }
+FLORA_INLINE float rounded(float v) { volatile float t = v; return t; }
+#endif
 FLORA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FLORA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
