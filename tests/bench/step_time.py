@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from flora_dist import Flora
-from flora_dist.kernels.library import VARIABLE, found
+from flora_dist.kernels.library import found
+from tests.kernels.paths import path
 
 ROUNDS = 15
 BASE = "AdamW (torch, fused)"
@@ -38,19 +37,6 @@ SHAPES: dict[str, Shapes] = {
 RULES = ("blend", "none", "flora", "flora_strict")
 
 
-@contextmanager
-def _path(name: str) -> Iterator[None]:
-    """Plans made inside step by this path."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = name
-    try:
-        yield
-    finally:
-        os.environ.pop(VARIABLE)
-        if before is not None:
-            os.environ[VARIABLE] = before
-
-
 def optimizers_of(parameters: list[nn.Parameter]) -> dict[str, tuple[torch.optim.Optimizer, str]]:
     """By name, with the path of kernels that each steps by."""
     named = [(f"p{index}", parameter) for index, parameter in enumerate(parameters)]
@@ -60,10 +46,10 @@ def optimizers_of(parameters: list[nn.Parameter]) -> dict[str, tuple[torch.optim
         "Adafactor (torch)": (torch.optim.Adafactor(parameters, lr=1e-5), "torch"),
     }
     paths = ["native", "torch"] if found().operators is not None else ["torch"]
-    for path in paths:
+    for kernels in paths:
         for rule in RULES:
             optimizer = Flora(named, lr=1e-5, momentum=rule, rank=8, block=64)
-            made[f"Flora, {rule}, {path}"] = optimizer, path
+            made[f"Flora, {rule}, {kernels}"] = optimizer, kernels
     return made
 
 
@@ -74,8 +60,8 @@ def measure(shapes: Shapes, dtype: torch.dtype, rounds: int) -> dict[str, list[f
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizers = optimizers_of(parameters)
-    for optimizer, path in optimizers.values():
-        with _path(path):
+    for optimizer, name in optimizers.values():
+        with path(name):
             optimizer.step()
             optimizer.step()
     seconds: dict[str, list[float]] = {name: [] for name in optimizers}
