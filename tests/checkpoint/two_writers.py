@@ -19,7 +19,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -69,6 +70,16 @@ def save(folder: Path, run: Run, who: int, step: int) -> None:
     checkpoint.save(folder, run.model, run.optimizer, step=step, extra={"who": who}, keep=3)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The writers' number of threads: a matrix product's last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@one_thread()
 def digests_of(saves: int) -> dict[tuple[int, int], str]:
     """Whole states by writer and step."""
     found = {}
@@ -115,7 +126,8 @@ def compete(saves: int, seed: int) -> Counter[str]:
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "all"
         first = start(data=0)
-        first.train([1])
+        with one_thread():
+            first.train([1])
         save(folder, first, 0, 1)
         pipes, together = [], context.Barrier(2)
         for who in (0, 1):
@@ -145,7 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--saves", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     begun = time.monotonic()
     found = compete(chosen.saves, chosen.seed)
     for kind, count in sorted(found.items()):
