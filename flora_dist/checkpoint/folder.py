@@ -141,7 +141,9 @@ def publish(partial: Path, tag: str, keep: int | None) -> Path:
     digest = manifests.digest_of(partial) or ""
     with locked(folder):
         _check_replaceable(final)  # it may be another since the save began
-        if final.is_symlink() or final.exists():
+        if _is_empty(final):
+            final.rmdir()
+        elif final.is_symlink() or final.exists():
             leftovers.rename(final, aside)
         leftovers.rename(partial, final)
         leftovers.point(folder, tag, digest)
@@ -299,11 +301,16 @@ def _check_replaceable(final: Path) -> None:
             f"a new checkpoint must not replace anything else; '{final}' {what}. Mount what it "
             "leads to, or remove the link."
         )
-    if final.exists() and not looks_ours(final):
+    if final.exists() and not looks_ours(final) and not _is_empty(final):
         raise ValueError(
             f"a new checkpoint must not replace anything else; '{final}' is not a checkpoint. "
             "Save to another folder, or under another tag."
         )
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a folder, and no link to one, has nothing in it: somebody emptied a checkpoint."""
+    return path.is_dir() and not path.is_symlink() and next(path.iterdir(), None) is None
 
 
 def _token_of(partial: Path) -> str:

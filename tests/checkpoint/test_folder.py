@@ -339,6 +339,16 @@ def test_a_damaged_checkpoint_is_replaced(tmp_path: Path) -> None:
     assert dotted(tmp_path) == []
 
 
+def test_an_emptied_checkpoint_is_replaced(tmp_path: Path) -> None:
+    """Its load was refused, and so was every later save under its tag: the run could not go on."""
+    run([A, B], tmp_path)
+    for path in (tmp_path / B.tag).iterdir():
+        path.unlink()
+    run([Save(tag=B.tag, content="new", step=2)], tmp_path)
+    assert resolved(tmp_path) == "new"
+    assert dotted(tmp_path) == []
+
+
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "all", tmp_path / "elsewhere"
     run([A], folder)

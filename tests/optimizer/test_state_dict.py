@@ -266,3 +266,20 @@ def test_what_a_setting_was_before_it_existed_stands_in_one_place(
     _, fresh = runs.pair()
     fresh.load_state_dict(saved)
     assert fresh.param_groups[0]["clip"] is None
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [("lr", -1.0), ("lr", float("nan")), ("weight_decay", "0"), ("maximize", 0), ("beta1", 1.5)],
+)
+def test_a_state_whose_settings_no_run_can_have_is_refused_and_changes_nothing(
+    name: str, value: object
+) -> None:
+    """lr=nan of a damaged file was loaded, and the next step wrote NaN into every weight."""
+    saved = copy.deepcopy(runs.trained(2)[1].state_dict())
+    saved["param_groups"][0][name] = value
+    _, fresh = runs.pair()
+    before = copy.deepcopy(fresh.state_dict())
+    with pytest.raises(ValueError, match=f"settings must be those of a run; {name}"):
+        fresh.load_state_dict(saved)
+    assert fresh.state_dict() == before  # no tensors yet

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flora_dist.core.parameters.names import names_of
 from flora_dist.core.parameters.trainable import Trainable, check_level
-from flora_dist.core.state.settings import completed, config_of
+from flora_dist.core.state.settings import check_settings, completed, config_of
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -62,6 +62,10 @@ def _completed(group: Mapping[str, Any]) -> dict[str, Any]:
             f"'lr'; this one has {sorted(set(group) - {'params', 'param_names'})}. It was saved by "
             "another optimizer: load what a Flora saved."
         )
+    try:
+        check_settings(settings)
+    except ValueError as error:
+        raise ValueError(f"a state's settings must be those of a run; {error}") from error
     return settings
 
 
