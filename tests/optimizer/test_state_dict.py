@@ -269,7 +269,7 @@ def test_what_a_setting_was_before_it_existed_stands_in_one_place(
 
 
 @pytest.mark.parametrize(
-    "name,value",
+    ("name", "value"),
     [("lr", -1.0), ("lr", float("nan")), ("weight_decay", "0"), ("maximize", 0), ("beta1", 1.5)],
 )
 def test_a_state_whose_settings_no_run_can_have_is_refused_and_changes_nothing(
