@@ -8,12 +8,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flora_dist.core.comm.groups import gather
 from flora_dist.core.layouts.flat import Span
 
 
@@ -41,8 +41,7 @@ def check_partitions(partitions: Sequence[Partition], *, host: str, tested: str)
     for partition in partitions:
         group = partition.process_group
         mine = ([(span.name, _digest(span)) for span in partition.spans], _wrong(partition))
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
+        everyone = gather(mine, group)
         found = [wrong for _, wrong in everyone if wrong]
         found += _disagreements([listed for listed, _ in everyone])
         # Of this rank's map; that all have it was just shown, so all find the same.

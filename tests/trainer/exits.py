@@ -105,6 +105,12 @@ def smallest() -> None:
     _message(lambda: find(ones(5), None))
 
 
+def gathered() -> None:
+    from flora_dist.core.comm.groups import gather
+
+    _message(lambda: gather({"rank": 0}, None))
+
+
 def unkept() -> None:
     """The fault itself: nobody but gloo's thread holds the message. Run only when named."""
     import torch.distributed as dist
@@ -140,6 +146,7 @@ PROGRAMS: dict[str, Callable[[], None]] = {
     "exchange": exchange,
     "scatter": scatter,
     "smallest": smallest,
+    "gathered": gathered,
     "trainer.ddp": lambda: _trained("backend.name=ddp"),
     "trainer.fsdp2": lambda: _trained("backend.name=fsdp2", "gradients.level=compressed"),
     "trainer.saving": lambda: _trained(

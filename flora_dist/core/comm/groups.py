@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -136,10 +137,26 @@ def gather(mine: T, peers: Peers) -> list[T]:
     """What each of the peers gave, in an order that is the same on all."""
     known = [mine]
     for group in _groups(peers):
-        lists = [known] * dist.get_world_size(group)
-        dist.all_gather_object(lists, known, group=group)
-        known = [value for each in lists for value in each]
+        known = [value for each in _gather_lists(known, group) for value in each]
     return known
+
+
+def _gather_lists(mine: list[T], group: dist.ProcessGroup | None) -> list[list[T]]:
+    """What ``dist.all_gather_object`` gives, by messages that can be held: see ``_finish``."""
+    pickled = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+    rank, device = dist.get_rank(group), group_device(pickled, group)
+    sizes_W = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+    sizes_W[rank] = pickled.numel()
+    all_reduce_(sizes_W, group)
+    sizes = sizes_W.tolist()
+    lines = torch.zeros(len(sizes), max(sizes), dtype=torch.uint8, device=device)
+    lines[rank, : pickled.numel()] = pickled.to(device)
+    all_reduce_(lines.view(-1), group)
+    # From the ranks of this very run, as torch's own call does it.
+    return [
+        pickle.loads(line[:size].numpy().tobytes())
+        for line, size in zip(lines.cpu(), sizes, strict=True)
+    ]
 
 
 def _groups(peers: Peers) -> Sequence[dist.ProcessGroup | None]:
