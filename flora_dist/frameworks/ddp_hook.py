@@ -26,7 +26,7 @@ from flora_dist.core.sketch.ops import exact_products
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.step.batch import arithmetic_dtype
 from flora_dist.frameworks.ddp_bucket import Member, Part, in_place_of, member_of
-from flora_dist.gradients.flows import WIRE_DTYPES, check_request
+from flora_dist.gradients.flow import WIRE_DTYPES, check_request
 from flora_dist.gradients.report import GradientReport
 
 _SAVED = ("seed", "rank", "block", "sketch")

@@ -2,24 +2,68 @@
 """The sum of one parameter's gradients over micro-batches, kept as sketches.
 
 C <- C + G A^T for every gradient that arrives (Flora, arXiv 2402.03293, Algorithm 1). A is drawn
-anew for every step of the optimizer. Shape suffixes: E matrices, N rows, K blocks, R rank.
+anew for every step of the optimizer. What follows from shapes alone is found once and kept. Shape
+suffixes: E matrices, N rows, K blocks, R rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.sketch import ops
 from flora_dist.core.sketch.ops import exact_products
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Sketches
-from flora_dist.core.step.views import as_batches, inside, work_limit
+from flora_dist.core.step.views import inside, work_limit
 from flora_dist.core.tiles import Tile, split
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounter:
+    """The coming step of a parameter; the optimizer may be gone before its model is."""
+
+    optimizer: ref[torch.optim.Optimizer]
+    slot: Trainable
+
+    def __call__(self) -> int:
+        """Counted from 1."""
+        optimizer, slot = self.optimizer(), self.slot
+        state = {} if optimizer is None else optimizer.state.get(slot.tensor, {})
+        return int(slot.layout.state_of(state, slot.part).get("step", 0)) + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """C of the blocks that a tile touches."""
+
+    where: tuple[slice, slice, slice] | None
+    """Its matrices, rows and blocks among the accumulator's; None where this rank has none."""
+    shape: tuple[int, int, int, int]
+    """(E, N, K, R)."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """How a gradient that covers a part of the tile is added."""
+
+    sizes: tuple[int, int, int]
+    """Its E, N and W."""
+    padding: tuple[int, int]
+    """Columns of zeros that make its rows those of the tile."""
+    pieces: tuple[tuple[tuple[slice, slice], tuple[slice, slice]], ...]
+    """Matrices and rows of what is multiplied at once, in the gradient and in C."""
 
 
 class Accumulator:
@@ -33,6 +77,7 @@ class Accumulator:
         tile: Tile | None,
         sketches: Sketches,
         dtype: torch.dtype,
+        device: torch.device,
         next_step: Callable[[], int],
     ) -> None:
         """Keeps nothing yet.
@@ -43,25 +88,20 @@ class Accumulator:
             tile: what of it the gradients are of; None if this rank's are empty.
             sketches: A by step, of the tile's matrices.
             dtype: of C: float32, float64 for float64 parameters.
+            device: where gradients arrive.
             next_step: the optimizer's coming step of this parameter, from 1.
         """
         assert geometry.rank is not None, f"{name} stays dense"
-        self.name, self.tile, self.dtype = name, tile, dtype
-        self.rank, self.block, self._shape = geometry.rank, geometry.block, geometry.shape
+        self.name, self.tile, self.dtype, self.device = name, tile, dtype, device
+        self.rank, self.block = geometry.rank, geometry.block
+        self.sums_shape = (0, 0, 0, self.rank) if tile is None else self.share_of(tile).shape
+        """(E, N, K, R) of C; the same before the first gradient."""
         self._sketches, self._next_step = sketches, next_step
+        self._cuts: dict[tuple[Tile, torch.device], _Cut] = {}
         self.sums_ENKR: Tensor | None = None
         """C, None before the first gradient."""
         self.step = 0
         """Whose basis C is in; 0 before the first gradient."""
-
-    @property
-    def sums_shape(self) -> tuple[int, int, int, int]:
-        """(E, N, K, R) of C; the same before the first gradient."""
-        if self.tile is None:
-            return (0, 0, 0, self.rank)
-        matrices, rows, _ = self.tile.sizes
-        first, last = self.tile.blocks(self.block)
-        return (matrices, rows, last - first, self.rank)
 
     def add_(self, gradient: Tensor) -> None:
         """C <- C + G A^T, in the precision of C.
@@ -79,24 +119,21 @@ class Accumulator:
 
     def add_part_(self, gradient: Tensor, part: Tile) -> None:
         """The same for a gradient that covers ``part`` of the tile, and is zero elsewhere."""
-        whole = self.tile
-        assert whole is not None, self.name
+        assert self.tile is not None, self.name
         sums_ENKR = self._begun(gradient.device)
-        gradient_ENW = as_batches(gradient, (part,), shape=self._shape)[0].to(sums_ENKR.device)
-        device = sums_ENKR.device
+        device, first_column = sums_ENKR.device, self.tile.columns[0]
+        cut = self._cuts.get((part, device))
+        if cut is None:
+            cut = self._cuts[part, device] = _cut(part, self.tile, work_limit(device))
+        gradient_ENW = gradient.reshape(cut.sizes).to(device)
         sketch_ERB = self.sketch(device)
-        left, right = part.columns[0] - whole.columns[0], whole.columns[1] - part.columns[1]
         with exact_products({device.type}):
-            for piece in _pieces(part, whole, max_elements=work_limit(device)):
-                rows_ENW = gradient_ENW[inside(part, piece)].to(self.dtype)
-                if left or right:
-                    rows_ENW = functional.pad(rows_ENW, (left, right))
-                matrices, rows = inside(whole, piece)
+            for given, kept in cut.pieces:
+                rows_ENW = gradient_ENW[given].to(self.dtype)
+                if any(cut.padding):
+                    rows_ENW = functional.pad(rows_ENW, cut.padding)
                 ops.add_compressed_(
-                    sums_ENKR[matrices, rows],
-                    rows_ENW,
-                    sketch_ERB[matrices],
-                    first_column=whole.columns[0],
+                    sums_ENKR[kept], rows_ENW, sketch_ERB[kept[0]], first_column=first_column
                 )
 
     def add_sketch_(self, sketched: Tensor, step: int) -> None:
@@ -112,6 +149,21 @@ class Accumulator:
             self.sums_ENKR, self.step = sketched_ENKR, step
         else:
             self._begun(sketched.device).add_(sketched_ENKR)
+
+    def share_of(self, tile: Tile) -> Share:
+        """Which of C belongs to the blocks that a tile touches."""
+        first, last = tile.blocks(self.block)
+        where = None
+        if self.tile is not None:
+            origin, _ = self.tile.blocks(self.block)
+            where = (*inside(self.tile, tile), slice(first - origin, last - origin))
+        return Share(where=where, shape=(*tile.sizes[:2], last - first, self.rank))
+
+    def at(self, share: Share) -> Tensor:
+        """A share of C, a view; zeros where this rank had no gradient."""
+        if self.sums_ENKR is None or share.where is None:
+            return torch.zeros(share.shape, dtype=self.dtype, device=self.device)
+        return self.sums_ENKR[share.where]
 
     def sketch(self, device: torch.device) -> Tensor:
         """A (E, R, B) of the coming step, for the tile's matrices."""
@@ -160,7 +212,19 @@ class Accumulator:
         )
 
 
-def _pieces(part: Tile, whole: Tile, *, max_elements: int) -> Iterator[Tile]:
+def _cut(part: Tile, whole: Tile, max_elements: int) -> _Cut:
+    left, right = part.columns[0] - whole.columns[0], whole.columns[1] - part.columns[1]
+    return _Cut(
+        sizes=part.sizes,
+        padding=(left, right),
+        pieces=tuple(
+            (inside(part, piece), inside(whole, piece))
+            for piece in _pieces(part, whole, max_elements)
+        ),
+    )
+
+
+def _pieces(part: Tile, whole: Tile, max_elements: int) -> Iterator[Tile]:
     """Pieces of a part; where it leaves rows out each is of one matrix, whose sums are together."""
     if part.rows == whole.rows:
         yield from split(part, max_elements=max_elements)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -18,21 +17,25 @@ from torch.utils.hooks import RemovableHandle
 
 from flora_dist.core.comm.groups import Peers
 from flora_dist.core.consistency.compare import check
-from flora_dist.core.layouts.dtensor import local_of
 from flora_dist.core.parameters.registry import takes_part
 from flora_dist.core.parameters.source import DenseGradients
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import Geometry
 from flora_dist.flora import Flora
-from flora_dist.gradients.cycle import Flow, Gradients
-from flora_dist.gradients.flows import WIRE_DTYPES, check_request, flow_for, geometry_for
-from flora_dist.gradients.fused import Place, fuse
-from flora_dist.gradients.on_ddp import host_of_ddp
-from flora_dist.gradients.on_fsdp2 import host_of_shards, host_of_unsharded
-from flora_dist.gradients.on_plain import host_of_plain
-from flora_dist.gradients.placeholder import stands_in
+from flora_dist.gradients.cycle import Gradients
+from flora_dist.gradients.flow import (
+    WIRE_DTYPES,
+    Adapter,
+    Source,
+    check_request,
+    flow_for,
+    geometry_for,
+)
+from flora_dist.gradients.fused import FusedWeight, fuse
+from flora_dist.gradients.on_ddp import adapter_of_ddp
+from flora_dist.gradients.on_fsdp2 import adapter_of_unsharded
+from flora_dist.gradients.on_plain import adapter_of_plain
 from flora_dist.gradients.report import GradientReport, row_of
-from flora_dist.gradients.sources import Host, Source
 
 _attached: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
 
@@ -97,10 +100,8 @@ def attach(
     slots = [slot for slot in optimizer.slots() if takes_part(slot)]
     _check_owned(slots, model)
     sizes = {slot.part.name: geometry_for(slot, gradient_rank) for slot in slots}
-    host = _host(model, [s for s in slots if sizes[s.part.name].rank is not None], gradients)
-    late = partial(_check_late, ref(optimizer), frozenset(sizes), gradient_rank, host.check)
-    host = replace(host, check=late)
-    handle = Handle(model, optimizer, slots, sizes, host, request)
+    adapter = _adapter(model, [s for s in slots if sizes[s.part.name].rank is not None], gradients)
+    handle = Handle(model, optimizer, slots, sizes, adapter, request)
     _attached[optimizer] = handle
     return handle
 
@@ -123,26 +124,18 @@ def _check_owned(slots: Sequence[Trainable], model: nn.Module) -> None:
             )
 
 
-def _check_late(
-    optimizer: ref[Flora],
-    known: frozenset[str],
-    gradient_rank: int | None,
-    check_host: Callable[[], None],
-) -> None:
-    """Refuse matrices that began to train after ``attach``: their gradients would stay dense."""
-    check_host()
-    flora = optimizer()
-    for slot in () if flora is None else flora.slots():
-        is_late = takes_part(slot) and slot.part.name not in known
-        if is_late and geometry_for(slot, gradient_rank).rank is not None:
-            raise ValueError(
-                f"attach covers the parameters that train when it is called; {slot.part.name!r} "
-                "was added or unfrozen since. Call remove() on the handle, and attach again."
-            )
+def _check_late(gradient_rank: int | None, slot: Trainable) -> None:
+    """Refuse a matrix that began to train after ``attach``: its gradient would stay dense."""
+    if geometry_for(slot, gradient_rank).rank is not None:
+        raise ValueError(
+            f"attach covers the parameters that train when it is called; {slot.name!r} was added "
+            "or unfrozen since. Call remove() on the handle, and attach again; under DeepSpeed "
+            "build the engine anew."
+        )
 
 
-def _host(model: nn.Module, slots: Sequence[Trainable], level: str) -> Host:
-    """What the model's framework is."""
+def _adapter(model: nn.Module, slots: Sequence[Trainable], level: str) -> Adapter:
+    """That of the model's framework."""
     kinds = [type(module) for module in model.modules()]
     if any(issubclass(kind, FullyShardedDataParallel) for kind in kinds):
         raise ValueError(
@@ -160,19 +153,20 @@ def _host(model: nn.Module, slots: Sequence[Trainable], level: str) -> Host:
             f'"flora": {{"gradients": "{level}"}} there and call flora_dist.deepspeed.initialize.'
         )
     if any(issubclass(kind, FSDPModule) for kind in kinds):
-        return (host_of_shards if level == "sharded" else host_of_unsharded)(model, slots)
+        # At "sharded" FSDP2 reduces as ever; what is taken is this rank's shard of the mean.
+        return adapter_of_plain(slots) if level == "sharded" else adapter_of_unsharded(model, slots)
     if isinstance(model, DistributedDataParallel):
         if level == "sharded":
             raise ValueError(
                 "DDP shards nothing and reduces after the gradients are complete on each rank; "
                 "gradients='sharded' has nothing to keep. Use gradients='compressed'."
             )
-        return host_of_ddp(model, slots)
+        return adapter_of_ddp(model, slots)
     if any(issubclass(kind, DistributedDataParallel) for kind in kinds):
         raise ValueError(
             "attach takes the DDP module itself; the model holds one inside. Pass that one."
         )
-    return host_of_plain(slots)
+    return adapter_of_plain(slots)
 
 
 def _replicates(module: nn.Module) -> bool:
@@ -188,35 +182,41 @@ class Handle:
         optimizer: Flora,
         slots: Sequence[Trainable],
         sizes: Mapping[str, Geometry],
-        host: Host,
+        adapter: Adapter,
         request: tuple[str, int | None, str],
     ) -> None:
         """Hooks are in place afterwards."""
         self.model, self.request = ref(model), request
-        self._optimizer, self._host = ref(optimizer), host
+        self._optimizer, self._adapter = ref(optimizer), adapter
         chosen = [slot for slot in slots if sizes[slot.part.name].rank is not None]
         flows = [
             flow_for(slot, source, sizes[slot.part.name], optimizer)
-            for slot, source in zip(chosen, host.sources, strict=True)
+            for slot, source in zip(chosen, adapter.sources, strict=True)
         ]
         self.gradients = Gradients(
-            flows, level=request[0], wire_dtype=WIRE_DTYPES[request[2]], check=host.check
+            flows,
+            level=request[0],
+            wire_dtype=WIRE_DTYPES[request[2]],
+            check=adapter.check,
+            known=frozenset(sizes),
+            check_late=partial(_check_late, request[1]),
         )
         optimizer.attach_gradients(self.gradients)
-        host.install(host.sources)
+        adapter.install(adapter.sources)
         self._sizes = sizes
-        engines = [_hooks_of_engine(source) for source in host.sources]
+        engines = [_hooks_of_engine(flow.source) for flow in flows]
         self._hooks = [
-            _hook(source.tensor, partial(_take, self.gradients, flow))
-            for source, flow in zip(host.sources, flows, strict=True)
+            _hook(flow.source.tensor, partial(self.gradients.arrived, flow)) for flow in flows
         ]
         # Hooks stay beside fused layers: other modules may use the same weights.
-        everything = zip(host.sources, flows, engines, self._hooks, strict=True)
-        places = {
-            id(source.in_module): Place(flow=flow, tensor=source.tensor, hooks=known | {hook.id})
-            for source, flow, known, hook in everything
+        everything = zip(flows, engines, self._hooks, strict=True)
+        weights = {
+            id(flow.source.in_module): FusedWeight(
+                flow=flow, tensor=flow.source.tensor, hooks=known | {hook.id}
+            )
+            for flow, known, hook in everything
         }
-        self._fused = fuse(model, self.gradients, places if request[0] == "fused" else {})
+        self._fused = fuse(model, self.gradients, weights if request[0] == "fused" else {})
         self._hooks.append(optimizer.register_load_state_dict_post_hook(self._refresh))
 
     def _refresh(self, _: torch.optim.Optimizer) -> None:
@@ -255,7 +255,7 @@ class Handle:
             hook.remove()
         self._hooks.clear()
         self._fused.remove()
-        self._host.restore()
+        self._adapter.restore()
 
 
 def _hook(tensor: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
@@ -268,25 +268,3 @@ def _hooks_of_engine(source: Source) -> frozenset[int]:
     """An engine's own, which know that gradients are taken away; other hosts have none."""
     tensor: Any = source.tensor
     return frozenset(tensor._post_accumulate_grad_hooks or () if source.visible is None else ())
-
-
-@torch.no_grad()
-def _take(gradients: Gradients, flow: Flow, tensor: Tensor) -> None:
-    """The hook: a gradient has been added to ``tensor.grad``."""
-    gradient = tensor.grad
-    if gradient is None or stands_in(gradient):  # added to the sketches already
-        return
-    gradients.take(flow, _local_gradient(flow, tensor, gradient))
-    if tensor is not flow.visible:
-        tensor.grad = None
-
-
-def _local_gradient(flow: Flow, tensor: Tensor, gradient: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor) or not isinstance(gradient, DTensor):
-        return gradient
-    if gradient.placements != tensor.placements:
-        raise ValueError(
-            f"a gradient must be placed like its parameter; {flow.part.name!r} has the placements "
-            f'{tensor.placements}, its gradient {gradient.placements}. Use gradients="dense".'
-        )
-    return local_of(gradient)

@@ -3,16 +3,16 @@
 
 Every rank has sketches of full gradients; each keeps the mean of those its own tiles touch. For
 each rank of a group there is a line of numbers: presence of each parameter, then what it keeps of
-each, in the order of the parcels. A bucket is the same stretch of every line; lines are padded to
-the longest. A parcel's own sketches are dropped as soon as they are packed, so that what arrives
-takes their place in memory. Shape suffixes: E matrices, N rows, K blocks, R rank of the sketch.
+each. A bucket is the same stretch of every line; lines are padded to the longest. A parameter's own
+sketches are dropped as soon as they are packed, so that what arrives takes their place in memory.
+Shape suffixes: E matrices, N rows, K blocks, R rank of the sketch; L lines, S numbers of a bucket.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flora_dist.core.comm.groups import all_reduce_, group_device, reduce_scatter
 from flora_dist.core.tiles import Tile
-from flora_dist.gradients.accumulator import Accumulator
+from flora_dist.gradients.accumulator import Accumulator, Share
 
 BUCKET_BYTES = 1 << 25
 """Largest buffer of one collective, all lines together: 32 MiB, as DDP's 25 MiB buckets."""
@@ -66,39 +66,8 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parcel:
-    """One parameter's sketches on this rank."""
-
-    route: Route
-    accumulator: Accumulator
-    """Empty: this rank had no gradient, and counts as zero."""
-    device: torch.device
-    """Where its C is, or would be."""
-
-    def size(self, tile: Tile) -> int:
-        """Numbers of C for a tile."""
-        return tile.num_blocks(self.accumulator.block) * self.accumulator.rank
-
-    def shape(self, tile: Tile) -> tuple[int, int, int, int]:
-        """(E, N, K, R) of C for a tile."""
-        first, last = tile.blocks(self.accumulator.block)
-        return (*tile.sizes[:2], last - first, self.accumulator.rank)
-
-    def part(self, tile: Tile) -> Tensor:
-        """C of the blocks that a tile touches; zeros where this rank had no gradient."""
-        sums_ENKR, whole = self.accumulator.sums_ENKR, self.accumulator.tile
-        if sums_ENKR is None or whole is None:
-            return torch.zeros(self.shape(tile), dtype=self.accumulator.dtype, device=self.device)
-        matrices = slice(tile.matrices[0] - whole.matrices[0], tile.matrices[1] - whole.matrices[0])
-        rows = slice(tile.rows[0] - whole.rows[0], tile.rows[1] - whole.rows[0])
-        block = self.accumulator.block
-        origin, (first, last) = whole.blocks(block)[0], tile.blocks(block)
-        return sums_ENKR[matrices, rows, first - origin : last - origin]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrived:
-    """What this rank keeps of one parameter."""
+class Mean:
+    """What this rank keeps of one parameter's mean."""
 
     tiles: tuple[Tensor, ...]
     """Mean C (E, N, K, R) of each tile kept."""
@@ -110,82 +79,110 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """Some numbers of a line: one tile of one parcel."""
+    """A stretch of a line: what one rank keeps for one tile."""
 
-    parcel: int
-    tile: Tile
+    index: int
+    """Of the parameter."""
+    share: Share
     begin: int
-    size: int
 
     @property
     def stop(self) -> int:
-        return self.begin + self.size
+        return self.begin + self.share.size
 
 
-def carry(
-    parcels: Sequence[Parcel], *, wire_dtype: torch.dtype | None, bucket_bytes: int = BUCKET_BYTES
-) -> list[Arrived]:
-    """Average sketches over the ranks of their routes; the accumulators are empty afterwards.
-
-    Args:
-        parcels: in an order that is equal on all ranks, with equal routes but for ``rank``.
-        wire_dtype: what travels; None: the dtype of C.
-        bucket_bytes: largest buffer of a collective.
-    """
-    together: dict[tuple[object, ...], list[int]] = {}
-    for index, parcel in enumerate(parcels):
-        route, dtype = parcel.route, parcel.accumulator.dtype
-        key = (route.scatter, route.sums, route.divisor, dtype, parcel.device)
-        together.setdefault(key, []).append(index)
-    arrived: dict[int, Arrived] = {}
-    for indices in together.values():
-        chosen = [parcels[index] for index in indices]
-        if chosen[0].route.travels:
-            found = _Shipment(chosen, wire_dtype, bucket_bytes).send()
-        else:
-            found = [_stay(parcel) for parcel in chosen]
-        arrived.update(zip(indices, found, strict=True))
-    return [arrived[index] for index in range(len(parcels))]
-
-
-def _stay(parcel: Parcel) -> Arrived:
-    """No other rank takes part: what is here is kept."""
-    was_here = parcel.accumulator.sums_ENKR is not None
-    kept = parcel.route.kept[0] if was_here else ()
-    tiles = tuple(parcel.part(tile).contiguous() for tile in kept)
-    parcel.accumulator.drop()
-    return Arrived(tiles=tiles, was_here=was_here, presence=None)
-
-
-class _Shipment:
-    """Parcels of one group of ranks."""
+class Averaging:
+    """Averages sketches over the ranks of their routes, as planned once."""
 
     def __init__(
-        self, parcels: Sequence[Parcel], wire_dtype: torch.dtype | None, bucket_bytes: int
+        self,
+        accumulators: Sequence[Accumulator],
+        routes: Sequence[Route],
+        *,
+        wire_dtype: torch.dtype | None,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        first = parcels[0]
-        self._parcels, self._route, self._device = parcels, first.route, first.device
-        self._dtype = first.accumulator.dtype
-        self._wire = wire_dtype or self._dtype
-        self._were_here = [parcel.accumulator.sums_ENKR is not None for parcel in parcels]
-        self._lines = [list(self._runs(rank)) for rank in range(len(first.route.kept))]
-        header = len(parcels)
-        self._length = max((line[-1].stop for line in self._lines if line), default=header)
-        self._width = self._bucket_width(bucket_bytes)
-        self._left = list(reversed(range(len(parcels))))
-        """Parcels that are not packed yet, the next one last."""
-        self._packed_at = self._last_numbers()
-        self._presence_P = torch.empty(header, dtype=self._dtype, device=self._device)
-        self._mine: dict[int, Tensor] = {}
-        """What has arrived of this rank's line, by run."""
+        """Sends nothing yet.
 
-    def send(self) -> list[Arrived]:
-        """One collective per bucket and group; returns this rank's share of each parcel."""
-        for start in range(0, self._length, self._width):
-            stop = min(start + self._width, self._length)
-            received = self._exchange(self._pack(start, stop))
-            self._unpack(received.to(self._device), start)
-        return self._arrived()
+        Args:
+            accumulators: in an order that is equal on all ranks.
+            routes: of each, equal on all ranks but for ``rank``.
+            wire_dtype: what travels; None: the dtype of C.
+            bucket_bytes: largest buffer of a collective.
+        """
+        together: dict[Hashable, list[int]] = {}
+        for index, (own, route) in enumerate(zip(accumulators, routes, strict=True)):
+            key = (route.scatter, route.sums, route.divisor, own.dtype, own.device)
+            together.setdefault(key, []).append(index)
+        self._groups = [
+            (indices, _group(indices, accumulators, routes, wire_dtype, bucket_bytes))
+            for indices in together.values()
+        ]
+
+    def run(self) -> list[Mean]:
+        """This rank's share of each mean; the accumulators are empty afterwards."""
+        means: dict[int, Mean] = {}
+        for indices, group in self._groups:
+            means.update(zip(indices, group.run(), strict=True))
+        return [means[index] for index in range(len(means))]
+
+
+def _group(
+    indices: Sequence[int],
+    accumulators: Sequence[Accumulator],
+    routes: Sequence[Route],
+    wire_dtype: torch.dtype | None,
+    bucket_bytes: int,
+) -> _Alone | _Buckets:
+    chosen, own = [accumulators[i] for i in indices], [routes[i] for i in indices]
+    if not own[0].travels:
+        return _Alone(chosen, own)
+    return _Buckets(chosen, own, wire_dtype or chosen[0].dtype, bucket_bytes)
+
+
+class _Alone:
+    """Parameters of whose sketches no other rank has any: what is here is kept."""
+
+    def __init__(self, accumulators: Sequence[Accumulator], routes: Sequence[Route]) -> None:
+        self._own = [
+            (each, [each.share_of(tile) for tile in route.kept[0]])
+            for each, route in zip(accumulators, routes, strict=True)
+        ]
+
+    def run(self) -> Iterator[Mean]:
+        for each, shares in self._own:
+            was_here = each.sums_ENKR is not None
+            tiles = tuple(each.at(share).contiguous() for share in shares) if was_here else ()
+            each.drop()
+            yield Mean(tiles=tiles, was_here=was_here, presence=None)
+
+
+class _Buckets:
+    """Parameters of one group of ranks."""
+
+    def __init__(
+        self,
+        accumulators: Sequence[Accumulator],
+        routes: Sequence[Route],
+        wire: torch.dtype,
+        bucket_bytes: int,
+    ) -> None:
+        first = accumulators[0]
+        self._accumulators, self._route, self._wire = accumulators, routes[0], wire
+        self._dtype, self._device = first.dtype, first.device
+        self._lines = [
+            list(_line(accumulators, [route.kept[rank] for route in routes]))
+            for rank in range(len(self._route.kept))
+        ]
+        self._mine = self._lines[self._route.rank]
+        self._header = len(accumulators)
+        self._length = max((line[-1].stop for line in self._lines if line), default=self._header)
+        self._width = self._bucket_width(bucket_bytes)
+        self._ends = [0] * self._header
+        """Where in the lines each parameter ends."""
+        for line in self._lines:
+            for run in line:
+                self._ends[run.index] = max(self._ends[run.index], run.stop)
 
     def _bucket_width(self, bucket_bytes: int) -> int:
         """Numbers of each line in a bucket."""
@@ -193,39 +190,48 @@ class _Shipment:
         smallest, share = SMALLEST_BUCKET_BYTES // number_bytes, -(-self._length // BUCKETS)
         return max(1, min(bucket_bytes // number_bytes, max(smallest, share)))
 
-    def _runs(self, rank: int) -> Iterator[_Run]:
-        begin = len(self._parcels)
-        for index, parcel in enumerate(self._parcels):
-            for tile in parcel.route.kept[rank]:
-                yield _Run(parcel=index, tile=tile, begin=begin, size=parcel.size(tile))
-                begin += parcel.size(tile)
+    def run(self) -> list[Mean]:
+        """One collective per bucket and group of ranks."""
+        were_here = [each.sums_ENKR is not None for each in self._accumulators]
+        presence_P = torch.tensor(were_here, dtype=self._wire, device=self._device)
+        present_P = torch.empty(self._header, dtype=self._dtype, device=self._device)
+        kept: dict[int, Tensor] = {}
+        for start in range(0, self._length, self._width):
+            stop = min(start + self._width, self._length)
+            received_S = self._exchange(self._pack(start, stop, presence_P)).to(self._device)
+            present_P[start:stop] = received_S[: max(0, self._header - start)]
+            self._unpack(received_S, start, kept)
+        tiles: list[list[Tensor]] = [[] for _ in self._accumulators]
+        for run in self._mine:
+            tiles[run.index].append(kept[run.begin].view(run.share.shape))
+        return [
+            Mean(tiles=tuple(own), was_here=was_here, presence=presence)
+            for own, was_here, presence in zip(tiles, were_here, present_P, strict=True)
+        ]
 
-    def _last_numbers(self) -> list[int]:
-        """Where in the lines each parcel ends."""
-        ends = [0] * len(self._parcels)
-        for line in self._lines:
-            for run in line:
-                ends[run.parcel] = max(ends[run.parcel], run.stop)
-        return ends
-
-    # ---- a bucket
-
-    def _pack(self, start: int, stop: int) -> Tensor:
-        bucket = torch.zeros(len(self._lines), stop - start, dtype=self._wire, device=self._device)
-        for row, line in zip(bucket, self._lines, strict=True):
-            for index in range(start, min(len(self._parcels), stop)):
-                row[index - start] = float(self._were_here[index])
+    def _pack(self, start: int, stop: int, presence_P: Tensor) -> Tensor:
+        shape = (len(self._lines), stop - start)
+        bucket_LS = torch.zeros(shape, dtype=self._wire, device=self._device)
+        header = max(0, min(self._header, stop) - start)
+        bucket_LS[:, :header] = presence_P[start : start + header]
+        for row_S, line in zip(bucket_LS, self._lines, strict=True):
             for run, low, high in _overlaps(line, start, stop):
-                if self._were_here[run.parcel]:
-                    flat = self._parcels[run.parcel].part(run.tile).reshape(-1)
-                    row[low - start : high - start] = flat[low - run.begin : high - run.begin]
-        while self._left and self._packed_at[self._left[-1]] <= stop:
-            self._parcels[self._left.pop()].accumulator.drop()
-        return bucket
+                own = self._accumulators[run.index]
+                if own.sums_ENKR is not None:
+                    flat = own.at(run.share).reshape(-1)
+                    row_S[low - start : high - start] = flat[low - run.begin : high - run.begin]
+        self._drop_packed(stop)
+        return bucket_LS
 
-    def _exchange(self, bucket: Tensor) -> Tensor:
+    def _drop_packed(self, stop: int) -> None:
+        """Drop sketches of which nothing is left to pack."""
+        for each, end in zip(self._accumulators, self._ends, strict=True):
+            if end <= stop:
+                each.drop()
+
+    def _exchange(self, bucket_LS: Tensor) -> Tensor:
         group = self._route.scatter or self._route.sums[0]
-        there = bucket.to(group_device(bucket, group))
+        there = bucket_LS.to(group_device(bucket_LS, group))
         received = there.view(-1)
         if self._route.scatter is not None:
             received = reduce_scatter(there, self._route.scatter)
@@ -233,31 +239,22 @@ class _Shipment:
             all_reduce_(received, replicas)
         return received
 
-    def _unpack(self, received: Tensor, start: int) -> None:
-        stop = start + len(received)
-        header = min(len(self._parcels), stop)
-        if start < header:
-            self._presence_P[start:header] = received[: header - start]
-        line = self._lines[self._route.rank]
-        for run, low, high in _overlaps(line, start, stop):
-            flat = self._mine.get(run.begin)
-            if flat is None:
-                flat = torch.empty(run.size, dtype=self._dtype, device=self._device)
-                self._mine[run.begin] = flat
-            numbers = received[low - start : high - start].to(self._dtype)
-            flat[low - run.begin : high - run.begin] = numbers / self._route.divisor
+    def _unpack(self, received_S: Tensor, start: int, kept: dict[int, Tensor]) -> None:
+        for run, low, high in _overlaps(self._mine, start, start + len(received_S)):
+            if run.begin not in kept:
+                kept[run.begin] = received_S.new_empty(run.share.size, dtype=self._dtype)
+            numbers = received_S[low - start : high - start].to(self._dtype)
+            kept[run.begin][low - run.begin : high - run.begin] = numbers / self._route.divisor
 
-    def _arrived(self) -> list[Arrived]:
-        found: list[list[Tensor]] = [[] for _ in self._parcels]
-        for run in self._lines[self._route.rank]:
-            shape = self._parcels[run.parcel].shape(run.tile)
-            found[run.parcel].append(self._mine[run.begin].view(shape))
-        return [
-            Arrived(tiles=tuple(tiles), was_here=was_here, presence=presence)
-            for tiles, was_here, presence in zip(
-                found, self._were_here, self._presence_P, strict=True
-            )
-        ]
+
+def _line(accumulators: Sequence[Accumulator], kept: Sequence[Sequence[Tile]]) -> Iterator[_Run]:
+    """What one rank keeps, after the presence of each parameter."""
+    begin = len(accumulators)
+    for index, (own, tiles) in enumerate(zip(accumulators, kept, strict=True)):
+        for tile in tiles:
+            run = _Run(index=index, share=own.share_of(tile), begin=begin)
+            begin = run.stop
+            yield run
 
 
 def _overlaps(line: Sequence[_Run], start: int, stop: int) -> Iterator[tuple[_Run, int, int]]:

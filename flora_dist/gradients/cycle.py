@@ -8,45 +8,23 @@ Integrations say where gradients arrive and over which ranks they are averaged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from flora_dist.core.comm.message import Message, Sender
-from flora_dist.core.parameters.source import DenseGradients
+from flora_dist.core.layouts.dtensor import local_gradient
+from flora_dist.core.parameters.norms import scale_
 from flora_dist.core.parameters.trainable import Trainable
-from flora_dist.core.protocols import Part, Reducer, Terms
-from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Sketches, draw_together
-from flora_dist.core.step.cut_blocks import add_partial_, edges_of, fill_
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
-from flora_dist.core.tiles import Cuts, Tile
-from flora_dist.gradients.accumulator import Accumulator
-from flora_dist.gradients.average import Arrived, Parcel, Route, carry
+from flora_dist.gradients.average import Averaging, Mean
+from flora_dist.gradients.cut_sketches import partial_sketches
+from flora_dist.gradients.flow import Flow
 from flora_dist.gradients.placeholder import stand_in_for, stands_in
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Flow:
-    """One parameter's way from backward to step."""
-
-    part: Part
-    """What of the parameter is stepped here."""
-    geometry: Geometry
-    """In blocks and numbers per block of the gradient's sketches."""
-    accumulator: Accumulator
-    route: Route
-    is_partial: bool
-    """Blocks cut by columns are sums of what several ranks hold (tensor parallelism)."""
-    visible: Tensor | None
-    """The parameter in whose ``.grad`` users look; None under an engine that has none."""
-    is_gathered: bool
-    """Whether gradients arrive at another tensor, whole, and users see this rank's shard."""
-    device: torch.device
-    """Where gradients arrive."""
 
 
 class Gradients:
@@ -58,7 +36,9 @@ class Gradients:
         *,
         level: str,
         wire_dtype: torch.dtype | None,
-        check: Callable[[], None],
+        check: Callable[[], None] | None,
+        known: frozenset[str],
+        check_late: Callable[[Trainable], None],
     ) -> None:
         """Nothing is kept yet.
 
@@ -67,14 +47,41 @@ class Gradients:
             level: of ``LEVELS``, not dense.
             wire_dtype: what travels; None: as accumulated.
             check: raises if the framework was set to do what would be computed wrong.
+            known: every parameter that trains, with a flow or without.
+            check_late: raises if a parameter that is not known should have a flow.
         """
-        self.level, self.wire_dtype, self._check = level, wire_dtype, check
+        self.level, self.wire_dtype = level, wire_dtype
+        self._check, self._known, self._check_late = check, known, check_late
         self.flows = {flow.part.name: flow for flow in sorted(flows, key=lambda f: f.part.name)}
-        self._dense = DenseGradients()  # of parameters that are not sketched
+        ordered = self.flows.values()
+        self._shows = any(flow.source.visible is not None for flow in ordered)
+        self._averaging = Averaging(
+            [flow.accumulator for flow in ordered],
+            [flow.source.route for flow in ordered],
+            wire_dtype=wire_dtype,
+        )
+        self._cut = partial_sketches(list(ordered))
         self._mean: dict[str, SketchedGradient] | None = None
         self._forgetting: list[Callable[[], None]] = []
 
     # ---- taking in
+
+    @torch.no_grad()
+    def arrived(self, flow: Flow, tensor: Tensor) -> None:
+        """The hook: a gradient has been added to ``tensor.grad``.
+
+        Raises:
+            RuntimeError: the gradients of this step have been averaged already.
+            ValueError: it is placed unlike its parameter.
+        """
+        if tensor.grad is None or stands_in(tensor.grad):  # added to the sketches already
+            return
+        gradient = tensor.grad
+        if isinstance(tensor, DTensor):
+            gradient = local_gradient(tensor, flow.part.name)
+        self.take(flow, gradient)
+        if tensor is not flow.source.visible:
+            tensor.grad = None
 
     def take(self, flow: Flow, gradient: Tensor) -> None:
         """Add a full gradient to the sketches; it may be freed afterwards.
@@ -98,11 +105,11 @@ class Gradients:
                 f"{flow.part.name!r} has been, after it was read. Read p.grad again after "
                 "backward."
             )
-        if not flow.is_gathered:
+        if flow.source.visible is flow.source.tensor:
             self.take(flow, gradient)
             return
         self._open(flow)
-        route = flow.route
+        route = flow.source.route
         for tile in route.kept[route.rank]:
             flow.accumulator.add_part_(gradient * route.weight_of_mean, tile)
 
@@ -113,7 +120,7 @@ class Gradients:
         self._show(flow)
 
     def _open(self, flow: Flow) -> None:
-        is_new = flow.visible is not None and not stands_in(flow.visible.grad)
+        is_new = flow.source.visible is not None and not _is_shown(flow)
         if is_new:  # nothing yet, or zero_grad() since
             flow.accumulator.drop()
             if self._mean is not None and not any(map(_is_shown, self.flows.values())):
@@ -126,23 +133,25 @@ class Gradients:
             )
 
     def _show(self, flow: Flow) -> None:
-        parameter = flow.visible
+        parameter = flow.source.visible
         if parameter is None or stands_in(parameter.grad):
             return
         parameter.grad = None
         parameter.grad = stand_in_for(
             parameter,
             name=flow.part.name,
-            add_to_sketch=lambda gradient: self.add(flow, gradient),
-            drop_sketch=lambda: _hide(flow),
+            add_to_sketch=partial(self.add, flow),
+            drop_sketch=partial(_hide, flow),
         )
 
     @property
     def is_open(self) -> bool:
         """Whether something has come in since the last step and was not dropped."""
-        flows = self.flows.values()
-        return any(f.accumulator.sums_ENKR is not None for f in flows if f.visible is None) or any(
-            map(_is_shown, flows)
+        return any(
+            flow.accumulator.sums_ENKR is not None
+            if flow.source.visible is None
+            else _is_shown(flow)
+            for flow in self.flows.values()
         )
 
     # ---- averaging
@@ -155,47 +164,26 @@ class Gradients:
         Raises:
             RuntimeError: the optimizer has loaded another step since the gradients came in.
         """
-        if self._mean is not None and (not self._is_shown_at_all() or self._shows_anything()):
+        if self._mean is not None and (not self._shows or self._shows_anything()):
             return
-        self._check()
+        if self._check is not None:
+            self._check()
         for flow in self.flows.values():
             flow.accumulator.check_basis()
-            if flow.visible is not None and flow.visible.grad is None:  # zero_grad() since
+            visible = flow.source.visible
+            if visible is not None and visible.grad is None:  # zero_grad() since
                 flow.accumulator.drop()
-        arrived = carry([_parcel(flow) for flow in self.flows.values()], wire_dtype=self.wire_dtype)
-        pairs = list(zip(self.flows.values(), arrived, strict=True))
-        present = _present(pairs)
+        means = self._averaging.run()
         self._mean = {}
-        for (flow, kept), is_here in zip(pairs, present, strict=True):
+        for flow, mean, is_here in zip(self.flows.values(), means, _present(means), strict=True):
             if is_here:
-                self._mean[flow.part.name] = _read(flow, kept)
+                self._mean[flow.part.name] = _read(flow, mean)
                 self._show(flow)
-        self._complete(self._mean)
-
-    def _is_shown_at_all(self) -> bool:
-        return any(flow.visible is not None for flow in self.flows.values())
+        for partials in self._cut:
+            partials.complete_(self._mean)
 
     def _shows_anything(self) -> bool:
         return any(map(_is_shown, self.flows.values()))
-
-    def _complete(self, mean: dict[str, SketchedGradient]) -> None:
-        """Add the pieces of blocks that tensor parallelism cuts: one message per group of ranks."""
-        together: dict[Reducer, list[tuple[Flow, Cuts]]] = {}
-        for name, flow in self.flows.items():
-            cuts, reducer = flow.part.cuts(flow.geometry.block), flow.part.reducer
-            if flow.is_partial and cuts.blocks_anywhere and name in mean and reducer is not None:
-                together.setdefault(reducer, []).append((flow, cuts))
-        for reducer, cut in together.items():
-            partial = [_cut_sketches(flow, cuts, mean[flow.part.name]) for flow, cuts in cut]
-            senders = [
-                Sender(kind=name, names=(name,), cuts=cuts, sends_all=True)
-                for name, cuts in ((flow.part.name, cuts) for flow, cuts in cut)
-            ]
-            totals = Message(senders, reducer).sum(partial)
-            for (flow, cuts), total in zip(cut, totals, strict=True):
-                for tile, compressed_1NKR in _by_matrix(flow, mean[flow.part.name]):
-                    edges = edges_of(tile, flow.geometry, cuts)
-                    fill_(compressed_1NKR, total["blocks"], edges, None)
 
     # ---- reading
 
@@ -207,10 +195,7 @@ class Gradients:
     def scale_(self, factor: Tensor | float) -> None:
         """Multiply all mean gradients."""
         assert self._mean is not None, "reduce() comes first"
-        for gradient in self._mean.values():
-            for compressed_ENKR in gradient.tiles:
-                here = factor.to(compressed_ENKR.device) if isinstance(factor, Tensor) else factor
-                compressed_ENKR.mul_(here)
+        scale_(list(self._mean.values()), factor)
 
     def check(self, slot: Trainable) -> None:
         """Refuse a full gradient where sketches belong.
@@ -219,9 +204,11 @@ class Gradients:
             RuntimeError: naming the parameter.
             ValueError: the weight has another shape than when gradients were attached.
         """
-        flow, gradient = self.flows.get(slot.name), slot.tensor.grad
+        flow = self.flows.get(slot.name)
         if flow is None:
-            self._dense.check(slot)
+            if slot.name not in self._known:
+                self._check_late(slot)
+            slot.part.gradient()  # refuses what its layout cannot read
             return
         if flow.geometry.shape != slot.part.shape:
             raise ValueError(
@@ -229,9 +216,7 @@ class Gradients:
                 f"{flow.geometry.shape} and has {slot.part.shape}. Make a new optimizer and attach "
                 "it."
             )
-        if flow.visible is None or gradient is None or stands_in(gradient):
-            return
-        if not self._asks_for_state(slot):
+        if _full_gradient(slot, flow) is not None and not self._asks_for_state(slot):
             raise RuntimeError(
                 f"with gradients={self.level!r} no full gradient may be left in .grad; that of "
                 f"{slot.name!r} is there: its hook did not fire, or something wrote it. Call "
@@ -243,15 +228,13 @@ class Gradients:
 
         torch.distributed.checkpoint asks for state so. Looks at the device at a rate of 0 only.
         """
-        flow, gradient = self.flows.get(slot.name), slot.tensor.grad
-        if flow is None or flow.visible is None or gradient is None or stands_in(gradient):
-            return False
-        return slot.group["lr"] == 0 and not bool(gradient.any())
+        gradient = _full_gradient(slot, self.flows.get(slot.name))
+        return gradient is not None and slot.group["lr"] == 0 and not bool(gradient.any())
 
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """Each slot's gradient, averaged over the ranks if it is sketched."""
         if any(map(self._asks_for_state, slots)):
-            return self._dense.read(slots)
+            return [slot.part.gradient() for slot in slots]
         self.reduce()
         return [
             self.mean_of(slot.name) if slot.name in self.flows else slot.part.gradient()
@@ -289,31 +272,36 @@ class Gradients:
         """A of the coming step, of all at once: each alone costs a hundred small calls."""
         alike: dict[tuple[torch.dtype, torch.device], list[tuple[Sketches, int]]] = {}
         for flow in self.flows.values():
-            place = (flow.accumulator.dtype, flow.device)
+            place = (flow.accumulator.dtype, flow.accumulator.device)
             alike.setdefault(place, []).append(flow.accumulator.basis)
         for (dtype, device), wanted in alike.items():
             draw_together(wanted, dtype=dtype, device=device)
 
 
 def _is_shown(flow: Flow) -> bool:
-    return flow.visible is not None and stands_in(flow.visible.grad)
+    return flow.source.visible is not None and stands_in(flow.source.visible.grad)
 
 
 def _hide(flow: Flow) -> None:
     """As ``zero_grad()`` leaves a parameter; what was sketched is dropped when that is noticed."""
-    assert flow.visible is not None
-    flow.visible.grad = None
+    assert flow.source.visible is not None
+    flow.source.visible.grad = None
 
 
-def _parcel(flow: Flow) -> Parcel:
-    return Parcel(route=flow.route, accumulator=flow.accumulator, device=flow.device)
+def _full_gradient(slot: Trainable, flow: Flow | None) -> Tensor | None:
+    """The full gradient that is where a placeholder belongs; None: there is none."""
+    is_placed = flow is not None and flow.source.visible is not None
+    return slot.tensor.grad if is_placed and not stands_in(slot.tensor.grad) else None
 
 
-def _present(pairs: Sequence[tuple[Flow, Arrived]]) -> list[bool]:
+def _present(means: Sequence[Mean]) -> list[bool]:
     """Whether any rank has a gradient; asks the device only where this rank has none."""
-    present = [kept.was_here for _, kept in pairs]
-    flags = {i: kept.presence for i, (_, kept) in enumerate(pairs) if not present[i]}
-    asked = {index: flag for index, flag in flags.items() if flag is not None}
+    present = [mean.was_here for mean in means]
+    asked = {
+        index: mean.presence
+        for index, mean in enumerate(means)
+        if not mean.was_here and mean.presence is not None
+    }
     if asked:
         counts = torch.stack([flag.double().cpu() for flag in asked.values()])
         for index, count in zip(asked, counts.tolist(), strict=True):
@@ -321,26 +309,11 @@ def _present(pairs: Sequence[tuple[Flow, Arrived]]) -> list[bool]:
     return present
 
 
-def _read(flow: Flow, kept: Arrived) -> SketchedGradient:
+def _read(flow: Flow, mean: Mean) -> SketchedGradient:
     """On the device of the step, which with CPU offload is not that of backward."""
     device = flow.part.weight().device
-    first, stop = flow.part.matrices
-    origin = flow.accumulator.tile.matrices[0] if flow.accumulator.tile is not None else first
-    sketch_ERB = flow.accumulator.sketch(device)[first - origin : stop - origin]
-    tiles = tuple(tile.to(device) for tile in kept.tiles)
-    return SketchedGradient(tiles=tiles, sketch_ERB=sketch_ERB, first_matrix=first)
-
-
-def _cut_sketches(flow: Flow, cuts: Cuts, gradient: SketchedGradient) -> Terms:
-    """What this rank has of each cut block's sketch."""
-    slots_1SR = gradient.sketch_ERB.new_zeros(1, len(cuts.blocks), flow.accumulator.rank)
-    for tile, compressed_1NKR in _by_matrix(flow, gradient):
-        add_partial_(slots_1SR, compressed_1NKR, edges_of(tile, flow.geometry, cuts))
-    return {"blocks": slots_1SR}
-
-
-def _by_matrix(flow: Flow, gradient: SketchedGradient) -> Iterator[tuple[Tile, Tensor]]:
-    """Each matrix of each tile alone, as a view."""
-    for tile, compressed_ENKR in zip(flow.part.tiles, gradient.tiles, strict=True):
-        for place, matrix in enumerate(range(*tile.matrices)):
-            yield replace(tile, matrices=(matrix, matrix + 1)), compressed_ENKR[place : place + 1]
+    return SketchedGradient(
+        tiles=tuple(tile.to(device) for tile in mean.tiles),
+        sketch_ERB=flow.accumulator.sketch(device)[flow.matrices],
+        first_matrix=flow.first_matrix,
+    )

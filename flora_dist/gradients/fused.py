@@ -24,15 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from flora_dist.core.layouts.replicated import whole
-from flora_dist.gradients.cycle import Flow, Gradients
+from flora_dist.gradients.cycle import Gradients
+from flora_dist.gradients.flow import Flow
 from flora_dist.gradients.fused_linear import SketchedConv1D, SketchedLinear
 
 _CONV1D_HOME = "transformers.pytorch_utils"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Place:
-    """Where one parameter's gradients arrive."""
+class FusedWeight:
+    """A parameter whose gradient linear layers may take as a sketch."""
 
     flow: Flow
     tensor: Any
@@ -47,7 +48,7 @@ class Place:
         return bool(self.tensor._backward_hooks) or not self.hooks.issuperset(after)
 
 
-def fuse(model: nn.Module, gradients: Gradients, places: Mapping[int, Place]) -> Fused:
+def fuse(model: nn.Module, gradients: Gradients, weights: Mapping[int, FusedWeight]) -> Fused:
     """Let every linear layer that fits take its weight's gradient as a sketch.
 
     Fits: nn.Linear and transformers' Conv1D, not their subclasses, with a whole weight.
@@ -56,26 +57,27 @@ def fuse(model: nn.Module, gradients: Gradients, places: Mapping[int, Place]) ->
         model: whose modules are looked at, after sharding.
         gradients: takes the sketches. Hooks on full gradients must be there beside this: what does
             not fit, and weights that are read outside of their modules, arrive by these.
-        places: by ``id()`` of the parameter as it stands in its module now.
+        weights: by ``id()`` of the parameter as it stands in its module now.
     """
     carriers: dict[str, _Carrier] = {}
     forwards: list[_Forward] = []
-    where: dict[str, list[str]] = {place.flow.part.name: [] for place in places.values()}
+    where: dict[str, list[str]] = {each.flow.part.name: [] for each in weights.values()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in places:
+            if parameter is None or id(parameter) not in weights:
                 continue
-            place = places[id(parameter)]
-            of = place.flow.part.name
-            because = _misfit(module, name, place)
+            weight = weights[id(parameter)]
+            of = weight.flow.part.name
+            because = _misfit(module, name, weight)
             where[of].append(f"compressed: {because}" if because else "fused")
             if not because:
                 if of not in carriers:
-                    carriers[of] = _Carrier(gradients, place)
+                    carriers[of] = _Carrier(gradients, weight)
                 forwards.append(_Forward(module, carriers[of]))
     found = {name: "; ".join(sorted(set(words), reverse=True)) for name, words in where.items()}
     fused = Fused(carriers, forwards, found)
-    gradients.on_forget(fused.refresh)
+    if carriers:
+        gradients.on_forget(fused.refresh)
     return fused
 
 
@@ -119,16 +121,16 @@ def _functions() -> dict[type[nn.Module], Any]:
     return found
 
 
-def _misfit(module: nn.Module, name: str, place: Place) -> str:
+def _misfit(module: nn.Module, name: str, weight: FusedWeight) -> str:
     """Why a module forms the gradient of its parameter; empty if it need not."""
     kind = type(module).__name__
     if type(module) not in _functions() or name != "weight":
         return f"{name} of {kind}"
     if "forward" in module.__dict__:
         return f"{kind} whose forward was replaced"
-    if place.flow.accumulator.tile not in whole(place.flow.geometry.shape):
+    if weight.flow.accumulator.tile not in whole(weight.flow.geometry.shape):
         return f"{kind} with a part of its weight"
-    if place.is_watched:
+    if weight.is_watched:
         return f"{kind} with a hook on its weight"
     return ""
 
@@ -136,10 +138,10 @@ def _misfit(module: nn.Module, name: str, place: Place) -> str:
 class _Carrier:
     """One parameter's sketches on their way out of autograd, and what they are made with."""
 
-    def __init__(self, gradients: Gradients, place: Place) -> None:
-        flow, accumulator = place.flow, place.flow.accumulator
-        self._gradients, self._place = gradients, place
-        zero = torch.zeros((), dtype=accumulator.dtype, device=flow.device)
+    def __init__(self, gradients: Gradients, weight: FusedWeight) -> None:
+        accumulator = weight.flow.accumulator
+        self._gradients, self._weight = gradients, weight
+        zero = torch.zeros((), dtype=accumulator.dtype, device=accumulator.device)
         self.zeros_NKR = zero.expand(accumulator.sums_shape[1:]).requires_grad_()  # no memory
         # Scaled by a power of two, so that raw sketches are as large as the gradient in fp16 too.
         shrink = 2.0 ** -(accumulator.block.bit_length() // 2)
@@ -154,7 +156,7 @@ class _Carrier:
     @torch.no_grad()
     def refresh(self) -> None:
         """Make A that of the coming step."""
-        accumulator = self._place.flow.accumulator
+        accumulator = self._weight.flow.accumulator
         if self._step == accumulator.next_step:
             return
         (sketch_RB,) = accumulator.sketch(self.unit_RB.device)
@@ -169,8 +171,8 @@ class _Carrier:
         """The hook: a sketch has arrived in ``grad``."""
         sketched_NKR, zeros_NKR.grad = zeros_NKR.grad, None
         assert sketched_NKR is not None
-        flow = self._place.flow
-        if self._place.is_watched:  # since forward, or since it was compiled
+        flow = self._weight.flow
+        if self._weight.is_watched:  # since forward, or since it was compiled
             raise RuntimeError(
                 "a hook on a weight whose gradient is fused must be there before the forward, and "
                 f"before it is compiled; {flow.part.name!r} has one that got None. Register it "
@@ -180,7 +182,7 @@ class _Carrier:
 
     def serves(self, weight: Tensor) -> bool:
         """Whether a gradient of ``weight`` is the attached parameter's, and nobody waits for it."""
-        return weight is self._place.tensor and not self._place.is_watched
+        return weight is self._weight.tensor and not self._weight.is_watched
 
     def close(self) -> None:
         """Take nothing more."""

@@ -18,12 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.average import Route
-from flora_dist.gradients.sources import Host, Source, nothing
+from flora_dist.gradients.flow import Adapter, Source
 
 _TESTED = "2.13.0"
 
 
-def host_of_ddp(model: DistributedDataParallel, slots: Sequence[Trainable]) -> Host:
+def adapter_of_ddp(model: DistributedDataParallel, slots: Sequence[Trainable]) -> Adapter:
     """Gradients arrive whole on every rank and are averaged by one all-reduce of sketches.
 
     Raises:
@@ -40,11 +40,10 @@ def host_of_ddp(model: DistributedDataParallel, slots: Sequence[Trainable]) -> H
     group = model.process_group
     world_size = dist.get_world_size(group)
     sums = (group,) if world_size > 1 else ()
-    return Host(
+    return Adapter(
         sources=[_source(slot, sums, world_size) for slot in slots],
         install=partial(_leave_out, model),
         restore=partial(_take_back, model, frozenset(model.parameters_to_ignore)),
-        check=nothing,
     )
 
 
@@ -55,7 +54,6 @@ def _source(slot: Trainable, sums: tuple[dist.ProcessGroup, ...], world_size: in
         visible=slot.tensor,
         tiles=tiles,
         route=Route(kept=(tiles,), sums=sums, divisor=world_size),
-        is_partial=False,
     )
 
 

@@ -21,24 +21,13 @@ from flora_dist.core.layouts.dtensor import shard_axes, tiles_along, tiles_at
 from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.average import Route
+from flora_dist.gradients.flow import Adapter, Source
 from flora_dist.gradients.on_plain import source_at_parameter
-from flora_dist.gradients.sources import Host, Source, nothing
 
 _TESTED = "2.13.0"
 
 
-def host_of_shards(model: nn.Module, slots: Sequence[Trainable]) -> Host:
-    """FSDP2 reduces full gradients; what is taken is this rank's shard of the mean."""
-    del model
-    return Host(
-        sources=[source_at_parameter(slot) for slot in slots],
-        install=nothing,
-        restore=nothing,
-        check=nothing,
-    )
-
-
-def host_of_unsharded(model: nn.Module, slots: Sequence[Trainable]) -> Host:
+def adapter_of_unsharded(model: nn.Module, slots: Sequence[Trainable]) -> Adapter:
     """Gradients are taken whole, before FSDP2 sees them; costs one all-gather of the weights.
 
     Raises:
@@ -53,10 +42,8 @@ def host_of_unsharded(model: nn.Module, slots: Sequence[Trainable]) -> Host:
         )
     gathered = dict(_gathered(modules))
     divisors = dict(_divisors(modules))
-    return Host(
+    return Adapter(
         sources=[_source(slot, gathered, divisors) for slot in slots],
-        install=nothing,
-        restore=nothing,
         check=partial(_check, modules),
     )
 

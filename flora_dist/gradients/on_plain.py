@@ -11,17 +11,12 @@ from flora_dist.core.layouts.dtensor import tiles_at
 from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.average import Route
-from flora_dist.gradients.sources import Host, Source, nothing
+from flora_dist.gradients.flow import Adapter, Source
 
 
-def host_of_plain(slots: Sequence[Trainable]) -> Host:
+def adapter_of_plain(slots: Sequence[Trainable]) -> Adapter:
     """Parameters whose ``.grad`` is complete after backward, whole or as this rank's shard."""
-    return Host(
-        sources=[source_at_parameter(slot) for slot in slots],
-        install=nothing,
-        restore=nothing,
-        check=nothing,
-    )
+    return Adapter(sources=[source_at_parameter(slot) for slot in slots])
 
 
 def source_at_parameter(slot: Trainable) -> Source:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.overrides import resolve_name
 
 from flora_dist.core.layouts.dtensor import local_of, shaped_like
@@ -94,7 +95,9 @@ class CompressedGradient(Tensor):
 
 def stands_in(gradient: Tensor | None) -> bool:
     """Whether ``.grad`` stands for sketches."""
-    return gradient is not None and isinstance(local_of(gradient), CompressedGradient)
+    if isinstance(gradient, DTensor):
+        gradient = local_of(gradient)
+    return isinstance(gradient, CompressedGradient)
 
 
 def stand_in_for(
@@ -105,13 +108,14 @@ def stand_in_for(
     drop_sketch: Callable[[], None],
 ) -> Tensor:
     """What may be put in the ``.grad`` of ``parameter``, plain or DTensor."""
+    is_sharded = isinstance(parameter, DTensor)
     made = CompressedGradient(
-        local_of(parameter).detach(),
+        (local_of(parameter) if is_sharded else parameter).detach(),
         name=name,
         add_to_sketch=add_to_sketch,
         drop_sketch=drop_sketch,
     )
-    return shaped_like(parameter, made)
+    return shaped_like(parameter, made) if is_sharded else made
 
 
 def _another(gradient: CompressedGradient) -> CompressedGradient:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from flora_dist.core.state.spec import Geometry
-from flora_dist.gradients.cycle import Flow
+from flora_dist.gradients.flow import Flow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def row_of(
             sent_bytes=0,
         )
     accumulator = flow.accumulator
-    numbers = flow.route.numbers_sent(block=accumulator.block, rank=accumulator.rank)
+    numbers = flow.source.route.numbers_sent(block=accumulator.block, rank=accumulator.rank)
     wire = wire_dtype or accumulator.dtype
     return GradientRow(
         name=name,

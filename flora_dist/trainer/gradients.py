@@ -10,7 +10,7 @@ from torch import nn
 
 from flora_dist.flora import Flora
 from flora_dist.gradients.attach import Handle, attach
-from flora_dist.gradients.flows import geometry_for
+from flora_dist.gradients.flow import geometry_for
 from flora_dist.gradients.report import GradientReport
 from flora_dist.trainer.backend import largest_over_processes
 from flora_dist.trainer.config import DENSE, Config, GradientsConfig

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flora_dist.gradients import cycle as gradients
+from flora_dist.gradients.average import Averaging
 from flora_dist.gradients.placeholder import CompressedGradient
 
 # Operator -> (kind, which argument is the whole buffer). The arguments are (output, input, group,
@@ -79,18 +79,18 @@ class Collectives(TorchDispatchMode):
 
     @contextmanager
     def sketches(self) -> Iterator[None]:
-        """What is sent by ``carry`` are sketches, wherever it is called."""
-        original = gradients.carry
+        """What is sent by ``Averaging.run`` are sketches, wherever it is called."""
+        original = Averaging.run
 
-        def carry(*args: Any, **more: Any) -> Any:
+        def run(self_: Averaging) -> Any:
             with contextmanager(self._during)("sketches"):
-                return original(*args, **more)
+                return original(self_)
 
-        gradients.carry = carry  # type: ignore[attr-defined]
+        Averaging.run = run  # type: ignore[method-assign]
         try:
             yield
         finally:
-            gradients.carry = original  # type: ignore[attr-defined]
+            Averaging.run = original  # type: ignore[method-assign]
 
     def elements(self, purpose: str) -> int:
         """Of all collectives for one purpose."""

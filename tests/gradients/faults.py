@@ -17,27 +17,24 @@ from flora_dist.core.step.basis import Sketches
 from flora_dist.gradients import average as routes
 from flora_dist.gradients import cycle as gradients
 from flora_dist.gradients.accumulator import Accumulator
+from flora_dist.gradients.cut_sketches import PartialSketches
 
 Mutate = Callable[[Any], Any]
 
 
 def _undivided(original: Any) -> Any:
-    def carry(parcels: Any, **more: Any) -> Any:
-        whole = [replace(p, route=replace(p.route, divisor=1.0)) for p in parcels]
-        return original(whole, **more)
+    def averaging(accumulators: Any, routes: Any, **more: Any) -> Any:
+        return original(accumulators, [replace(r, divisor=1.0) for r in routes], **more)
 
-    return carry
+    return averaging
 
 
 def _without_replicas(original: Any) -> Any:
-    def carry(parcels: Any, **more: Any) -> Any:
-        alone = [
-            replace(p, route=replace(p.route, sums=())) if p.route.scatter is not None else p
-            for p in parcels
-        ]
-        return original(alone, **more)
+    def averaging(accumulators: Any, routes: Any, **more: Any) -> Any:
+        alone = [r if r.scatter is None else replace(r, sums=()) for r in routes]
+        return original(accumulators, alone, **more)
 
-    return carry
+    return averaging
 
 
 def _last_only(original: Any) -> Any:
@@ -66,7 +63,7 @@ def _momentum_basis(original: Any) -> Any:
 
 def _incomplete(original: Any) -> Any:
     del original
-    return lambda self, mean: None  # noqa: ARG005 - the method's signature
+    return lambda self, means: None  # noqa: ARG005 - the method's signature
 
 
 def _every_block(original: Any) -> Any:
@@ -93,12 +90,12 @@ def _unscaled(original: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[Any, str, Mutate]] = {
-    "divisor": (gradients, "carry", _undivided),
-    "replicas": (gradients, "carry", _without_replicas),
+    "divisor": (gradients, "Averaging", _undivided),
+    "replicas": (gradients, "Averaging", _without_replicas),
     "micro-batches": (Accumulator, "add_", _last_only),
     "fresh basis": (Sketches, "at", _one_basis_for_all_steps),
     "basis of its own": (Sketches, "_keys", _momentum_basis),
-    "cut blocks": (gradients.Gradients, "_complete", _incomplete),
+    "cut blocks": (PartialSketches, "complete_", _incomplete),
     "whose line": (routes, "reduce_scatter", _wrong_place),
     "clipping": (flora, "scale_", _unscaled),
     "blocks kept twice": (norms, "_square_sum_of_sketches", _every_block),

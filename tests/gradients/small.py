@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import flora_dist
 from flora_dist import Flora
 from flora_dist.gradients.attach import Handle
-from flora_dist.gradients.cycle import Flow, Gradients
+from flora_dist.gradients.cycle import Gradients
+from flora_dist.gradients.flow import Flow
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "block": 8, "momentum": "flora", "kappa": 2}
 WIDTH = 20

@@ -97,7 +97,7 @@ def test_sketches_in_the_basis_of_a_past_step_are_noticed(monkeypatch: pytest.Mo
 
 def wrong_basis(self: fused._Carrier) -> None:
     """A of a step of its own, said to be that of the coming one."""
-    accumulator = self._place.flow.accumulator
+    accumulator = self._weight.flow.accumulator
     (sketch_RB,) = accumulator._sketches.at(1000, accumulator.dtype, self.unit_RB.device)
     with torch.no_grad():
         self.unit_RB.copy_(sketch_RB / self.scale)
@@ -112,7 +112,7 @@ def lost(self: fused._Carrier, zeros_NKR: Tensor) -> None:
     """Every second sketch."""
     self._turn = 1 - getattr(self, "_turn", 0)  # type: ignore[attr-defined]
     if self._turn:
-        self._gradients.take_sketch(self._place.flow, zeros_NKR.grad, self._step)
+        self._gradients.take_sketch(self._weight.flow, zeros_NKR.grad, self._step)
     zeros_NKR.grad = None
 
 

@@ -207,15 +207,7 @@ def _in_one_bucket(setup: Setup) -> Peak:
 
 
 def _keeping_accumulators(setup: Setup) -> Peak:
-    original = routes._Shipment._pack
-
-    def pack(self: Any, start: int, stop: int) -> Any:
-        left, self._left = self._left, []
-        bucket = original(self, start, stop)
-        self._left = left
-        return bucket
-
-    return _with(routes._Shipment, "_pack", pack, peak, setup)
+    return _with(routes._Buckets, "_drop_packed", lambda *_: None, peak, setup)
 
 
 def _keeping_gradients(setup: Setup) -> Peak:

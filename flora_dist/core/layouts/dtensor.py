@@ -72,22 +72,7 @@ class DTensorPart:
         return self.tensor._local_tensor.data_ptr()
 
     def gradient(self) -> Tensor | None:
-        gradient = self.tensor.grad
-        if gradient is None:
-            return None
-        if not isinstance(gradient, DTensor):
-            raise TypeError(
-                f"the gradient of a DTensor must be a DTensor; that of {self.name!r} is "
-                f"{type(gradient).__name__}. Let autograd or DTensor.from_local make it."
-            )
-        if gradient.placements != self.tensor.placements:
-            # Redistributing here would be a collective that a rank without gradient does not join.
-            raise ValueError(
-                f"a gradient must be placed like its parameter; {self.name!r} has the placements "
-                f"{self.tensor.placements}, its gradient {gradient.placements}. After backward, on "
-                "every rank: p.grad = p.grad.redistribute(placements=p.placements)."
-            )
-        return _local(gradient)
+        return None if self.tensor.grad is None else local_gradient(self.tensor, self.name)
 
     def local_state_shape(self, entry: StateTensor) -> tuple[int, ...]:
         sizes, _ = compute_local_shape_and_global_offset(
@@ -256,6 +241,30 @@ def _tiles(
 def _local(tensor: DTensor) -> Tensor:
     with torch.no_grad():  # under grad, to_local returns a view that records autograd
         return tensor.to_local()
+
+
+def local_gradient(tensor: DTensor, name: str) -> Tensor:
+    """The plain tensor of this rank in ``tensor.grad``, which is there.
+
+    Raises:
+        TypeError: it is no DTensor.
+        ValueError: it is placed unlike its parameter.
+    """
+    gradient = tensor.grad
+    if not isinstance(gradient, DTensor) or gradient.layout != torch.strided:
+        kind = gradient.layout if isinstance(gradient, DTensor) else type(gradient).__name__
+        raise TypeError(
+            f"the gradient of a DTensor must be a dense DTensor; that of {name!r} is {kind}. Let "
+            "autograd or DTensor.from_local make it."
+        )
+    if gradient.placements != tensor.placements:
+        # Redistributing here would be a collective that a rank without gradient does not join.
+        raise ValueError(
+            f"a gradient must be placed like its parameter; {name!r} has the placements "
+            f"{tensor.placements}, its gradient {gradient.placements}. After backward, on every "
+            "rank: p.grad = p.grad.redistribute(placements=p.placements)."
+        )
+    return _local(gradient)
 
 
 def local_of(tensor: Tensor) -> Tensor:

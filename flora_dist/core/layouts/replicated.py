@@ -62,7 +62,13 @@ class ReplicatedPart:
         return self.tensor.data_ptr()
 
     def gradient(self) -> Tensor | None:
-        return self.tensor.grad
+        gradient = self.tensor.grad
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ValueError(
+                f"gradients must be dense; that of {self.name!r} is {gradient.layout}. Build the "
+                "module with sparse=False."
+            )
+        return gradient
 
     def local_state_shape(self, entry: StateTensor) -> tuple[int, ...]:
         return entry.shape

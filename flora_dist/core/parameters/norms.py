@@ -42,14 +42,14 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + SMALLEST_NORM)).clamp(max=1.0)
 
 
-def scale_(gradients: Sequence[Gradient], factor: Tensor) -> None:
+def scale_(gradients: Sequence[Gradient], factor: Tensor | float) -> None:
     """Multiply gradients in place, elements and sketches alike."""
     for gradient in gradients:
         if gradient is None:
             continue
         tensors = gradient.tiles if isinstance(gradient, SketchedGradient) else (gradient,)
         for tensor in tensors:
-            tensor.mul_(factor.to(tensor.device))
+            tensor.mul_(factor.to(tensor.device) if isinstance(factor, Tensor) else factor)
 
 
 def _square_sum(slot: Trainable, gradient: Gradient) -> Tensor:

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
-
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
@@ -47,18 +45,12 @@ class DenseGradients:
         return False
 
     def check(self, slot: Trainable) -> None:
-        """Refuse sparse gradients, and those whose layout does not fit the parameter's.
+        """Refuse one that the parameter's layout cannot read.
 
         Raises:
-            ValueError: naming the parameter.
+            ValueError, TypeError: naming the parameter.
         """
-        gradient = slot.tensor.grad
-        if gradient is not None and gradient.layout != torch.strided:
-            raise ValueError(
-                f"gradients must be dense; that of {slot.name!r} is {gradient.layout}. Build the "
-                "module with sparse=False."
-            )
-        slot.part.gradient()  # refuses what its layout cannot read
+        slot.part.gradient()
 
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """This rank's elements of each slot's gradient."""

@@ -44,7 +44,7 @@ class Trainable:
     ) -> None:
         """``position``: place among the parameters if they have no names, else None."""
         self.tensor, self.part, self.group, self.level = tensor, part, group, level
-        self._layout, self.position, self.name = layout, position, part.name
+        self.layout, self.position, self.name = layout, position, part.name
         self.found = part.shape, tensor.dtype
         self._name_key = name_key(part.name)
         self._config: FloraConfig | None = None
@@ -114,7 +114,7 @@ class Trainable:
 
     def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """This parameter's state inside its tensor's."""
-        return self._layout.state_of(state, self.part)
+        return self.layout.state_of(state, self.part)
 
     def has_state(self, state: dict[str, Any]) -> bool:
         """Whether the parameter has taken part in a step."""
@@ -160,7 +160,7 @@ class Trainable:
             name=self.name,
             tensor=self.tensor,
             part=part,
-            layout=self._layout,
+            layout=self.layout,
             geometry=self._geometry,
             config=self.config,
             group=self.group,

@@ -11,7 +11,7 @@ from typing import Any
 
 from flora_dist.core.state.settings import KNOBS
 from flora_dist.core.state.spec import LEVELS
-from flora_dist.gradients.flows import WIRE_DTYPES
+from flora_dist.gradients.flow import WIRE_DTYPES
 
 TYPE = "Flora"
 _SETTINGS = ("lr", "weight_decay", "maximize", "check_every", *KNOBS)

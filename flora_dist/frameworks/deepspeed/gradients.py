@@ -38,9 +38,8 @@ from flora_dist.frameworks.deepspeed.steps import TESTED, Sketched, join
 from flora_dist.frameworks.deepspeed.zero_grad import drop_with_zero_grad, names_needed
 from flora_dist.gradients.attach import Handle
 from flora_dist.gradients.average import Route
-from flora_dist.gradients.flows import geometry_for
+from flora_dist.gradients.flow import Adapter, Source, geometry_for
 from flora_dist.gradients.report import GradientReport
-from flora_dist.gradients.sources import Host, Source, nothing
 
 _handles: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
 _IN_A_LEAF = "in a leaf module of ZeRO-3, whose gradients DeepSpeed takes together"
@@ -118,9 +117,11 @@ def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, 
     parameters = {names[id(p)]: p for p in engine.module.parameters()}
     slots = [slot for slot in flora.slots() if takes_part(slot)]
     sizes = {slot.part.name: _size(slot, parameters, request) for slot in slots}
-    host = _host(engine, [s for s in slots if sizes[s.part.name].rank is not None], parameters)
+    adapter = _adapter(
+        engine, [s for s in slots if sizes[s.part.name].rank is not None], parameters
+    )
     asked = (request.level, request.gradient_rank, request.wire_dtype)
-    handle = _handles[flora] = Handle(engine.module, flora, slots, sizes, host, asked)
+    handle = _handles[flora] = Handle(engine.module, flora, slots, sizes, adapter, asked)
     if engine.optimizer is not flora:
         sketched = Sketched(handle.gradients, slots)
         join(engine.optimizer, sketched)
@@ -136,33 +137,32 @@ def _size(slot: Trainable, parameters: Parameters, request: GradientRequest) -> 
     return size
 
 
-def _host(engine: DeepSpeedEngine, slots: Sequence[Trainable], parameters: Parameters) -> Host:
+def _adapter(
+    engine: DeepSpeedEngine, slots: Sequence[Trainable], parameters: Parameters
+) -> Adapter:
     if type(engine.optimizer) in _ZERO:
-        return _host_of_zero(engine.optimizer, slots, parameters)
-    return _host_of_stage_0(engine, slots, parameters)
+        return _adapter_of_zero(engine.optimizer, slots, parameters)
+    return _adapter_of_stage_0(engine, slots, parameters)
 
 
 # ---- ZeRO 1, 2 and 3
 
 
-def _host_of_zero(optimizer: Any, slots: Sequence[Trainable], parameters: Parameters) -> Host:
+def _adapter_of_zero(optimizer: Any, slots: Sequence[Trainable], parameters: Parameters) -> Adapter:
     # A weight that is offloaded is not where its gradient arrives.
     device = torch.device(get_accelerator().current_device_name())
-    return Host(
+    return Adapter(
         sources=[
             Source(
                 tensor=parameters[slot.part.name],
                 visible=None,
                 tiles=whole(slot.part.shape),
                 route=_route(optimizer, slot.part),
-                is_partial=False,
                 device=device,
             )
             for slot in slots
         ],
         install=partial(_pass_by, optimizer),
-        restore=nothing,
-        check=nothing,
     )
 
 
@@ -224,9 +224,9 @@ def _broken(what: str) -> RuntimeError:
 # ---- stage 0
 
 
-def _host_of_stage_0(
+def _adapter_of_stage_0(
     engine: DeepSpeedEngine, slots: Sequence[Trainable], parameters: Parameters
-) -> Host:
+) -> Adapter:
     """Every rank keeps everything; the wrapper of low precision has fp32 copies of its own."""
     group = groups._get_sequence_data_parallel_group()
     size = dist.get_world_size(group)
@@ -245,12 +245,9 @@ def _host_of_stage_0(
                 visible=parameter if is_visible else None,
                 tiles=tiles,
                 route=route,
-                is_partial=False,
             )
         )
-    return Host(
-        sources=sources, install=partial(_leave_out, engine), restore=nothing, check=nothing
-    )
+    return Adapter(sources=sources, install=partial(_leave_out, engine))
 
 
 def _leave_out(engine: DeepSpeedEngine, sources: Sequence[Source]) -> None:
