@@ -204,7 +204,7 @@ class Flora(torch.optim.Optimizer):
         return loss
 
     def _step(self, slots: Sequence[Trainable]) -> None:
-        if not all("param_names" in group for group in self.param_groups):
+        if any(slot.position is not None for slot in slots):  # no names of their own
             take_turn(self._player, slots)
         ordered = sorted(slots, key=attrgetter("name"))
         kept = self._roster.kept_plan(ordered, self.state)
@@ -217,7 +217,8 @@ class Flora(torch.optim.Optimizer):
         step = partial(
             run_step, plan, gradients, may_only_create_state=not self._roster.is_stepped_in_turns
         )
-        if self._beginning.is_over:
+        # Under ZeRO a group whose turn it is may have no gradient, and zeros are gradients.
+        if self._beginning.is_over or self._roster.is_stepped_in_turns:
             step()
             return
         with self._beginning.watched(ordered, gradients, self):
@@ -341,8 +342,7 @@ class Flora(torch.optim.Optimizer):
     def _present_slots(self) -> list[Trainable]:
         """Those that take part in a step, in the order of groups; their gradients are sound."""
         slots = [s for s in self._roster.present(self.param_groups, self.state) if takes_part(s)]
-        for slot in slots:
-            self._source.check(slot)
+        self._source.check(slots)
         return slots
 
     def _current_gradients(self) -> tuple[list[Trainable], list[Gradient]]:

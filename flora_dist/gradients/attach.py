@@ -199,6 +199,7 @@ class Handle:
             wire_dtype=WIRE_DTYPES[request[2]],
             check=adapter.check,
             known=frozenset(sizes),
+            watched=adapter.watched,
             check_late=partial(_check_late, request[1]),
         )
         optimizer.attach_gradients(self.gradients)

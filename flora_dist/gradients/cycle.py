@@ -38,6 +38,7 @@ class Gradients:
         wire_dtype: torch.dtype | None,
         check: Callable[[], None] | None,
         known: frozenset[str],
+        watched: Sequence[tuple[object, str]],
         check_late: Callable[[Trainable], None],
     ) -> None:
         """Nothing is kept yet.
@@ -48,12 +49,14 @@ class Gradients:
             wire_dtype: what travels; None: as accumulated.
             check: raises if the framework was set to do what would be computed wrong.
             known: every parameter that trains, with a flow or without.
+            watched: objects of the framework, and the attribute of each that is set then.
             check_late: raises if a parameter that is not known should have a flow.
         """
         self.level, self.wire_dtype = level, wire_dtype
         self._check, self._known, self._check_late = check, known, check_late
         self.flows = {flow.part.name: flow for flow in sorted(flows, key=lambda f: f.part.name)}
         ordered = self.flows.values()
+        self._watched = watched
         self._shows = any(flow.source.visible is not None for flow in ordered)
         self._averaging = Averaging(
             [flow.accumulator for flow in ordered],
@@ -166,7 +169,8 @@ class Gradients:
         """
         if self._mean is not None and (not self._shows or self._shows_anything()):
             return
-        if self._check is not None:
+        is_set = any(getattr(owner, attribute, None) for owner, attribute in self._watched)
+        if self._check is not None and is_set:
             self._check()
         for flow in self.flows.values():
             flow.accumulator.check_basis()
@@ -197,19 +201,23 @@ class Gradients:
         assert self._mean is not None, "reduce() comes first"
         scale_(list(self._mean.values()), factor)
 
-    def check(self, slot: Trainable) -> None:
-        """Refuse a full gradient where sketches belong.
+    def check(self, slots: Sequence[Trainable]) -> None:
+        """Refuse full gradients where sketches belong.
 
         Raises:
             RuntimeError: naming the parameter.
             ValueError: the weight has another shape than when gradients were attached.
         """
-        flow = self.flows.get(slot.name)
-        if flow is None:
+        for slot in slots:
+            flow = self.flows.get(slot.name)
+            if flow is not None:
+                self._check_sketched(slot, flow)
+                continue
             if slot.name not in self._known:
                 self._check_late(slot)
             slot.part.gradient()  # refuses what its layout cannot read
-            return
+
+    def _check_sketched(self, slot: Trainable, flow: Flow) -> None:
         if flow.geometry.shape != slot.part.shape:
             raise ValueError(
                 f"a weight must keep the shape that gradients were attached to; {slot.name!r} had "

@@ -61,8 +61,11 @@ class Adapter:
     """Make the framework leave these gradients alone."""
     restore: Callable[[], None] = nothing
     """Undo that."""
+    watched: Sequence[tuple[object, str]] = ()
+    """Objects of the framework, and an attribute of each that stands for what would be computed
+    wrong if it were set."""
     check: Callable[[], None] | None = None
-    """Raises if the framework was set since to do what would be computed wrong."""
+    """Raises if one is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -44,6 +44,7 @@ def adapter_of_unsharded(model: nn.Module, slots: Sequence[Trainable]) -> Adapte
     divisors = dict(_divisors(modules))
     return Adapter(
         sources=[_source(slot, gathered, divisors) for slot in slots],
+        watched=[(group, name) for group in _param_groups(modules) for name in _REFUSED],
         check=partial(_check, modules),
     )
 
@@ -128,25 +129,27 @@ def _divisors(modules: Sequence[FSDPModule]) -> Iterator[tuple[int, float | None
             yield id(parameter.sharded_param), group.gradient_divide_factor  # type: ignore[attr-defined]
 
 
+_REFUSED = {
+    # Full gradients of zeros would be made and reduced. New in torch 2.13.
+    "reduce_scatter_unused_params": "set_reduce_scatter_unused_params",
+    # It would see what FSDP2 itself reduces alone.
+    "_all_reduce_hook": "set_all_reduce_hook",
+}
+"""An attribute of a group of parameters that must not be set, and what sets it."""
+
+
 def _check(modules: Sequence[FSDPModule]) -> None:
     try:
-        for group in _param_groups(modules):
-            for call, is_on in (
-                # Full gradients of zeros would be made and reduced. New in torch 2.13.
-                (
-                    "set_reduce_scatter_unused_params",
-                    getattr(group, "reduce_scatter_unused_params", False),
-                ),
-                # It would see what FSDP2 itself reduces alone.
-                ("set_all_reduce_hook", group._all_reduce_hook is not None),  # type: ignore[attr-defined]
-            ):
-                if is_on:
-                    raise ValueError(
-                        f"compressed gradients under FSDP2 do not go with {call}(), which works on "
-                        "the gradients that FSDP2 reduces. Do not call it."
-                    )
+        groups = [(each, each._all_reduce_hook) for each in _param_groups(modules)]  # type: ignore[attr-defined]
     except AttributeError as error:
         raise RuntimeError(
             f"FSDP2 must have the attributes of torch {_TESTED}; in torch {torch.__version__}, "
             f"{error}. Use torch {_TESTED}."
         ) from error
+    for group, _ in groups:
+        for attribute, call in _REFUSED.items():
+            if getattr(group, attribute, None):
+                raise ValueError(
+                    f"compressed gradients under FSDP2 do not go with {call}(), which works on "
+                    "the gradients that FSDP2 reduces. Do not call it."
+                )

@@ -41,9 +41,6 @@ def numbers_of(batch: Batch, now: Moment) -> list[float]:
     config, size = batch.config, batch.geometry
     lr, decay = float(now.lr), float(now.weight_decay)
     eps = max(config.eps, VECTOR_EPS) if size.is_vector else config.eps
-    gain = 1.0
-    if size.rank is not None:
-        gain = config.gain_at(size.block / size.rank) * now.basis.gain
     clip = 0.0 if config.clip is None else config.clip
     return [
         now.beta2,
@@ -52,7 +49,7 @@ def numbers_of(batch: Batch, now: Moment) -> list[float]:
         1 - lr * decay,
         eps,
         config.beta1,
-        gain,
+        batch.gain * now.basis.gain,
         clip,
         batch.sign,
     ]

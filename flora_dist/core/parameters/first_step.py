@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from flora_dist.core.comm.groups import any_process
-from flora_dist.core.parameters.registry import Registry
 from flora_dist.core.parameters.trainable import Group, Trainable
 from flora_dist.core.step.gradient import Gradient
 
@@ -26,10 +25,6 @@ class Beginner(Protocol):
     @property
     def state(self) -> Any:
         """This rank's state."""
-
-    @property
-    def roster(self) -> Registry:
-        """How it is stepped."""
 
 
 class Beginning:
@@ -47,10 +42,6 @@ class Beginning:
         Raises:
             ValueError: on every rank, if none has a gradient of any parameter; nothing has changed.
         """
-        # Under ZeRO a group whose turn it is may have none, and DeepSpeed's zeros are gradients.
-        if self.is_over or optimizer.roster.is_stepped_in_turns:
-            yield
-            return
         before = _steps(slots, optimizer.state)
         yield
         # Asked first, whatever was counted here: others may hold parameters that counted nothing.

@@ -21,8 +21,8 @@ class GradientSource(Protocol):
     def is_open(self) -> bool:
         """Whether something has come in since the last step that a checkpoint would lose."""
 
-    def check(self, slot: Trainable) -> None:
-        """Refuse a gradient that cannot be stepped, before there is state."""
+    def check(self, slots: Sequence[Trainable]) -> None:
+        """Refuse gradients that cannot be stepped, before there is state."""
 
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """The gradient of each slot; every rank calls this."""
@@ -44,13 +44,13 @@ class DenseGradients:
         """Never: nothing is kept outside of ``.grad``."""
         return False
 
-    def check(self, slot: Trainable) -> None:
-        """Refuse one that the parameter's layout cannot read.
+    def check(self, slots: Sequence[Trainable]) -> None:
+        """Refuse those that their layouts cannot read.
 
         Raises:
             ValueError, TypeError: naming the parameter.
         """
-        slot.part.gradient()
+        self.read(slots)
 
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """This rank's elements of each slot's gradient."""

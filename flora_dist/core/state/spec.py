@@ -47,11 +47,8 @@ class Geometry:
     """Why the parameter is dense; empty where compressed."""
     falls_short: bool = False
     """Dense although compressing was asked for: it would not halve the parameter."""
-
-    @property
-    def is_vector(self) -> bool:
-        """At most one dimension: the second moment is kept per element, not factored."""
-        return len(self.shape) <= 1
+    is_vector: bool = False
+    """At most one dimension: the second moment is kept per element, not factored."""
 
     @property
     def blocks_per_row(self) -> int:
@@ -112,6 +109,7 @@ def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geome
         rank=rank,
         dense_because=reason,
         falls_short=falls_short,
+        is_vector=len(shape) <= 1,
     )
 
 

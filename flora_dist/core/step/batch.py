@@ -93,6 +93,8 @@ class Batch:
     """Those that are here among all that are summed, of the whole batch."""
     elements_per_matrix: int
     """N M."""
+    gain: float
+    """Weight of the sketched momentum under "blend"; 1 where dense."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

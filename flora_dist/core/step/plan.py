@@ -183,6 +183,7 @@ def _batch(members: tuple[Member, ...]) -> Batch:
         matrices_summed=size.num_matrices if splits else here,
         held=slice(*first.matrices) if is_part else slice(0, len(members) * here),
         elements_per_matrix=size.num_rows * size.num_columns,
+        gain=1.0 if size.rank is None else first.config.gain_at(size.block / size.rank),
     )
 
 
