@@ -23,15 +23,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from flora_dist import Flora
-from tests.battery import zoo
+from tests.battery import wrapped, zoo
 from tests.battery.oracle import SAMPLES, STEPS, Case
-from tests.battery.variants import local_state, shard, whole_weights
+from tests.battery.variants import local_state, whole_weights
+from tests.battery.wrapped import ALIGNED, CUT, Layout
 
 Everything = dict[str, Any]
 
@@ -42,83 +41,24 @@ CASE = Case(settings={"momentum": "flora", "weight_decay": 0.1})
 
 @dataclass
 class Run:
-    """A model as its framework wrapped it, its optimizer, and how many ranks share a batch."""
+    """A model as its framework wrapped it, its optimizer, and how it is held."""
 
     model: nn.Module
     optimizer: Flora
-    shares: int
+    layout: Layout
 
     def train(self, steps: range) -> None:
-        share = dist.get_rank() // (dist.get_world_size() // self.shares)
         for step in steps:
             self.optimizer.zero_grad()
-            self.model(zoo.share(zoo.batch(step, SAMPLES), share, self.shares)).backward()
+            self.model(self.layout.share(zoo.batch(step, SAMPLES))).backward()
             self.optimizer.step()
 
     def everything(self) -> Everything:
         return {**whole_weights(self.model), **local_state(self.optimizer)}
 
 
-# ---- layouts
-
-
-def _plain(model: zoo.Zoo) -> nn.Module:
-    return model
-
-
-def _ddp(model: zoo.Zoo) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def _fsdp2(model: zoo.Zoo) -> nn.Module:
-    shard(model)
-    return model
-
-
-def _hsdp(model: zoo.Zoo) -> nn.Module:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    for layer in (model.up, model.down):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
-
-
-def _fsdp2_and_tp(model: zoo.Zoo) -> nn.Module:
-    """Rows of ``up``, and columns of ``square`` between its blocks, beside FSDP2."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    plan = {
-        "up": ColwiseParallel(output_layouts=Replicate()),
-        "square": RowwiseParallel(input_layouts=Replicate()),
-    }
-    parallelize_module(model, mesh["tensor"], plan)
-    for layer in (model.up, model.down):
-        fully_shard(layer, mesh=mesh["data"])
-    fully_shard(model, mesh=mesh["data"])
-    return model
-
-
-def _cut_blocks(model: zoo.Zoo) -> nn.Module:
-    """Tensor parallelism that cuts columns inside blocks."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    names = ("down", "wide")
-    parallelize_module(
-        model, mesh, {name: RowwiseParallel(input_layouts=Replicate()) for name in names}
-    )
-    return model
-
-
-CUT = "cut blocks x2"
-LAYOUTS: dict[str, tuple[int, int, Callable[[zoo.Zoo], nn.Module]]] = {
-    "plain": (1, 1, _plain),
-    "ddp x2": (2, 2, _ddp),
-    "fsdp2 x2": (2, 2, _fsdp2),
-    "fsdp2 x3": (3, 3, _fsdp2),
-    "fsdp2 x4": (4, 4, _fsdp2),
-    "hsdp 2x2": (4, 4, _hsdp),
-    "fsdp2 x tp 2x2": (4, 2, _fsdp2_and_tp),
-    CUT: (2, 1, _cut_blocks),
-}
-"""Name -> (ranks, shares of a batch, how to wrap the zoo there)."""
+NAMES = ("plain", "ddp x2", "fsdp2 x2", "fsdp2 x3", "fsdp2 x4", "hsdp 2x2", ALIGNED, CUT)
+LAYOUTS = {name: wrapped.LAYOUTS[name] for name in NAMES}
 
 
 def build(layout: str, case: Case = CASE, *, blank: bool = False) -> Run:
@@ -128,9 +68,8 @@ def build(layout: str, case: Case = CASE, *, blank: bool = False) -> Run:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.5)
-    _, shares, wrap = LAYOUTS[layout]
-    wrapped = wrap(model)
-    return Run(wrapped, Flora(wrapped.named_parameters(), **case.flora), shares)
+    held = LAYOUTS[layout].wrap(model)
+    return Run(held, Flora(held.named_parameters(), **case.flora), LAYOUTS[layout])
 
 
 # ---- ways to save and to load: the step that is taken before an asynchronous one has ended
@@ -298,7 +237,7 @@ def narrow_run(columns: int) -> tuple[nn.Module, Flora]:
 def save_narrow(columns: int, way: str, folder: Path) -> tuple[int, ...]:
     """The shape of the momentum as torch sees it."""
     model, optimizer = narrow_run(columns)
-    WAYS[way][0](Run(model, optimizer, 1), folder / way)
+    WAYS[way][0](Run(model, optimizer, LAYOUTS[CUT]), folder / way)
     (state,) = optimizer.state.values()
     return tuple(state["momentum"].shape)
 
@@ -314,7 +253,7 @@ def load_narrow(columns: int, way: str, folder: Path, mutation: str = "") -> tup
         model, optimizer = narrow_run(columns)
         (state,) = optimizer.state.values()
         try:
-            WAYS[way][1](Run(model, optimizer, 1), folder / way)
+            WAYS[way][1](Run(model, optimizer, LAYOUTS[CUT]), folder / way)
         except BaseException as error:  # DCP's own is no Exception
             return f"{type(error).__name__}: {error}", tuple(state["momentum"].shape)
         return "", tuple(state["momentum"].shape)

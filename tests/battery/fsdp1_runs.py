@@ -23,10 +23,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from flora_dist import Flora, fsdp1
 from flora_dist.core.sketch.keys import canonical_name
 from tests.battery import zoo
-from tests.battery.layouts import counted, fsdp1_weights, wrap_in_fsdp1
+from tests.battery.layouts import counted
 from tests.battery.mutations import mutated
 from tests.battery.oracle import STEPS, Case, distances, reference_of, trainable
 from tests.battery.variants import Weights, my_batch
+from tests.battery.wrapped import fsdp1_weights, wrap_in_fsdp1
 
 SETTINGS: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
 

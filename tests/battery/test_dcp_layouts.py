@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.battery import dcp_layouts as dcp
-from tests.battery.dcp_layouts import CASE, CUT, LAYOUTS, WAYS
+from tests.battery.dcp_layouts import ALIGNED, CASE, CUT, LAYOUTS, WAYS
 from tests.battery.oracle import STEPS, distances, reference_run
 from tests.battery.test_layouts import EXACT
 from tests.battery.variants import Weights, differing
@@ -23,7 +23,7 @@ from tests.conftest import pool_of
 UNCUT = [layout for layout in LAYOUTS if layout != CUT]
 # All ways on the layouts where torch does most; elsewhere the one of everyday use.
 SLICE = [
-    *(("fsdp2 x tp 2x2", way) for way in WAYS if way != "full, from rank 0"),
+    *((ALIGNED, way) for way in WAYS if way != "full, from rank 0"),
     *(("hsdp 2x2", way) for way in ("asynchronous", "full, from rank 0")),
     ("ddp x2", "together"),
     (CUT, "nested"),
@@ -32,8 +32,8 @@ SLICE = [
 PAIRS = [
     ("plain", "fsdp2 x3", "nested"),
     ("fsdp2 x3", "hsdp 2x2", "flattened"),
-    ("hsdp 2x2", "fsdp2 x tp 2x2", "together"),
-    ("fsdp2 x tp 2x2", "fsdp2 x2", "asynchronous"),
+    ("hsdp 2x2", ALIGNED, "together"),
+    (ALIGNED, "fsdp2 x2", "asynchronous"),
     ("fsdp2 x2", "fsdp2 x4", "full, from rank 0"),
     ("fsdp2 x4", "ddp x2", "nested"),
     ("ddp x2", "plain", "together"),
@@ -52,7 +52,9 @@ class _Saved:
         if layout not in self._runs:
             place.mkdir()
             ways = [way for way in WAYS if torch_can(layout, way)]
-            self._runs[layout] = pool_of(LAYOUTS[layout][0])(dcp.save_half_way, layout, ways, place)
+            self._runs[layout] = pool_of(LAYOUTS[layout].ranks)(
+                dcp.save_half_way, layout, ways, place
+            )
         return self._runs[layout], place
 
 
@@ -68,12 +70,12 @@ def _expected() -> tuple[Weights, Weights]:
 
 def torch_can(layout: str, way: str) -> bool:
     """torch 2.13 cuts a full tensor otherwise than FSDP2 over tensor parallelism does."""
-    return (layout, way) != ("fsdp2 x tp 2x2", "full, from rank 0")
+    return (layout, way) != (ALIGNED, "full, from rank 0")
 
 
 def _check_same_layout(saved: _Saved, layout: str, way: str) -> None:
     runs, place = saved.of(layout)
-    resumed = pool_of(LAYOUTS[layout][0])(dcp.go_on, layout, way, place)
+    resumed = pool_of(LAYOUTS[layout].ranks)(dcp.go_on, layout, way, place)
     for ours, theirs in zip(resumed, runs, strict=True):
         for moment in range(2):
             assert differing(ours[moment], theirs[moment]) == []
@@ -81,7 +83,7 @@ def _check_same_layout(saved: _Saved, layout: str, way: str) -> None:
 
 def _check_other_layout(saved: _Saved, source: str, target: str, way: str) -> None:
     _, place = saved.of(source)
-    for _, end in pool_of(LAYOUTS[target][0])(dcp.go_on, target, way, place):
+    for _, end in pool_of(LAYOUTS[target].ranks)(dcp.go_on, target, way, place):
         assert end["up.weight.step"] == STEPS
         weights = {name: end[name] for name in _expected()[0]}
         assert distances(*_expected(), weights)[1] < EXACT
@@ -131,8 +133,8 @@ def test_every_layout_goes_on_on_every_other_in_every_way(
 def test_state_of_before_the_first_step_is_no_step(
     source: str, target: str, way: str, tmp_path: Path
 ) -> None:
-    pool_of(LAYOUTS[source][0])(dcp.save_at_the_start, source, way, tmp_path)
-    for end in pool_of(LAYOUTS[target][0])(dcp.go_on_from_the_start, target, way, tmp_path):
+    pool_of(LAYOUTS[source].ranks)(dcp.save_at_the_start, source, way, tmp_path)
+    for end in pool_of(LAYOUTS[target].ranks)(dcp.go_on_from_the_start, target, way, tmp_path):
         assert end["up.weight.step"] == STEPS
         weights = {name: end[name] for name in _expected()[0]}
         assert distances(*_expected(), weights)[1] < EXACT
@@ -154,7 +156,7 @@ def test_cut_blocks_do_not_load_on_another_layout_and_nothing_changes(
     saved: _Saved, source: str, target: str, way: str, words: list[str]
 ) -> None:
     _, place = saved.of(source)
-    for text, changed in pool_of(LAYOUTS[target][0])(dcp.refused, target, way, place):
+    for text, changed in pool_of(LAYOUTS[target].ranks)(dcp.refused, target, way, place):
         for word in words:
             assert word in text, text
         # set_model_state_dict comes first in the full way, as users write it

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from flora_dist import Flora, fsdp1
-from tests.battery import layouts, variants, zoo
+from tests.battery import variants, zoo
 from tests.battery.oracle import Case, distances
 from tests.battery.test_layouts import EXACT
 from tests.battery.variants import Gradients, Weights
+from tests.battery.wrapped import LAYOUTS, optimizer_of, weights_of
 from tests.conftest import pool_of
 
 CASE = Case(settings={"momentum": "flora", "weight_decay": 0.1})
@@ -22,28 +18,11 @@ FROZEN = range(3, 6)
 """Steps: kappa is 3, so a window changes on the way."""
 
 
-def _on_ddp(model: zoo.Zoo) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def _on_fsdp2(model: zoo.Zoo) -> nn.Module:
-    variants.shard(model)
-    return model
-
-
-WRAPPERS: dict[str, Callable[[zoo.Zoo], nn.Module]] = {
-    "ddp": _on_ddp,
-    "fsdp2": _on_fsdp2,
-    "fsdp1": layouts.wrap_in_fsdp1,
-}
-
-
 def _freeze_late(layout: str) -> Weights:
-    wrapped = WRAPPERS[layout](zoo.build(CASE.dtype))
+    model = zoo.build(CASE.dtype)
+    wrapped = LAYOUTS[layout].wrap(model)
     parameters = dict(wrapped.named_parameters())
-    optimizer = Flora(parameters.items(), **CASE.flora)
-    if layout == "fsdp1":
-        fsdp1.attach(wrapped, optimizer)
+    optimizer = optimizer_of(wrapped, **CASE.flora)
     late = [p for name, p in parameters.items() if variants.canonical_name(name) in NAMES]
     assert len(late) == len(NAMES)
 
@@ -60,12 +39,10 @@ def _freeze_late(layout: str) -> Weights:
         optimizer.step()
     for parameter in late:
         parameter.requires_grad_(True)
-    if layout == "fsdp1":
-        return layouts.fsdp1_weights(wrapped)
-    return variants.whole_weights(wrapped)
+    return weights_of(wrapped, model)
 
 
-@pytest.mark.parametrize("layout", WRAPPERS)
+@pytest.mark.parametrize("layout", ["ddp x2", "fsdp2 x2", "fsdp1 x2"])
 def test_what_is_frozen_after_backward_is_stepped_on_no_layout(layout: str) -> None:
     """FSDP2 skipped it; one process and DDP stepped it by the gradient that was left."""
 

@@ -15,7 +15,7 @@ import flora_dist.deepspeed
 from flora_dist import Flora, checkpoint
 from tests.battery import zoo
 from tests.battery.oracle import Case
-from tests.checkpoint.layouts import on_fsdp2
+from tests.checkpoint.layouts import LAYOUTS
 from tests.zero import engines, small
 from tests.zero.checkpoints import crowded
 from tests.zero.engines import Run
@@ -45,7 +45,7 @@ def _save_both(engine: Any, folder: Path) -> None:
 
 
 def zoo_on_fsdp2(flat: bool, folder: Path) -> None:
-    trained = on_fsdp2(Case(dtype=torch.float32), zoo.build(torch.float32))
+    trained = LAYOUTS["fsdp2 x2"][1](Case(dtype=torch.float32), zoo.build(torch.float32))
     trained.run(range(HALF))
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = get_state_dict(trained.model, trained.optimizer, options=options)

@@ -5,26 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
-from flora_dist import Flora, checkpoint, fsdp1
+from flora_dist import Flora, checkpoint
 from flora_dist.checkpoint.contents import gather, others_of
-from tests.battery import zoo
-from tests.battery.layouts import (
-    _parallelize,
-    fsdp1_weights,
-    full_weights,
-    wrap_in_fsdp1,
-)
+from tests.battery import wrapped, zoo
 from tests.battery.oracle import SAMPLES, STEPS, Case
+from tests.battery.wrapped import Layout, optimizer_of, weights_of
 from tests.conftest import launched_pool_of, pool_of
 
 HALF = 5
@@ -38,14 +31,14 @@ class Trained:
 
     model: nn.Module
     optimizer: Flora
-    share: int
-    shares: int
+    share: Callable[[Tensor], Tensor]
+    """This rank's part of a batch."""
     weights: Callable[[], Weights]
     engine: Any = None
 
     def run(self, steps: range) -> None:
         for step in steps:
-            tokens = zoo.share(zoo.batch(step, SAMPLES), self.share, self.shares)
+            tokens = self.share(zoo.batch(step, SAMPLES))
             if self.engine is not None:
                 self.engine.backward(self.engine(tokens))
                 self.engine.step()
@@ -86,60 +79,15 @@ class Trained:
 Build = Callable[[Case, zoo.Zoo], Trained]
 
 
-def _trained(
-    wrapped: nn.Module, model: nn.Module, case: Case, shares: int | None = None
-) -> Trained:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    shares = size if shares is None else shares
+def hold(layout: Layout, case: Case, model: zoo.Zoo) -> Trained:
+    """On one of torch's layouts."""
+    held = layout.wrap(model)
     return Trained(
-        model=wrapped,
-        optimizer=Flora(wrapped.named_parameters(), **case.flora),
-        share=rank // (size // shares),
-        shares=shares,
-        weights=lambda: full_weights(model),
+        model=held,
+        optimizer=optimizer_of(held, **case.flora),
+        share=layout.share,
+        weights=lambda: weights_of(held, model),
     )
-
-
-def on_plain(case: Case, model: zoo.Zoo) -> Trained:
-    return _trained(model, model, case)
-
-
-def on_ddp(case: Case, model: zoo.Zoo) -> Trained:
-    return _trained(DistributedDataParallel(model), model, case)
-
-
-def on_fsdp2(case: Case, model: zoo.Zoo) -> Trained:
-    return _sharded(case, model, init_device_mesh("cpu", (dist.get_world_size(),)))
-
-
-def on_hsdp(case: Case, model: zoo.Zoo) -> Trained:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return _sharded(case, model, mesh)
-
-
-def _sharded(case: Case, model: zoo.Zoo, mesh: Any) -> Trained:
-    for layer in (model.up, model.down, model.conv, model.single):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return _trained(model, model, case)
-
-
-def on_fsdp2_and_tensor_parallel(case: Case, model: zoo.Zoo) -> Trained:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    _parallelize(model, mesh["tensor"])
-    for layer in (model.up, model.down, model.conv, model.single):
-        fully_shard(layer, mesh=mesh["data"])
-    fully_shard(model, mesh=mesh["data"])
-    return _trained(model, model, case, shares=2)
-
-
-def on_fsdp1(case: Case, model: zoo.Zoo) -> Trained:
-    wrapped = wrap_in_fsdp1(model)
-    trained = _trained(wrapped, wrapped, case)
-    fsdp1.attach(wrapped, trained.optimizer)
-    trained.weights = lambda: fsdp1_weights(wrapped)
-    return trained
 
 
 def _on_zero(stage: int) -> Build:
@@ -157,8 +105,7 @@ def _on_zero(stage: int) -> Build:
         return Trained(
             model=engine.module,
             optimizer=flora_dist.deepspeed.attach(engine),
-            share=dist.get_rank(),
-            shares=dist.get_world_size(),
+            share=lambda batch: zoo.share(batch, dist.get_rank(), dist.get_world_size()),
             weights=lambda: whole_weights(engine),
             engine=engine,
         )
@@ -166,15 +113,14 @@ def _on_zero(stage: int) -> Build:
     return build
 
 
+_NAMES = (
+    *("plain", "ddp x2", "fsdp2 x2", "fsdp2 x3", "fsdp2 x4", "hsdp 2x2", "fsdp2 x tp 2x2"),
+    "fsdp1 x2",
+)
 LAYOUTS: dict[str, tuple[int, Build]] = {
-    "plain": (1, on_plain),
-    "ddp x2": (2, on_ddp),
-    "fsdp2 x2": (2, on_fsdp2),
-    "fsdp2 x3": (3, on_fsdp2),
-    "fsdp2 x4": (4, on_fsdp2),
-    "hsdp 2x2": (4, on_hsdp),
-    "fsdp2 x tp 2x2": (4, on_fsdp2_and_tensor_parallel),
-    "fsdp1 x2": (2, on_fsdp1),
+    **{
+        name: (wrapped.LAYOUTS[name].ranks, partial(hold, wrapped.LAYOUTS[name])) for name in _NAMES
+    },
     "zero-1 x2": (2, _on_zero(1)),
     "zero-2 x3": (3, _on_zero(2)),
     "zero-3 x2": (2, _on_zero(3)),

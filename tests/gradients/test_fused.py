@@ -22,9 +22,9 @@ from flora_dist.core.sketch import matrices
 from flora_dist.gradients import fused
 from flora_dist.gradients import fused_linear as linear
 from tests.battery import zoo
-from tests.battery.layouts import _parallelize
 from tests.battery.oracle import distances, trainable
 from tests.battery.test_layouts import EXACT, FLOAT_MODEL, FLOAT_PARAMETER
+from tests.battery.wrapped import parallelize
 from tests.conftest import pool_of
 from tests.gradients import layouts
 from tests.gradients.oracle import SketchedCase, Weights, reference_run
@@ -170,7 +170,7 @@ def test_sketches_of_a_step_are_drawn_in_one_pass(
 
 def places_under_tensor_parallelism() -> dict[str, str]:
     model = zoo.build(torch.float32)
-    _parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     _, handle = attached(model, "fused")
     return {row.name: row.how.partition(", ")[0] for row in handle.report().rows}
 

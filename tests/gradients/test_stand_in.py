@@ -25,6 +25,7 @@ from flora_dist.gradients.placeholder import CompressedGradient, stands_in
 from tests.battery import zoo
 from tests.battery.oracle import STEPS, distances, reference_of, trainable
 from tests.battery.test_layouts import EXACT
+from tests.battery.wrapped import in_fsdp2
 from tests.conftest import pool_of
 from tests.gradients import layouts
 from tests.gradients.oracle import MANY, GradientSketch, SketchedCase, Weights
@@ -275,7 +276,7 @@ def test_what_is_added_on_a_layout_is_added_to_the_mean(layout: str, level: str)
 
 def reads_of_shards() -> dict[str, str]:
     """What functions say to a stand-in inside a DTensor, and around it."""
-    model = layouts.shard(zoo.build(torch.float32), layouts.init_device_mesh("cpu", (2,)))
+    model = in_fsdp2(zoo.build(torch.float32))
     optimizer = Flora(model.named_parameters(), **SETTINGS)
     flora_dist.attach(model, optimizer, "compressed")
     model(zoo.share(zoo.batch(0, MANY), dist.get_rank(), 2)).backward()
