@@ -23,7 +23,7 @@ _FIRST_PRIVATE_PORT, _PRIVATE_PORTS = 20000, 10000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ProcessPlace:
     """One process among those of a job."""
 
     process_rank: int
@@ -52,7 +52,7 @@ class Place:
         }
 
 
-def read_world(environment: Mapping[str, str]) -> Place:
+def read_world(environment: Mapping[str, str]) -> ProcessPlace:
     """The place that a launcher gave this process; alone where none did.
 
     torchrun's and DeepSpeed's own names come first: torchrun inside a Slurm step or under mpirun
@@ -69,7 +69,7 @@ def read_world(environment: Mapping[str, str]) -> Place:
     elif environment.get("SLURM_STEP_ID", "").isdecimal() and "SLURM_PROCID" in environment:
         place = _from_slurm(environment)
     else:
-        return Place(
+        return ProcessPlace(
             process_rank=0, size=1, local_rank=0, local_size=1,
             address=None, port=DEFAULT_PORT, launcher="none",
         )  # fmt: skip
@@ -77,7 +77,7 @@ def read_world(environment: Mapping[str, str]) -> Place:
     return place
 
 
-def join(environment: MutableMapping[str, str]) -> Place:
+def join(environment: MutableMapping[str, str]) -> ProcessPlace:
     """Give this process's environment torch's names for its place, and return the place.
 
     mpirun by itself does not say where process 0 listens: process 0 tells the others by mpi4py.
@@ -100,7 +100,7 @@ def timeout_minutes(environment: Mapping[str, str]) -> float | None:
     return None if text is None else float(text)
 
 
-def _told_by_mpi(place: Place) -> tuple[str, int]:
+def _told_by_mpi(place: ProcessPlace) -> tuple[str, int]:
     """An address and a free port of process 0, as MPI brings them."""
     try:
         from mpi4py import MPI
@@ -199,7 +199,7 @@ def interfaces() -> dict[str, str]:
     return found
 
 
-def _from_torch(environment: Mapping[str, str]) -> Place:
+def _from_torch(environment: Mapping[str, str]) -> ProcessPlace:
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher = "torchrun"
     elif "CROSS_RANK" in environment:  # since DeepSpeed 0.8: the rank of its host
@@ -209,7 +209,7 @@ def _from_torch(environment: Mapping[str, str]) -> Place:
     process_rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     local_size = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in environment), None)
     local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0
-    return Place(
+    return ProcessPlace(
         process_rank=process_rank,
         size=size,
         local_rank=local_rank,
@@ -220,9 +220,9 @@ def _from_torch(environment: Mapping[str, str]) -> Place:
     )
 
 
-def _from_open_mpi(environment: Mapping[str, str]) -> Place:
+def _from_open_mpi(environment: Mapping[str, str]) -> ProcessPlace:
     prefix = "OMPI_COMM_WORLD_"
-    return Place(
+    return ProcessPlace(
         process_rank=_number(environment, f"{prefix}RANK"),
         size=_number(environment, f"{prefix}SIZE"),
         local_rank=_number(environment, f"{prefix}LOCAL_RANK"),
@@ -233,7 +233,7 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Place:
     )
 
 
-def _from_slurm(environment: Mapping[str, str]) -> Place:
+def _from_slurm(environment: Mapping[str, str]) -> ProcessPlace:
     process_rank, local_rank = (
         _number(environment, "SLURM_PROCID"),
         _number(environment, "SLURM_LOCALID"),
@@ -246,7 +246,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Place:
     size = _number(environment, "SLURM_STEP_NUM_TASKS")
     local_size = _tasks_here(per_host, _number(environment, "SLURM_NODEID"), local_rank)
     first = _LOOPBACK if local_size == size else first_of(nodes)
-    return Place(
+    return ProcessPlace(
         process_rank=process_rank,
         size=size,
         local_rank=local_rank,
@@ -297,7 +297,7 @@ _KNOWN = frozenset(
 )
 
 
-def _check(place: Place) -> None:
+def _check(place: ProcessPlace) -> None:
     if not place.process_rank < place.size:
         raise ValueError(
             f"a process's rank must be below the number of processes; {place.launcher} says rank "

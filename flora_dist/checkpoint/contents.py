@@ -30,7 +30,7 @@ SETTINGS = (*KNOBS, "lr", "weight_decay", "maximize")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Held:
+class ModelTensor:
     """What a rank holds of a tensor of the model that the optimizer does not: frozen, or a buffer.
 
     ``local`` are the elements of ``tiles``, contiguous in memory or one tile's.
@@ -82,7 +82,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def gather(optimizer: Flora, others: Iterable[Held] = ()) -> Contents:
+def gather(optimizer: Flora, others: Iterable[ModelTensor] = ()) -> Contents:
     """The state as it stands, sharing memory with it.
 
     Raises:
@@ -113,7 +113,7 @@ def check_between_steps(optimizer: Flora) -> None:
         )
 
 
-def others_of(model: nn.Module, optimizer: Flora) -> Iterator[Held]:
+def others_of(model: nn.Module, optimizer: Flora) -> Iterator[ModelTensor]:
     """Frozen parameters that the optimizer does not hold, and persistent buffers."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -127,7 +127,9 @@ def others_of(model: nn.Module, optimizer: Flora) -> Iterator[Held]:
         for part in optimizer.roster.parts_of(tensor, canonical_name(name)):
             if part.name not in known:
                 known.add(part.name)
-                yield Held(name=part.name, shape=part.shape, tiles=part.tiles, local=part.weight())
+                yield ModelTensor(
+                    name=part.name, shape=part.shape, tiles=part.tiles, local=part.weight()
+                )
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -138,14 +140,16 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def _elements(held: Held) -> Boxes:
+def _elements(held: ModelTensor) -> Boxes:
     boxes = element_boxes(held.shape, held.tiles, held.local.detach())
     return Boxes.of(elements_shape(held.shape), held.local.dtype, boxes)
 
 
 def _weight(slot: Trainable) -> Boxes:
     part = slot.part
-    return _elements(Held(name=part.name, shape=part.shape, tiles=part.tiles, local=part.weight()))
+    return _elements(
+        ModelTensor(name=part.name, shape=part.shape, tiles=part.tiles, local=part.weight())
+    )
 
 
 def _states(slot: Trainable, state: dict[str, object]) -> Iterator[tuple[str, Boxes]]:

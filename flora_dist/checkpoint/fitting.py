@@ -14,7 +14,7 @@ from flora_dist.checkpoint.boxes import Boxes
 from flora_dist.checkpoint.canonical import element_boxes, elements_shape, entry_shape, state_boxes
 from flora_dist.checkpoint.contents import (
     SETTINGS,
-    Held,
+    ModelTensor,
     check_between_steps,
     dtype_name,
     saved_counters,
@@ -67,7 +67,7 @@ class FittedFlora:
         self.optimizer.gradients.forget()
 
 
-def fit(manifest: Manifest, optimizer: Flora, others: Iterable[Held]) -> FittedFlora:
+def fit(manifest: Manifest, optimizer: Flora, others: Iterable[ModelTensor]) -> FittedFlora:
     """Check a manifest against the model and make room for what it lists; nothing changes.
 
     Raises:
@@ -87,7 +87,7 @@ def fit(manifest: Manifest, optimizer: Flora, others: Iterable[Held]) -> FittedF
         _add_weights(
             fitted,
             manifest,
-            Held(name=part.name, shape=part.shape, tiles=part.tiles, local=part.weight()),
+            ModelTensor(name=part.name, shape=part.shape, tiles=part.tiles, local=part.weight()),
         )
         slot.configure(config_of({**slot.group, **by_group[id(slot.group)]}), {})
         _add_state(fitted, manifest, slot)
@@ -142,7 +142,7 @@ def _settings_of(
     return {name: filled_like(group[name], value, name) for name, value in settings.items()}
 
 
-def _add_weights(fitted: FittedFlora, manifest: Manifest, held: Held) -> None:
+def _add_weights(fitted: FittedFlora, manifest: Manifest, held: ModelTensor) -> None:
     key = weight_key(held.name)
     shape = elements_shape(held.shape)
     _check_facts(manifest, key, shape, held.local.dtype)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from flora_dist.world import Place, listen_at
+from flora_dist.world import ProcessPlace, listen_at
 
 
-def local_store(place: Place, timeout: timedelta) -> Any:
+def local_store(place: ProcessPlace, timeout: timedelta) -> Any:
     """Kept by process 0, at its address alone.
 
     Raises:

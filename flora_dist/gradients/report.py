@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flora_dist.columns import aligned
 from flora_dist.core.state.spec import Geometry
 from flora_dist.gradients.flow import Flow
 
@@ -51,15 +52,7 @@ class GradientReport:
             shape = "x".join(map(str, row.shape)) or "scalar"
             table.append((row.name, shape, row.how, f"{row.held_bytes:,}", f"{row.sent_bytes:,}"))
         table.append(("all", "", self.level, f"{self.held_bytes:,}", f"{self.sent_bytes:,}"))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        left = 3  # names, shapes and reasons to the left, numbers to the right
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if place < left else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        )
+        return aligned(table, left=3)
 
 
 def row_of(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flora_dist.cluster.doctor.facts import Build, HostFacts, Interface, Limits, Network
-from flora_dist.cluster.doctor.links import Measured
+from flora_dist.cluster.doctor.links import Connection
 from flora_dist.cluster.doctor.survey import Asked, Link, RankSaid, Survey
 from flora_dist.cluster.launch.hosts import Host
 
@@ -94,7 +94,7 @@ def limits(**changed: Any) -> Limits:
 
 
 def link(source: str, target: str, mbit: float | None = 9000.0, **changed: Any) -> Link:
-    measured = Measured(trouble=None, trip_ms=0.1, there_mbit=mbit, back_mbit=mbit)
+    measured = Connection(trouble=None, trip_ms=0.1, there_mbit=mbit, back_mbit=mbit)
     address = ADDRESSES.get(target, "10.0.0.9")
     base = Link(source=source, target=target, address=address, port=4000, measured=measured)
     return replace(base, **changed)

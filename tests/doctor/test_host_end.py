@@ -96,7 +96,7 @@ def _session(*changes: str) -> Session:
         "from flora_dist.cluster.doctor import agent",
         "from flora_dist.cluster.launch import far_end",
     ]
-    program = "; ".join([*words, *changes, "far_end.serve(agent.Host)"])
+    program = "; ".join([*words, *changes, "far_end.serve(agent.DoctorAgent)"])
     return Session("here", [sys.executable, "-u", "-c", program], {}, lambda _stream, _data: None)
 
 

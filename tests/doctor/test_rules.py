@@ -9,7 +9,7 @@ import pytest
 
 from flora_dist.cluster.doctor.facts import Build, ConfigFacts, Gpu, Interface, Line
 from flora_dist.cluster.doctor.findings import ON_FACTS, ON_LINKS, ON_RANKS, apply
-from flora_dist.cluster.doctor.links import Measured
+from flora_dist.cluster.doctor.links import Connection
 from flora_dist.cluster.doctor.survey import LOST, Finding, Port, Survey
 from flora_dist.cluster.launch.hosts import Host
 from flora_dist.cluster.launch.locks import Lock
@@ -181,7 +181,7 @@ FAULTS: dict[str, tuple[Survey, str, tuple[str, ...], str, str]] = {
         "port", ("a",), "port 29500 of a cannot be opened: Address already in use", "error",
     ),
     "no connection": (
-        survey(links=(link("b", "a", measured=Measured(trouble="no answer within 4 s")),)),
+        survey(links=(link("b", "a", measured=Connection(trouble="no answer within 4 s")),)),
         "reach", ("b", "a"), "b cannot connect to a at 10.0.0.1:4000", "error",
     ),
     "links of one host": (

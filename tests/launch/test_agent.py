@@ -36,7 +36,7 @@ class Agent:
     def __init__(self, *changes: str) -> None:
         self.job = uuid.uuid4().hex
         self.heard: dict[int, bytes] = {1: b"", 2: b""}
-        serves = "serve(agent.Host)"
+        serves = "serve(agent.LaunchAgent)"
         words = [
             "from flora_dist.cluster.launch import agent, far_end",
             *changes,
@@ -151,7 +151,7 @@ def test_a_link_that_takes_nothing_any_more_falls_silent_all_the_same() -> None:
     code = "import sys\nwhile True: print('x' * 1000)"
     program = "from flora_dist.cluster.launch import agent, far_end; far_end.SILENCE_S = 1.0; "
     agent = subprocess.Popen(
-        [sys.executable, "-u", "-c", f"{program}far_end.serve(agent.Host)"],
+        [sys.executable, "-u", "-c", f"{program}far_end.serve(agent.LaunchAgent)"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -114,7 +114,7 @@ def test_the_agent_tells_of_a_lock_that_stays_while_its_job_runs(lock: Path) -> 
     )
     session = Session(
         "here",
-        [sys.executable, "-u", "-c", f"{words}; far_end.serve(agent.Host)"],
+        [sys.executable, "-u", "-c", f"{words}; far_end.serve(agent.LaunchAgent)"],
         {MARK: "no such job", "TORCH_EXTENSIONS_DIR": str(lock.parents[1])},
         lambda _stream, data: heard.append(data),
     )

@@ -14,7 +14,7 @@ from flora_dist.cluster.local_store import local_store
 from flora_dist.trainer.backend import process_group
 from flora_dist.trainer.config import BackendConfig
 from flora_dist.trainer.replicated import World
-from flora_dist.world import Place, is_of_this_machine, listen_at
+from flora_dist.world import ProcessPlace, is_of_this_machine, listen_at
 
 LOOPBACK = "0100007F"  # as the kernel writes 127.0.0.1
 SOON = timedelta(seconds=30)
@@ -37,8 +37,8 @@ def listening_at(port: int) -> set[str]:
     return found
 
 
-def place(process_rank: int, port: int) -> Place:
-    return Place(
+def place(process_rank: int, port: int) -> ProcessPlace:
+    return ProcessPlace(
         process_rank=process_rank,
         size=2,
         local_rank=process_rank,

@@ -25,7 +25,7 @@ NAMES = tuple(name for name in runs.SHAPES if name != "scale")  # 0-D tensors ha
 
 
 @dataclass
-class Held:
+class HeldRun:
     """An optimizer, and how to hand it the same gradients on every rank."""
 
     optimizer: Flora
@@ -39,36 +39,36 @@ class Held:
             self.optimizer.step()
 
 
-def whole(dtype: torch.dtype = torch.float64, **settings: Any) -> Held:
+def whole(dtype: torch.dtype = torch.float64, **settings: Any) -> HeldRun:
     """Plain tensors, as under DDP."""
     parameters = runs.build({name: runs.SHAPES[name] for name in NAMES}, dtype)
     optimizer = Flora(parameters.items(), **{**runs.SETTINGS, **settings})
-    return Held(
+    return HeldRun(
         optimizer,
         lambda step: runs.set_gradients(parameters, step),
         lambda: {name: optimizer.state[p] for name, p in parameters.items()},
     )
 
 
-def rows(**settings: Any) -> Held:
+def rows(**settings: Any) -> HeldRun:
     """FSDP2: rows or experts over all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return _sharded(mesh, lambda _: [Shard(0)], settings)
 
 
-def rows_of_replicas(**settings: Any) -> Held:
+def rows_of_replicas(**settings: Any) -> HeldRun:
     """HSDP on four ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return _sharded(mesh, lambda _: [Replicate(), Shard(0)], settings)
 
 
-def columns(**settings: Any) -> Held:
+def columns(**settings: Any) -> HeldRun:
     """Tensor parallelism by columns, of what has two dimensions; the rest is replicated."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return _sharded(mesh, lambda p: [Shard(1) if p.ndim == 2 else Replicate()], settings)
 
 
-def spans(**settings: Any) -> Held:
+def spans(**settings: Any) -> HeldRun:
     """As ZeRO and FSDP1: one line of all parameters, cut inside rows, blocks and experts."""
     shapes = {name: runs.SHAPES[name] for name in NAMES}
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -84,12 +84,12 @@ def spans(**settings: Any) -> Held:
         drawn = [runs.draw(n, step, shape, line.dtype).flatten() for n, shape in shapes.items()]
         flat.grad = torch.cat(drawn)[mine].clone()
 
-    return Held(optimizer, set_gradients, lambda: dict(optimizer.state[flat]))
+    return HeldRun(optimizer, set_gradients, lambda: dict(optimizer.state[flat]))
 
 
 def _sharded(
     mesh: DeviceMesh, placements: Callable[[nn.Parameter], list[Any]], settings: dict[str, Any]
-) -> Held:
+) -> HeldRun:
     plain = runs.build({name: runs.SHAPES[name] for name in NAMES})
     sharded = {
         name: nn.Parameter(distribute_tensor(p.detach(), mesh, placements(p)))
@@ -104,14 +104,14 @@ def _sharded(
                 drawn, mesh, parameter.placements, src_data_rank=None
             )
 
-    return Held(
+    return HeldRun(
         optimizer,
         set_gradients,
         lambda: {name: optimizer.state[p] for name, p in sharded.items()},
     )
 
 
-LAYOUTS: dict[str, Callable[..., Held]] = {
+RUNS: dict[str, Callable[..., HeldRun]] = {
     "whole": whole,
     "rows": rows,
     "rows of replicas": rows_of_replicas,
@@ -120,7 +120,7 @@ LAYOUTS: dict[str, Callable[..., Held]] = {
 }
 
 
-def refusal(held: Held, peers: Peers = None) -> str:
+def refusal(held: HeldRun, peers: Peers = None) -> str:
     """What the check says on this rank; empty if it agrees."""
     try:
         held.optimizer.check_consistency(peers)

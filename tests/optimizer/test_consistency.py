@@ -19,7 +19,7 @@ from tests.conftest import pool_of
 from tests.harness.covering import by_default
 from tests.optimizer import consistency_runs as held
 
-Plant = Callable[[held.Held], None]
+Plant = Callable[[held.HeldRun], None]
 
 
 # ---- no false alarm
@@ -67,29 +67,29 @@ def test_ranks_of_every_layout_agree_after_every_step(layout: str, case: Case) -
 
 
 def _change(knob: str, value: Any) -> Plant:
-    def plant(run: held.Held) -> None:
+    def plant(run: held.HeldRun) -> None:
         run.optimizer.param_groups[0][knob] = value
 
     return plant
 
 
-def _later_step(run: held.Held) -> None:
+def _later_step(run: held.HeldRun) -> None:
     run.states()["whole"]["step"] += 1
 
 
-def _later_window(run: held.Held) -> None:
+def _later_window(run: held.HeldRun) -> None:
     run.states()["whole"]["window"] += 1
 
 
-def _no_state(run: held.Held) -> None:
+def _no_state(run: held.HeldRun) -> None:
     run.states()["whole"].clear()
 
 
-def _frozen(run: held.Held) -> None:
+def _frozen(run: held.HeldRun) -> None:
     run.optimizer.param_groups[0]["params"][0].requires_grad_(requires_grad=False)
 
 
-def _level(run: held.Held) -> None:
+def _level(run: held.HeldRun) -> None:
     run.optimizer.roster.set_level("compressed")
 
 
@@ -108,7 +108,7 @@ PLANTS: dict[str, tuple[str, Plant, list[str]]] = {
 
 
 def _planted(layout: str, plant: str, rank: int, mutation: str = "") -> str:
-    run = held.LAYOUTS[layout]()
+    run = held.RUNS[layout]()
     run.train(range(4))
     assert held.refusal(run) == ""
     if dist.get_rank() == rank:

@@ -26,7 +26,7 @@ from tests.conftest import pool_of
 from tests.optimizer import consistency_runs as held
 from tests.optimizer import runs
 
-Plant = Callable[[held.Held], None]
+Plant = Callable[[held.HeldRun], None]
 
 
 # ---- names
@@ -44,7 +44,7 @@ def _with_parameters(change: str) -> str:
         elif change == "another order":
             parameters = dict(reversed(parameters.items()))
     optimizer = Flora(parameters.items(), **runs.SETTINGS)
-    return held.refusal(held.Held(optimizer, lambda _: None, dict))
+    return held.refusal(held.HeldRun(optimizer, lambda _: None, dict))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def _unnamed(*, reverse: bool) -> str:
     if reverse and dist.get_rank() == 1:
         parameters.reverse()
     optimizer = Flora(parameters, **runs.SETTINGS)
-    return held.refusal(held.Held(optimizer, lambda _: None, dict))
+    return held.refusal(held.HeldRun(optimizer, lambda _: None, dict))
 
 
 def test_the_order_of_parameters_without_names_does() -> None:
@@ -99,7 +99,7 @@ def _stages() -> tuple[str, str]:
     parameters = runs.build({f"{stage}.{name}": shape for name, shape in runs.SHAPES.items()})
     optimizer = Flora(parameters.items(), **runs.SETTINGS)
     runs.train(optimizer, parameters, range(2))
-    run = held.Held(optimizer, lambda _: None, dict)
+    run = held.HeldRun(optimizer, lambda _: None, dict)
     return held.refusal(run, pairs[stage]), held.refusal(run)
 
 
@@ -187,7 +187,7 @@ def test_of_many_parameters_and_elements_all_are_read_in_time() -> None:
 # ---- every so many steps
 
 
-def _refused_step(run: held.Held, step: int) -> str:
+def _refused_step(run: held.HeldRun, step: int) -> str:
     try:
         run.train(range(step, step + 1))
     except ValueError as error:

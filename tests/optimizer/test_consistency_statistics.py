@@ -15,7 +15,7 @@ from tests.conftest import pool_of
 from tests.optimizer import consistency_runs as held
 from tests.optimizer import runs
 
-Plant = Callable[[held.Held], None]
+Plant = Callable[[held.HeldRun], None]
 
 
 # ---- statistics
@@ -43,7 +43,7 @@ STATISTICS = [
 ]
 
 
-def _weight_of(run: held.Held, name: str) -> Tensor:
+def _weight_of(run: held.HeldRun, name: str) -> Tensor:
     group = run.optimizer.param_groups[0]
     return dict(zip(group["param_names"], group["params"], strict=True))[name]
 
@@ -54,7 +54,7 @@ MOST_TURNS = 16
 
 def _drifted(layout: str, rank: int, name: str, entry: str, turns: int, mutation: str = "") -> str:
     """What is said at the first of the steps to come that looks there; empty if none does."""
-    run = held.LAYOUTS[layout]()
+    run = held.RUNS[layout]()
     run.train(range(4))
     tensor = _weight_of(run, name) if entry == "weight" else run.states()[name].get(entry)
     is_here = dist.get_rank() == rank and tensor is not None and held.local(tensor).numel() > 0

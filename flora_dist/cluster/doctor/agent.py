@@ -13,7 +13,7 @@ from flora_dist.cluster.doctor.links import Listener, measure
 from flora_dist.cluster.launch.far_end import Voice, serve
 
 
-class Host:
+class DoctorAgent:
     """What is held open between questions."""
 
     def __init__(self, _voice: Voice) -> None:
@@ -50,4 +50,4 @@ class Host:
 
 
 if __name__ == "__main__":
-    serve(Host)
+    serve(DoctorAgent)

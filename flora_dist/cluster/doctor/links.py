@@ -31,7 +31,7 @@ _BYTES_TO_MBIT = 8e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Connection:
     """What one host has seen of its connection to another."""
 
     trouble: str | None
@@ -98,7 +98,7 @@ class Listener:
 
 
 def measure(address: str, port: int, token: str, limit_s: float, bandwidth: bool) -> dict[str, Any]:
-    """Connect to another host's listener and measure; the fields of `Measured`.
+    """Connect to another host's listener and measure; the fields of `Connection`.
 
     Args:
         address: of the other host.
@@ -113,16 +113,16 @@ def measure(address: str, port: int, token: str, limit_s: float, bandwidth: bool
             peer.sendall(token.encode())
             trips = [_taken(peer, 1) for _ in range(_TRIPS)]
             peer.settimeout(_PATIENCE_S)
-            found = Measured(
+            found = Connection(
                 trouble=None,
                 trip_ms=statistics.median(trips) * 1e3,
                 there_mbit=_rate(peer, _taken) if bandwidth else None,
                 back_mbit=_rate(peer, _given) if bandwidth else None,
             )
     except TimeoutError:
-        found = Measured(trouble=f"no answer within {limit_s:g} s")
+        found = Connection(trouble=f"no answer within {limit_s:g} s")
     except OSError as error:
-        found = Measured(trouble=error.strerror or str(error))
+        found = Connection(trouble=error.strerror or str(error))
     return asdict(found)
 
 

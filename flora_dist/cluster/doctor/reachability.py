@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
-from flora_dist.cluster.doctor.links import Measured
+from flora_dist.cluster.doctor.links import Connection
 from flora_dist.cluster.doctor.rules_network import slow_links
 from flora_dist.cluster.doctor.survey import Asked, Link, Port, Survey
 from flora_dist.cluster.launch.near_end import Lost, Session
@@ -125,13 +125,13 @@ def _side_by_side(
         source, target = ends[pair[0]], ends[pair[1]]
         what = {"address": target.address, "port": target.port, "token": token}
         try:
-            measured = Measured(
+            measured = Connection(
                 **source.session.ask(
                     "measure", _MEASURE_S, limit_s=_CONNECT_S, bandwidth=bandwidth, **what
                 )
             )
         except Lost as lost:
-            measured = Measured(trouble=str(lost))
+            measured = Connection(trouble=str(lost))
         return Link(
             source=pair[0], target=pair[1],
             address=target.address, port=target.port, measured=measured,
@@ -160,7 +160,7 @@ def _measure_again(
     return links
 
 
-def _best(one: Measured, other: Measured) -> Measured:
+def _best(one: Connection, other: Connection) -> Connection:
     assert one.there_mbit is not None
     assert one.back_mbit is not None
     return replace(

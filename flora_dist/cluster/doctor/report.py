@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from flora_dist.cluster.doctor.facts import HostFacts, as_tree
 from flora_dist.cluster.doctor.survey import Finding, Survey
 from flora_dist.cluster.doctor.trial_sizes import LARGE_BYTES, SMALL_BYTES
+from flora_dist.columns import aligned
 
 _GIB = 1 << 30
 _NONE = "-"
@@ -51,21 +51,6 @@ def has_errors(survey: Survey) -> bool:
     return any(finding.severity == "error" for finding in survey.findings)
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned.
-
-    >>> print(table([("a", "bcd", "e"), ("fg", "h", "i")]))
-    a   bcd  e
-    fg  h    i
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def all_reduce(survey: Survey) -> dict[str, float] | None:
     """Seconds of the slowest rank, and the bus bandwidth: bytes x 2 (n - 1) / n / seconds.
 
@@ -94,7 +79,7 @@ def _hosts(survey: Survey) -> str:
         facts = told.get(host.name)
         row = _row(facts) if facts else (_NONE,) * (len(head) - 2)
         rows.append((host.name, str(host.slots), *row))
-    return table(rows)
+    return aligned(rows, left=len(rows[0]))
 
 
 def _row(facts: HostFacts) -> tuple[str, ...]:
@@ -115,7 +100,7 @@ def _links(survey: Survey) -> str:
             continue
         rates = (f"{seen.there_mbit:.0f}", f"{seen.back_mbit:.0f}")
         rows.append((f"{link.source} to {link.target}", f"{seen.trip_ms:.2f} ms", *rates))
-    return table(rows) if len(rows) > 1 else ""
+    return aligned(rows, left=len(rows[0])) if len(rows) > 1 else ""
 
 
 def _ranks(survey: Survey) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flora_dist.cluster.doctor.facts import HostFacts, Line
-from flora_dist.cluster.doctor.links import Measured
+from flora_dist.cluster.doctor.links import Connection
 from flora_dist.cluster.launch.hosts import Host
 
 LOST = "lost"
@@ -98,7 +98,7 @@ class Link:
     target: str
     address: str
     port: int
-    measured: Measured
+    measured: Connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ _LOOK_S = 5.0
 _CANNOT_START = 127
 
 
-class Host:
+class LaunchAgent:
     """A job's part on this host."""
 
     def __init__(self, voice: Voice) -> None:
@@ -117,4 +117,4 @@ class Host:
 
 
 if __name__ == "__main__":
-    serve(Host)
+    serve(LaunchAgent)

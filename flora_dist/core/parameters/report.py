@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flora_dist.columns import aligned
+
 ADAMW_BYTES = 8
 """Bytes per element that AdamW keeps: two fp32 moments."""
 
@@ -91,12 +93,4 @@ class Report:
             adamw = f"{ADAMW_BYTES * row.local_elements:,}"
             table.append((row.name, shape, row.how, f"{row.state_bytes:,}", adamw))
         table.append(("all", "", "", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        left = 3  # names, shapes and reasons to the left, numbers to the right
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if place < left else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        )
+        return aligned(table, left=3)

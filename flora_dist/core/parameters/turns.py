@@ -12,7 +12,7 @@ import torch
 
 from flora_dist.core.parameters.trainable import Trainable
 
-Place = tuple[int, str]
+DrawKey = tuple[int, str]
 """A seed and a position, from which random numbers are derived."""
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -23,7 +23,7 @@ class Player:
 
     lineage: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Equal for copies, which are no other parts of a model but the same again."""
-    places: set[Place] = field(default_factory=set)
+    places: set[DrawKey] = field(default_factory=set)
     """What it has stepped."""
 
     def copy(self) -> Player:
@@ -39,7 +39,7 @@ class _Turn:
     tensor_id: int
 
 
-_last: dict[Place, _Turn] = {}
+_last: dict[DrawKey, _Turn] = {}
 
 
 def take_turn(player: Player, slots: Sequence[Trainable]) -> None:

@@ -22,7 +22,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from flora_dist.checkpoint.agreement import agreed
 from flora_dist.checkpoint.boxes import Boxes
-from flora_dist.checkpoint.contents import Held, gather, others_of
+from flora_dist.checkpoint.contents import ModelTensor, gather, others_of
 from flora_dist.checkpoint.convert.engine_facts import ENGINE, EngineFacts, facts_in, scale_of
 from flora_dist.checkpoint.fitting import FittedFlora, fit
 from flora_dist.checkpoint.folder import Json, Manifest
@@ -156,7 +156,7 @@ def _check_names(optimizer: Any) -> None:
 # ---- what the optimizer does not hold
 
 
-def _others_of(engine: DeepSpeedEngine, flora: Flora) -> Iterator[Held]:
+def _others_of(engine: DeepSpeedEngine, flora: Flora) -> Iterator[ModelTensor]:
     """Frozen parameters, under stage 3 this rank's partitions of them, and buffers."""
     named = ((canonical_name(name), p) for name, p in engine.module.named_parameters())
     partitioned = {name: p for name, p in named if hasattr(p, "ds_tensor")}
@@ -165,13 +165,13 @@ def _others_of(engine: DeepSpeedEngine, flora: Flora) -> Iterator[Held]:
         yield held if parameter is None else _partition_of(held.name, parameter)
 
 
-def _partition_of(name: str, parameter: Any) -> Held:
+def _partition_of(name: str, parameter: Any) -> ModelTensor:
     shape, group = tuple(parameter.ds_shape), parameter.ds_process_group
     sizes, world_size = [parameter.partition_numel()], dist.get_world_size(group)
     (span,) = cut_each([(name, shape)], sizes=sizes, world_size=world_size)
     start, stop = span.owned[dist.get_rank(group)]
     _, rows, columns = matrix_sizes(shape)
-    return Held(
+    return ModelTensor(
         name=name,
         shape=shape,
         tiles=tiles_of_span(start, stop, num_rows=rows, num_columns=columns),
