@@ -20,7 +20,7 @@ from flora_dist.core.tiles import Tile
 
 VERSION = 1
 """``kTableVersion``."""
-TILE_ELEMENTS = 1 << 15
+TILE_ELEMENTS = 1 << 16
 """Of a tile, about: enough to pay for the sums that are kept of each, few enough for a cache."""
 ROWS_PER_SUM = 32
 """Least rows of a tile for each sum by columns: a step's memory stays below 4 % of the weights."""

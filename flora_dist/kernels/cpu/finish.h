@@ -7,7 +7,7 @@
 //     strict  M <- b move(M) + (1-b) c;  U = M A_new
 // A dense momentum has A = I and never moves: U is the new M in all of them.
 #pragma once
-#include "lines.h"
+#include "whole.h"
 
 namespace flora {
 namespace {
@@ -81,29 +81,19 @@ FLORA_CALLED void write_sketch(const Update& u, const Chunk& chunk, const Stored
   const float* narrow = values;
   if (rank != padded) {
     for (int64_t k = 0; k < chunk.k1 - chunk.k0; k++)
-      memcpy(u.room.difference + k * rank, values + k * padded, sizeof(float) * rank);
-    narrow = u.room.difference;
+      memcpy(u.room.compressed + k * rank, values + k * padded, sizeof(float) * rank);
+    narrow = u.room.compressed;  // which D has been made of
   }
   const int64_t per_row = (u.size.num_columns + u.size.block - 1) / u.size.block;
   write_momentum(u, stored, narrow, i, chunk.k0 * rank, per_row * rank);
 }
 
-FLORA_INLINE bool is_whole(const Chunk& chunk) { return chunk.lo == chunk.start && chunk.hi == chunk.stop; }
-
 // X of a chunk and its sketch.
 FLORA_INLINE void take_sketch(const Update& u, const Chunk& chunk, const float* g, float row, const float* factor,
                               int64_t i) {
   const int64_t blocks = chunk.k1 - chunk.k0;
-  const Sketch& sketch = u.fresh;
-  if (sketch.is_fast && is_whole(chunk)) {
-    by_vectors(sketch.fast.vectors, [&](auto count) {
-      normalise_fast<count.value>(u.room.compressed, u.room.x, g + (chunk.lo - u.tile.first), row, factor + chunk.lo,
-                                  blocks, sketch.fast);
-    });
-    return;
-  }
   normalise(u.room.x, chunk, u.tile, g, row, factor);
-  compress_with(sketch, u.room.compressed, u.room.x, blocks);
+  compress_with(u.fresh, u.room.compressed, u.room.x, blocks);
   fill_cut_blocks(u, chunk, i);
 }
 
@@ -112,7 +102,6 @@ template <int kRule>
 FLORA_INLINE void advance_sketch(const Update& u, const Chunk& chunk, int64_t i) {
   const int64_t rank = u.size.rank, padded = u.basis.padded;
   const int64_t blocks = chunk.k1 - chunk.k0, count = blocks * padded;
-  const float beta = u.now.beta1;
   const Room& room = u.room;
   const Stored stored = stored_momentum(u.size, u.tile, chunk, i);
   read_padded(room.numbers, stored, blocks, u.fresh, room.fresh);
@@ -122,15 +111,13 @@ FLORA_INLINE void advance_sketch(const Update& u, const Chunk& chunk, int64_t i)
     move(room.moved, room.numbers, blocks, u.basis, move_RP, rank);
     moved = room.moved;
   }
-  for (int64_t n = 0; n < count; n += 8)
-    store8(room.fresh + n, (1 - beta) * load8(room.compressed + n) + beta * load8(moved + n));
-  write_sketch(u, chunk, stored, room.fresh, i);
-  const float gain = kRule == kBlend ? u.now.gain : kRule == kFlora ? beta : 1;
-  const float* source = kRule == kFlora ? room.numbers : room.fresh;
   for (int64_t n = 0; n < count; n += 8) {
-    const Eight d = kRule == kBlend ? load8(source + n) - load8(room.compressed + n) : load8(source + n);
-    store8(room.difference + n, gain * d);
+    Eight d;
+    store8(room.fresh + n, advance_eight<kRule>(load8(room.compressed + n), load8(room.numbers + n),
+                                                load8(moved + n), u.now, d));
+    store8(room.difference + n, d);
   }
+  write_sketch(u, chunk, stored, room.fresh, i);
 }
 
 FLORA_CALLED void advance_dense(const Update& u, const Chunk& chunk, int64_t i) {
@@ -178,13 +165,6 @@ FLORA_INLINE double finish_line(const Update& u, const float* g, int64_t i, floa
     } else {
       take_sketch(u, chunk, g, row, factor, i);
       advance_sketch<kRule>(u, chunk, i);
-      if (sketch.is_fast && is_whole(chunk) && bytes == 4 && u.options.squares == nullptr) {
-        by_vectors(sketch.fast.vectors, [&](auto vectors) {
-          step_fast<vectors.value>(reinterpret_cast<float*>(w), u.room.x, keep, u.room.difference, blocks,
-                                   sketch.fast, u.now.keep, rate);
-        });
-        return;
-      }
       add_expanded(sketch, u.room.x, keep, u.room.difference, blocks);
     }
     const float* update = u.room.x + (chunk.lo - chunk.start);
@@ -212,6 +192,13 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
   if (kRule != kNone && !size.is_dense) {
     Sketch::read(fresh, matrix_of(basis.new_HRB, size, tile), columns_of(basis, size, tile), size);
     if (kRule == kFlora) Sketch::read(old, matrix_of(basis.old_HRB, size, tile), nullptr, size);
+  }
+  if (options.squares == nullptr && steps_whole(size, tile, given, basis, fresh)) {
+    const int64_t key = options.weight_keys == nullptr ? 0 : options.weight_keys[tile.member];
+    const char* own = reinterpret_cast<const char*>(given.addresses[tile.member]);
+    return finish_tile<kRule>({size, tile, now, fresh.fast, own + (size.weight_dtype == kFloat32 ? 4 : 2) * tile.gradient,
+                               settled.rows + tile.new_row, settled.factor + tile.matrix * size.num_columns, factor,
+                               rate, static_cast<uint64_t>(key), room});
   }
   const Update update = {size, tile, basis, now, settled, options, room, old, fresh, factor};
   const Rounding rounding =

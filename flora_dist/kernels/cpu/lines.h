@@ -34,6 +34,17 @@ FLORA_CALLED const float* gradient_line(const Plan& plan, const Tile& tile, cons
   return buffer;
 }
 
+FLORA_INLINE int64_t bytes_of(const Gradients& given) {
+  return given.kind == kBFloat16 || given.kind == kFloat16 ? 2 : 4;
+}
+
+// Where the row below one of a dense gradient lies; the row itself where there is nothing to wait for.
+FLORA_INLINE const char* next_line(const Tile& tile, const Gradients& given, int64_t i, const float* line) {
+  if (given.kind == kMissing || given.kind == kSketched) return reinterpret_cast<const char*>(line);
+  const int64_t at = tile.gradient + (i + 1) * (tile.last - tile.first);
+  return reinterpret_cast<const char*>(given.addresses[tile.member]) + bytes_of(given) * at;
+}
+
 // Blocks of a row that are in work together, and their columns.
 struct Chunk {
   int64_t k0, k1;     // blocks of the whole row

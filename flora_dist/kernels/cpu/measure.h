@@ -7,18 +7,29 @@
 namespace flora {
 namespace {
 
-// Column sums of kRows rows: of G^2, and of G^2 / R where kScaled.
-template <int kRows, bool kScaled>
-FLORA_CALLED void add_columns(float* plain, const float* const* rows, const float* inverse, int64_t width) {
+// Rows as fp32, and where those that are read next lie in memory.
+template <int kRows>
+struct Lines {
   const float* g[kRows];
+  const char* next[kRows];
+  int64_t bytes;  // of an element there
+};
+
+// Column sums of kRows rows: of G^2, and of G^2 / R where kScaled. Memory would rest meanwhile: the next rows are
+// asked for.
+template <int kRows, bool kScaled>
+FLORA_CALLED void add_columns(float* plain, const Lines<kRows>& lines, const float* inverse, int64_t width) {
+  const Lines<kRows> own = lines;
+  const float* const* g = own.g;
   Vec over[kRows];
   float* scaled = plain + width;
   for (int r = 0; r < kRows; r++) {
-    g[r] = rows[r];
     over[r] = spread(inverse[r]);
   }
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) {
+    if (j % 16 == 0)
+      for (int r = 0; r < kRows; r++) __builtin_prefetch(own.next[r] + own.bytes * j);
     Vec sum = load(plain + j), sum_over = kScaled ? load(scaled + j) : Vec{};
     for (int r = 0; r < kRows; r++) {
       const Vec a = load(g[r] + j), square = a * a;
@@ -58,10 +69,10 @@ FLORA_CALLED void add_rows(float* squares, const float* const* rows, int64_t wid
 
 template <int kRows>
 FLORA_INLINE void measure_lines(const Header& size, const Tile& tile, const Now& now, const int64_t* at,
-                                const float* const* g, const MeasureSums& sums) {
+                                const Lines<kRows>& lines, const MeasureSums& sums) {
   const int64_t width = tile.last - tile.first;
   float squares[kRows], inverse[kRows];
-  add_rows<kRows>(squares, g, width);
+  add_rows<kRows>(squares, lines.g, width);
   for (int r = 0; r < kRows; r++) {
     inverse[r] = 0;
     if (tile.is_cut) {
@@ -76,9 +87,9 @@ FLORA_INLINE void measure_lines(const Header& size, const Tile& tile, const Now&
   }
   float* columns = sums.partial + tile.partial;
   if (size.num_sums > 1 && !tile.is_cut)
-    add_columns<kRows, true>(columns, g, inverse, width);
+    add_columns<kRows, true>(columns, lines, inverse, width);
   else
-    add_columns<kRows, false>(columns, g, inverse, width);
+    add_columns<kRows, false>(columns, lines, inverse, width);
 }
 
 FLORA_INLINE void add_products(float* to, float scale, const float* x, const float* y, int64_t count) {
@@ -129,22 +140,23 @@ void measure(const Plan& plan, int64_t index, const Gradients& given, const Basi
   double history = 0;
   Sketch old;
   if (size.num_sums == 3 && !size.is_dense) Sketch::read(old, matrix_of(basis.old_HRB, size, tile), nullptr, size);
-  const float* g[kLineRows];
+  Lines<kLineRows> lines;
   int64_t at[kLineRows];
   for (int64_t i = 0; i < stride; i++) {  // rows a quarter of the tile apart
     for (int64_t r = 0; r < kLineRows; r++) {
       at[r] = r * stride + i;
-      g[r] = gradient_line(plan, tile, given, at[r], room.lines[r]);
+      lines.g[r] = gradient_line(plan, tile, given, at[r], room.lines[r]);
+      lines.next[r] = next_line(tile, given, at[r], lines.g[r]);
     }
-    measure_lines<kLineRows>(size, tile, now, at, g, sums);
+    lines.bytes = bytes_of(given);
+    measure_lines<kLineRows>(size, tile, now, at, lines, sums);
     if (size.num_sums == 3)
-      for (int64_t r = 0; r < kLineRows; r++) history += add_history(size, tile, now, old, at[r], g[r], sums, room);
+      for (int64_t r = 0; r < kLineRows; r++) history += add_history(size, tile, now, old, at[r], lines.g[r], sums, room);
   }
   for (int64_t i = kLineRows * stride; i < tile.num_rows; i++) {
-    at[0] = i;
-    g[0] = gradient_line(plan, tile, given, i, room.lines[0]);
-    measure_lines<1>(size, tile, now, at, g, sums);
-    if (size.num_sums == 3) history += add_history(size, tile, now, old, i, g[0], sums, room);
+    const float* g = gradient_line(plan, tile, given, i, room.lines[0]);
+    measure_lines<1>(size, tile, now, &i, {{g}, {next_line(tile, given, i, g)}, bytes_of(given)}, sums);
+    if (size.num_sums == 3) history += add_history(size, tile, now, old, i, g, sums, room);
   }
   sums.scalars[kMatrixSums * index] = history;
   sums.scalars[kMatrixSums * index + 1] = size.sums_weight ? weight_square_sum(size, tile, room.weights) : 0;

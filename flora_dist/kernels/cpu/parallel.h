@@ -29,11 +29,14 @@ void each(int64_t count, int64_t elements, const Body& body) {
   });
 }
 
-// Kept by the thread: a step asks for it once per tile.
+// Kept by the thread: a step asks for it once per tile. Aligned, or a vector may lie across two lines of the cache.
 inline float* scratch(int64_t floats) {
+  constexpr int64_t kLine = 64;
   thread_local std::vector<float> kept;
-  if (static_cast<int64_t>(kept.size()) < floats) kept.resize(floats);
-  return kept.data();
+  const auto needed = static_cast<size_t>(floats) + kLine / sizeof(float);
+  if (kept.size() < needed) kept.resize(needed);
+  const auto address = reinterpret_cast<uintptr_t>(kept.data());
+  return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
 }
 
 }  // namespace flora

@@ -83,7 +83,7 @@ struct Sketch {
 // c = x A^T of some blocks; a block's numbers stand P apart.
 FLORA_INLINE void compress_with(const Sketch& s, float* c, const float* x, int64_t blocks) {
   if (!s.is_fast) return compress(c, x, blocks, s.columns_BP, s.block, s.padded);
-  by_vectors(s.fast.vectors, [&](auto count) { compress_fast<count.value>(c, x, blocks, s.fast); });
+  by_block(s.block, [&](auto count) { compress_fast<count.value>(c, x, blocks, s.fast); });
 }
 
 // x <- keep x + d A of some blocks.
@@ -93,7 +93,7 @@ FLORA_INLINE void add_expanded(const Sketch& s, float* x, float keep, const floa
       expand(x + k * s.block, keep, d + k * s.padded, s.sketch_RB, s.block, s.rank);
     return;
   }
-  by_vectors(s.fast.vectors, [&](auto count) { add_expanded_fast<count.value>(x, keep, d, blocks, s.fast); });
+  by_block(s.block, [&](auto count) { add_expanded_fast<count.value>(x, keep, d, blocks, s.fast); });
 }
 
 }  // namespace

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// The step of rows that are whole blocks and whole here, by fast products: the common case, and one pass over a
+// tile in registers. What else there is takes the way of finish.h, with the same formulas.
+//
+// The sketch's signs s stand in two tables, for x A^T = (x s) H^T and d A = s (d H): X is made with them, and what
+// is taken off W is scaled by them.
+#pragma once
+#include "lines.h"
+
+namespace flora {
+namespace {
+
+// The new momentum of eight numbers, and D: what of U the sketch sees.
+template <int kRule>
+FLORA_INLINE Eight advance_eight(Eight compressed, Eight old, Eight moved, const Now& now, Eight& difference) {
+  const Eight fresh = (1 - now.beta1) * compressed + now.beta1 * moved;
+  difference = kRule == kBlend ? now.gain * (fresh - compressed) : kRule == kFlora ? now.beta1 * old : fresh;
+  return fresh;
+}
+
+// Elements in memory as vectors of floats, and back.
+struct Single {
+  typedef float Element;
+  static constexpr bool kHasBits = false;
+  FLORA_INLINE Long load(const float* p) { return load_long(p); }
+  FLORA_INLINE void store(float* p, Long v, const uint16_t*) { store_long(p, v); }
+};
+
+typedef uint16_t Halves __attribute__((vector_size(2 * FLORA_WIDTH), aligned(2)));
+typedef uint32_t Words __attribute__((vector_size(4 * FLORA_WIDTH)));
+
+FLORA_INLINE Words words_of(const uint16_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
+}
+FLORA_INLINE void store_upper(uint16_t* p, Long v, Words rounded) {
+  const Words kept = v == v ? rounded >> 16 : Words{} + 0x7FC0u;
+  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(kept, Halves);
+}
+
+struct Nearest {
+  typedef uint16_t Element;
+  static constexpr bool kHasBits = false;
+  FLORA_INLINE Long load(const uint16_t* p) { return (Long)(words_of(p) << 16); }
+  FLORA_INLINE void store(uint16_t* p, Long v, const uint16_t*) {
+    const Words bits = (Words)v;
+    store_upper(p, v, bits + 0x7FFFu + ((bits >> 16) & 1u));
+  }
+};
+
+struct Stochastic {
+  typedef uint16_t Element;
+  static constexpr bool kHasBits = true;
+  FLORA_INLINE Long load(const uint16_t* p) { return (Long)(words_of(p) << 16); }
+  FLORA_INLINE void store(uint16_t* p, Long v, const uint16_t* random) {
+    store_upper(p, v, (Words)v + words_of(random));
+  }
+};
+
+struct Whole {
+  const Header& size;
+  const Tile& tile;
+  const Now now;
+  const Hadamard fast;
+  const void* gradient;
+  const float* rows;           // the new R
+  const float* factor;         // of the tile's columns
+  float input;                 // what X is scaled by
+  float rate;
+  uint64_t key;                // of the rounding bits
+  const Room& room;
+};
+
+// Reads one block and advances its momentum; x is left with signs.
+template <int kBlock, int kRule, class Kind>
+FLORA_INLINE void take_block(const Whole& w, const typename Kind::Element* g, const float* signed_factor, float row,
+                             float* momentum, float* x, float* difference) {
+  constexpr int kVectors = kBlock / kWidth;
+  Long y[kVectors];
+  for (int v = 0; v < kVectors; v++) {
+    y[v] = row * Kind::load(g + v * kWidth) * load_long(signed_factor + v * kWidth);
+    store_long(x + v * kWidth, y[v]);
+  }
+  compress_signed<kBlock>(y, w.fast, [&](int64_t r, Eight compressed) {
+    const Eight old = load8(momentum + r);
+    Eight d;
+    store8(momentum + r, advance_eight<kRule>(compressed, old, old, w.now, d));
+    store8(difference + r, d);
+  });
+}
+
+// W <- (1 - lr wd) W - rate U of one block.
+template <int kBlock, class Kind>
+FLORA_INLINE void step_block(const Whole& w, typename Kind::Element* weight, const float* x, float keep,
+                             const float* difference, const float* signed_rate, const uint16_t* bits) {
+  Long e[kBlock / kWidth];
+  expand_signed<kBlock>(e, difference, w.fast);
+  for (int v = 0; v < kBlock / kWidth; v++) {
+    const Long update = keep * load_long(x + v * kWidth) + e[v];
+    const Long kept = rounded(w.now.keep * Kind::load(weight + v * kWidth));
+    Kind::store(weight + v * kWidth, kept - load_long(signed_rate + v * kWidth) * update, bits + v * kWidth);
+  }
+}
+
+template <int kBytes>
+FLORA_INLINE void prefetch(const void* from) {
+  for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line);
+}
+
+template <int kBlock, int kRule, class Kind>
+FLORA_CALLED void finish_whole(const Whole& given) {
+  const Whole w = given;  // a copy that no store can reach: its numbers may stay in registers
+  typedef typename Kind::Element Element;
+  constexpr int64_t kGroup = kChunk / kBlock;
+  const Tile& tile = w.tile;
+  const int64_t width = tile.last - tile.first, per_row = width / kBlock, blocks = tile.num_rows * per_row;
+  const int64_t rank = w.size.rank;
+  const float keep = kRule == kBlend ? 1 : kRule == kFlora ? 1 - w.now.beta1 : 0;
+  const auto* gradient = static_cast<const Element*>(w.gradient);
+  auto* weights = reinterpret_cast<Element*>(tile.weight);
+  auto* momentum = reinterpret_cast<float*>(tile.momentum);
+  auto* state = reinterpret_cast<float*>(tile.row);
+  float* signed_factor = w.room.lines[0];
+  alignas(64) float signed_rate[kBlock];
+  alignas(64) uint16_t bits[kChunk];
+  for (int64_t j = 0; j < width; j++) signed_factor[j] = w.factor[j] * w.fast.sign[j % kBlock];
+  for (int64_t j = 0; j < kBlock; j++) signed_rate[j] = w.rate * w.fast.sign[j];
+  const uint64_t counter = static_cast<uint64_t>(tile.line) * width / kIntegersPerCounter;
+  int64_t i = -1, k = per_row;
+  float row = 0;
+  for (int64_t start = 0; start < blocks; start += kGroup) {
+    const int64_t count = smaller(kGroup, blocks - start);
+    const Element* g = gradient + start * kBlock;
+    Element* own = weights + start * kBlock;
+    for (int64_t b = 0; b < count; b++, k++) {
+      if (k == per_row) {
+        k = 0;
+        i++;
+        state[i] = w.rows[i];
+        row = w.now.sign * (1 / __builtin_sqrtf(w.rows[i])) * w.input;
+      }
+      prefetch<kBlock * sizeof(Element)>(own + b * kBlock);
+      take_block<kBlock, kRule, Kind>(w, g + b * kBlock, signed_factor + k * kBlock, row,
+                                      momentum + (start + b) * rank, w.room.x + b * kBlock,
+                                      w.room.difference + b * rank);
+    }
+    if (Kind::kHasBits)
+      philox(w.key, counter + start * (kBlock / kIntegersPerCounter), count * (kBlock / kIntegersPerCounter), 0,
+             reinterpret_cast<uint32_t*>(bits));
+    for (int64_t b = 0; b < count; b++) {
+      prefetch<kBlock * sizeof(Element)>(g + (kGroup + b) * kBlock);
+      step_block<kBlock, Kind>(w, own + b * kBlock, w.room.x + b * kBlock, keep, w.room.difference + b * rank,
+                               signed_rate, bits + b * kBlock);
+    }
+  }
+}
+
+// W <- (1 - lr wd) W - rate X, without a momentum.
+template <class Kind>
+FLORA_CALLED void finish_plain(const Whole& given) {
+  const Whole w = given;
+  typedef typename Kind::Element Element;
+  const Tile& tile = w.tile;
+  const int64_t width = tile.last - tile.first;
+  auto* state = reinterpret_cast<float*>(tile.row);
+  const auto* g = static_cast<const Element*>(w.gradient);
+  auto* weight = reinterpret_cast<Element*>(tile.weight);
+  alignas(64) uint16_t bits[kChunk];
+  for (int64_t i = 0; i < tile.num_rows; i++, g += width, weight += width) {
+    state[i] = w.rows[i];
+    const float row = w.now.sign * (1 / __builtin_sqrtf(w.rows[i])) * w.input;
+    for (int64_t start = 0; start < width; start += kChunk) {
+      const int64_t count = smaller(kChunk, width - start);
+      if (Kind::kHasBits)
+        philox(w.key, ((tile.line + i) * width + start) / kIntegersPerCounter, count / kIntegersPerCounter, 0,
+               reinterpret_cast<uint32_t*>(bits));
+      for (int64_t j = 0; j < count; j += kWidth) {
+        const int64_t at = start + j;
+        const Long update = row * Kind::load(g + at) * load_long(w.factor + at);
+        const Long kept = rounded(w.now.keep * Kind::load(weight + at));
+        Kind::store(weight + at, kept - w.rate * update, bits + j);
+      }
+    }
+  }
+}
+
+// Whether a tile is such as the functions above step, with a dtype of weights that the gradient has too.
+FLORA_INLINE bool steps_whole(const Header& size, const Tile& tile, const Gradients& given, const Basis& basis,
+                              const Sketch& fresh) {
+  if (tile.is_cut || given.kind != size.weight_dtype || size.weight_dtype == kFloat16) return false;
+  if (size.rule == kNone) return size.num_columns % 16 == 0;
+  return !size.is_dense && fresh.is_fast && basis.move == kStays && size.momentum_dtype == kFloat32 &&
+         size.rank == basis.padded && size.num_columns % size.block == 0 &&
+         tile.momentum_stride == size.num_columns / size.block * size.rank;
+}
+
+template <int kRule, class Kind>
+FLORA_INLINE void finish_as(const Whole& w) {
+  if constexpr (kRule == kNone)
+    finish_plain<Kind>(w);
+  else
+    by_block(w.size.block, [&](auto block) { finish_whole<block.value, kRule, Kind>(w); });
+}
+
+template <int kRule>
+FLORA_CALLED void finish_tile(const Whole& w) {
+  if (w.size.weight_dtype == kFloat32) return finish_as<kRule, Single>(w);
+  if (w.size.is_stochastic) return finish_as<kRule, Stochastic>(w);
+  return finish_as<kRule, Nearest>(w);
+}
+
+}  // namespace
+}  // namespace flora
