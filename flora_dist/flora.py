@@ -25,7 +25,7 @@ from flora_dist.core.parameters.checks import (
 )
 from flora_dist.core.parameters.first_step import Beginning
 from flora_dist.core.parameters.norms import clip_factor, global_norm, scale_
-from flora_dist.core.parameters.registry import Registry, takes_part
+from flora_dist.core.parameters.registry import Registry, device_types_of, takes_part
 from flora_dist.core.parameters.report import Report
 from flora_dist.core.parameters.source import DenseGradients, GradientSource
 from flora_dist.core.parameters.trainable import Trainable
@@ -195,7 +195,7 @@ class Flora(torch.optim.Optimizer):
             if self._roster.is_rehearsal(self.param_groups, self.state):
                 return loss
             slots = self._present_slots()
-            with exact_products({slot.tensor.device.type for slot in slots}):
+            with exact_products(device_types_of(slots)):
                 self._step(slots)
             if not self._roster.is_stepped_in_turns:
                 self._source.forget()

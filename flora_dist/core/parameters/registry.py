@@ -187,9 +187,16 @@ def takes_part(slot: Trainable) -> bool:
     One rule on every layout, on which ranks agree: what requires no gradient now is not stepped.
     A gradient that was left over before it was frozen may be there on some ranks alone.
     """
-    if 0 in slot.part.shape:  # nothing to step, and means over no rows
+    if 0 in slot.found[0]:  # nothing to step, and means over no rows
         return False
     return slot.part.trains
+
+
+def device_types_of(slots: Sequence[Trainable]) -> set[str]:
+    """Where parameters are."""
+    if all([slot.tensor.is_cpu for slot in slots]):  # a device's name costs more than the question
+        return {"cpu"} if slots else set()
+    return {slot.tensor.device.type for slot in slots}
 
 
 def is_marked_by_fsdp1(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from flora_dist.core.protocols import Reducer, Terms
 from flora_dist.core.step.basis import BatchSketches
 from flora_dist.core.step.batch import Batch, Member, Phases, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
+from flora_dist.core.step.memory import Memory
 from flora_dist.core.step.views import work_limit
 
 # Torch cuts a sum that gives one number among threads from here on, and none that gives several:
@@ -49,6 +50,7 @@ class Plan:
         """``kinds``: what each gradient is that was planned for: a tensor, sketched, or None."""
         self.kinds = list(kinds)
         self.entries = sorted(entries, key=lambda entry: entry.sender.names[0])
+        self._memory = Memory([m for entry in self.entries for m in entry.batch.members])
         self._messages: list[tuple[list[int], Message | None]] = []
         groups: dict[Reducer | None, list[int]] = {}
         for index, entry in enumerate(self.entries):
@@ -60,13 +62,9 @@ class Plan:
 
     def is_current(self, state: State) -> bool:
         """Whether weights, state and steps are still those that this was made for."""
-        for entry in self.entries:
-            first = entry.batch.members[0].state
-            for member in entry.batch.members:
-                own = member.layout.state_of(state.get(member.tensor, {}), member.part)
-                if own is not member.state or not _is_as_planned(member, first):
-                    return False
-        return True
+        if not self._memory.is_as_it_was(state):
+            return False
+        return all(_are_level(entry.batch.members) for entry in self.entries)
 
     def without(self, absent: set[int]) -> Plan:
         """The same without some of the entries."""
@@ -82,18 +80,11 @@ class Plan:
         return totals
 
 
-def _is_as_planned(member: Member, first: Mapping[str, Any]) -> bool:
-    """Whether a member is as far as the first of its batch, and its memory still its own."""
-    state = member.state
-    if state["step"] != first["step"] or state["window"] != first["window"]:
-        return False
-    for name, tensor in member.kept.items():
-        if state.get(name) is not tensor:
-            return False
-    for tensor, address in zip(member.local.values(), member.local_addresses, strict=True):
-        if tensor.data_ptr() != address:
-            return False
-    return member.part.address() == member.address
+def _are_level(members: Sequence[Member]) -> bool:
+    """Whether the members of a batch have come as far as each other."""
+    first = members[0].state
+    step, window = first["step"], first["window"]
+    return all([m.state["step"] == step and m.state["window"] == window for m in members])
 
 
 class Plans:
