@@ -36,7 +36,7 @@ from flora_dist.core.state.settings import KNOBS, PAPER, config_of
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.phases import check_not_captured, run_step
-from flora_dist.kernels.choice import phases_of
+from flora_dist.kernels.choice import at_once_of, phases_of
 from flora_dist.kernels.library import found
 
 
@@ -132,7 +132,7 @@ class Flora(torch.optim.Optimizer):
         defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
         config_of(defaults)
         self._rhythm = consistency.Rhythm(check_every)
-        self._roster = Registry(phases_of)
+        self._roster = Registry(phases_of, at_once_of)
         self._announced = False
         self._source: GradientSource = DenseGradients()
         self._beginning, self._player = Beginning(), Player()
@@ -331,7 +331,7 @@ class Flora(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_roster" not in self.__dict__:  # unpickled or deep-copied
-            self._roster = Registry(phases_of)
+            self._roster = Registry(phases_of, at_once_of)
             self._source = DenseGradients()
             self._announced = True
             self._beginning = Beginning()  # a copy without its model has tensors that nobody trains

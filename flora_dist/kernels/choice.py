@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from flora_dist.core.step.batch import Batch, Phases
+from flora_dist.core.step.batch import AtOnce, Batch, Phases
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.matrix import MatrixPhases
 from flora_dist.core.step.momentum_rules import rule_of
 from flora_dist.core.step.vector import VectorPhases
+from flora_dist.kernels.at_once import NativeStep
 from flora_dist.kernels.library import found
 from flora_dist.kernels.native import NativePhases
 from flora_dist.kernels.native_vector import NativeVectorPhases
@@ -30,6 +33,14 @@ def phases_of(batch: Batch, gradient: Gradient) -> Phases:
     if operators is None or not covers(batch, gradient):
         return VectorPhases(batch) if is_vector else MatrixPhases(batch)
     return NativeVectorPhases(batch, operators) if is_vector else NativePhases(batch, operators)
+
+
+def at_once_of(phases: Sequence[Phases]) -> AtOnce | None:
+    """A step of all these batches by one call, where the kernels cover each of them."""
+    native = [each for each in phases if isinstance(each, NativePhases | NativeVectorPhases)]
+    if not native or len(native) < len(phases):
+        return None
+    return NativeStep(native, found().operators)
 
 
 def covers(batch: Batch, gradient: Gradient) -> bool:

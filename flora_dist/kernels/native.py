@@ -63,20 +63,20 @@ class NativePhases:
 
     def __init__(self, batch: Batch, operators: Any) -> None:
         """``operators``: those of the loaded library."""
-        self._batch, self._ops = batch, operators
-        self._table = make_table(batch)
-        self._bases = Bases()
-        rule, clips = self._table.rule, batch.config.clip is not None
+        self.batch, self._ops = batch, operators
+        self.table = make_table(batch)
+        self.bases = Bases()
+        rule, clips = self.table.rule, batch.config.clip is not None
         self._asks_update = clips and rule is not None and rule.asks_update
-        self._asks_squares = self._table.num_sums > 1
-        self._asks_cross = self._table.num_sums > 2
+        self._asks_squares = self.table.num_sums > 1
+        self._asks_cross = self.table.num_sums > 2
         self._has_sketch = batch.geometry.rank is not None and rule is not None
         self._first_terms = list(self._terms_of_measure())
         self._second_terms = list(self._terms_of_couple())
 
     def _terms_of_measure(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of message 1, in the order that the kernels write them in."""
-        batch, members = self._batch, len(self._batch.members)
+        batch, members = self.batch, len(self.batch.members)
         summed, columns = members * batch.matrices_summed, batch.geometry.num_columns
         yield "presence", (members,)
         yield "columns", (summed, columns)
@@ -91,7 +91,7 @@ class NativePhases:
             yield "rows", (members, len(batch.members[0].cuts.rows))
 
     def _terms_of_couple(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        batch, members = self._batch, len(self._batch.members)
+        batch, members = self.batch, len(self.batch.members)
         if batch.members[0].cuts.rows_anywhere and self._asks_squares:
             yield "squares", (members * batch.matrices_summed,)
             if self._asks_cross:
@@ -102,13 +102,13 @@ class NativePhases:
 
     def measure(self, now: Moment) -> Measured:
         """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
-        given, numbers = gradients_of(now), numbers_of(self._batch, now)
+        given, numbers = gradients_of(now), numbers_of(self.batch, now)
         buffer, terms = make_terms(self._first_terms)
         if not now.is_missing:
             terms["presence"].fill_(1.0)
-        rows = torch.empty(self._table.num_rows, dtype=torch.float32)
-        old, _, _ = self._bases.of(now.basis)
-        self._ops.measure(self._table.numbers, given.numbers, numbers, old, rows, buffer)
+        rows = torch.empty(self.table.num_rows, dtype=torch.float32)
+        old, _, _ = self.bases.of(now.basis)
+        self._ops.measure(self.table.numbers, given.numbers, numbers, old, rows, buffer)
         return Measured(terms=terms, given=given, numbers=numbers, rows=rows)
 
     def is_finite(self, measured: Measured) -> Tensor:
@@ -121,12 +121,12 @@ class NativePhases:
 
     def couple(self, now: Moment, measured: Measured, totals: Terms) -> Coupled:
         """Normalisation is known now; what cut rows and cut blocks still need."""
-        matrices = len(self._batch.members) * self._batch.matrices_here
-        shape = (matrices, self._batch.geometry.num_columns)
+        matrices = len(self.batch.members) * self.batch.matrices_here
+        shape = (matrices, self.batch.geometry.num_columns)
         column_HM, factor_HM = torch.empty(shape), torch.empty(shape)
         sums_H3 = torch.empty((matrices, 3), dtype=torch.float64)
         self._ops.settle(
-            self._table.numbers,
+            self.table.numbers,
             measured.numbers,
             totals["columns"],
             totals.get("squares"),
@@ -152,10 +152,10 @@ class NativePhases:
             return {}
         buffer, terms = make_terms(self._second_terms)
         self._ops.couple(
-            self._table.numbers,
+            self.table.numbers,
             measured.given.numbers,
             measured.numbers,
-            *self._bases.of(now.basis),
+            *self.bases.of(now.basis),
             measured.rows,
             factor_HM,
             "squares" in terms,
@@ -169,7 +169,7 @@ class NativePhases:
         """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
         terms: Terms = {}
         if self._asks_update:
-            summed = len(self._batch.members) * self._batch.matrices_summed
+            summed = len(self.batch.members) * self.batch.matrices_summed
             terms["update"] = torch.zeros(summed)
             self._ops.tally(
                 *self._common(now, coupled),
@@ -192,17 +192,17 @@ class NativePhases:
             totals.get("update"),
             coupled.weight_S,
             sums.get("blocks"),
-            keys_of(self._batch, now),
+            keys_of(self.batch, now),
         )
 
     def _common(self, now: Moment, coupled: Coupled) -> tuple[Any, ...]:
         """What comes first in every pass over U."""
         measured = coupled.measured
         return (
-            self._table.numbers,
+            self.table.numbers,
             measured.given.numbers,
             measured.numbers,
-            *self._bases.of(now.basis),
+            *self.bases.of(now.basis),
             *move_of(now.basis),
             measured.rows,
         )

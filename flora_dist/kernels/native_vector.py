@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Batch, Moment
-from flora_dist.kernels.inputs import Given, gradients_of, keys_of, numbers_of
+from flora_dist.kernels.inputs import Bases, Given, gradients_of, keys_of, numbers_of
 from flora_dist.kernels.native import make_terms
 from flora_dist.kernels.tables import make_vector_table
 
@@ -47,20 +47,20 @@ class NativeVectorPhases:
 
     def __init__(self, batch: Batch, operators: Any) -> None:
         """``operators``: those of the loaded library."""
-        self._batch, self._ops = batch, operators
-        self._table = make_vector_table(batch)
+        self.batch, self._ops = batch, operators
+        self.table, self.bases = make_vector_table(batch), Bases()
         members = len(batch.members)
         names = ["presence", "update", *(["weight"] if batch.config.scale_parameter else [])]
         self._terms = [(name, (members,)) for name in names]
 
     def measure(self, now: Moment) -> Measured:
         """The squared norms of what is clipped, and of the weight where lr scales with it."""
-        given, numbers = gradients_of(now), numbers_of(self._batch, now)
+        given, numbers = gradients_of(now), numbers_of(self.batch, now)
         buffer, terms = make_terms(self._terms)
         if not now.is_missing:
             terms["presence"].fill_(1.0)
-        sums_T4 = torch.empty((self._table.num_tiles, _SUMS), dtype=torch.float64)
-        self._ops.measure_vector(self._table.numbers, given.numbers, numbers, sums_T4, buffer)
+        sums_T4 = torch.empty((self.table.num_tiles, _SUMS), dtype=torch.float64)
+        self._ops.measure_vector(self.table.numbers, given.numbers, numbers, sums_T4, buffer)
         return Measured(terms=terms, given=given, numbers=numbers, sums_T4=sums_T4)
 
     def is_finite(self, measured: Measured) -> Tensor:
@@ -86,10 +86,10 @@ class NativeVectorPhases:
         del totals
         measured, sums = tallied.measured, tallied.sums
         self._ops.finish_vector(
-            self._table.numbers,
+            self.table.numbers,
             measured.given.numbers,
             measured.numbers,
             sums["update"],
             sums.get("weight"),
-            keys_of(self._batch, now),
+            keys_of(self.batch, now),
         )

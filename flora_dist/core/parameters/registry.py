@@ -15,7 +15,7 @@ from flora_dist.core.protocols import Layout, Part
 from flora_dist.core.state.settings import KNOBS, config_of
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
-from flora_dist.core.step.plan import PhasesOf, Plan, Plans, make_plan
+from flora_dist.core.step.plan import AtOnceOf, PhasesOf, Plan, Plans, make_plan
 
 State = Mapping[Tensor, dict[str, Any]]
 Signature = tuple[tuple[int, ...], ...]
@@ -26,9 +26,9 @@ MOST_SELECTIONS = 256
 class Registry:
     """Layouts, the tensors given to the constructor, and slots once they are needed."""
 
-    def __init__(self, phases_of: PhasesOf) -> None:
-        """``phases_of``: how a batch of a plan is stepped."""
-        self._phases_of = phases_of
+    def __init__(self, phases_of: PhasesOf, at_once_of: AtOnceOf) -> None:
+        """``phases_of``: how a batch of a plan is stepped; ``at_once_of``: all in one go."""
+        self._phases_of, self._at_once_of = phases_of, at_once_of
         self._layouts: list[Layout] = [DTensorLayout(), ReplicatedLayout()]
         self._resident: Sequence[Sequence[Tensor]] | None = None
         self.level = LEVELS[0]
@@ -102,7 +102,7 @@ class Registry:
         if kept is not None and kept.kinds == [type(gradient) for gradient in gradients]:
             return kept
         members = [slot.member(state[slot.tensor]) for slot in slots]
-        plan = make_plan(members, gradients, self._phases_of)
+        plan = make_plan(members, gradients, self._phases_of, self._at_once_of)
         self._plans.keep(tuple(map(id, slots)), plan)
         return plan
 
@@ -194,7 +194,7 @@ def takes_part(slot: Trainable) -> bool:
 
 def device_types_of(slots: Sequence[Trainable]) -> set[str]:
     """Where parameters are."""
-    if all([slot.tensor.is_cpu for slot in slots]):  # a device's name costs more than the question
+    if all(slot.tensor.is_cpu for slot in slots):  # a device's name costs more than the question
         return {"cpu"} if slots else set()
     return {slot.tensor.device.type for slot in slots}
 

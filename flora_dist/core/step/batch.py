@@ -10,7 +10,7 @@ Shape suffixes: E matrices of all members, N rows, M columns, K blocks per row, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -141,6 +141,10 @@ class Phases(Protocol):
 
     def finish(self, now: Moment, tallied: Any, totals: Terms) -> None:
         """From the sums of message 3 to new weights and state."""
+
+
+AtOnce = Callable[[Sequence[Moment]], None]
+"""All phases of some batches, given their moments: the whole step, where no sums have to travel."""
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -39,13 +39,18 @@ def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state
     moments = [
         _moment(entry.batch, [gradients[place] for place in entry.places]) for entry in plan.entries
     ]
+    may_only_create_state = may_only_create_state and _is_first_of_rate_0(moments)
+    if plan.at_once is not None and not may_only_create_state:
+        plan.at_once(moments)
+        _count(plan, moments)
+        return
     pairs = list(zip(plan.entries, moments, strict=True))
     measured = [entry.phases.measure(now) for entry, now in pairs]
     totals = plan.sum([stage.terms for stage in measured])
     asks_finite = any(entry.batch.config.skip_nonfinite for entry in plan.entries)
     if asks_finite and not _are_finite(plan, measured):
         return
-    if may_only_create_state and _only_creates_state(plan, moments, measured):
+    if may_only_create_state and _are_zeros(plan, measured):
         return
     absent = _absent(plan, totals)
     if absent:
@@ -74,9 +79,15 @@ def _apply(
     totals = plan.sum([stage.terms for stage in tallied])
     for (each, now), stage, total in zip(steps, tallied, totals, strict=True):
         each.finish(now, stage, total)
+    _count(plan, moments)
+
+
+def _count(plan: Plan, moments: Sequence[Moment]) -> None:
     for entry, now in zip(plan.entries, moments, strict=True):
+        step, window = now.step, now.window
         for member in entry.batch.members:
-            member.state["step"], member.state["window"] = now.step, now.window
+            state = member.state
+            state["step"], state["window"] = step, window
 
 
 def _moment(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
@@ -136,14 +147,18 @@ def _are_finite(plan: Plan, measured: Sequence[Any]) -> bool:
     return not _anywhere(plan, [~entry.phases.is_finite(stage) for entry, stage in pairs])
 
 
-def _only_creates_state(plan: Plan, moments: Sequence[Moment], measured: Sequence[Any]) -> bool:
-    """Whether this is a first step of rate 0 on gradients of zeros, which must not count.
+def _is_first_of_rate_0(moments: Sequence[Moment]) -> bool:
+    """Whether this may be a step that must not count.
 
-    torch.distributed.checkpoint makes an optimizer create its state so when it is asked for the
-    state before the first step. Looks at the device in a first step of rate 0 only.
+    torch.distributed.checkpoint makes an optimizer create its state by a first step of rate 0 on
+    gradients of zeros when it is asked for the state before the first step. Looks at the device
+    in a first step only.
     """
-    if not all(now.step == 1 and now.lr == 0 for now in moments):
-        return False
+    return all(now.step == 1 and now.lr == 0 for now in moments)
+
+
+def _are_zeros(plan: Plan, measured: Sequence[Any]) -> bool:
+    """Whether all gradients are, on all processes."""
     pairs = zip(plan.entries, measured, strict=True)
     return not _anywhere(plan, [~entry.phases.is_zero(stage) for entry, stage in pairs])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from flora_dist.core.comm.message import Message, Sender, sum_terms
 from flora_dist.core.protocols import Reducer, Terms
 from flora_dist.core.step.basis import BatchSketches
-from flora_dist.core.step.batch import Batch, Member, Phases, arithmetic_dtype
+from flora_dist.core.step.batch import AtOnce, Batch, Member, Phases, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.memory import Memory
 from flora_dist.core.step.views import work_limit
@@ -29,6 +29,7 @@ LONGEST_SUM = 1 << 15
 MOST_PLANS = 64
 State = Mapping[Tensor, dict[str, Any]]
 PhasesOf = Callable[[Batch, Gradient], Phases]
+AtOnceOf = Callable[[Sequence[Phases]], AtOnce | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,8 +47,14 @@ class Entry:
 class Plan:
     """Batches of a step, in the order of their first names, and their messages."""
 
-    def __init__(self, entries: Sequence[Entry], kinds: Sequence[type]) -> None:
-        """``kinds``: what each gradient is that was planned for: a tensor, sketched, or None."""
+    def __init__(
+        self, entries: Sequence[Entry], kinds: Sequence[type], at_once_of: AtOnceOf
+    ) -> None:
+        """``kinds``: what each gradient is that was planned for: a tensor, sketched, or None.
+
+        ``at_once_of``: a way to step batches of these phases in one go, if there is one.
+        """
+        self._at_once_of = at_once_of
         self.kinds = list(kinds)
         self.entries = sorted(entries, key=lambda entry: entry.sender.names[0])
         self._memory = Memory([m for entry in self.entries for m in entry.batch.members])
@@ -59,6 +66,16 @@ class Plan:
             senders = [self.entries[index].sender for index in indices]
             message = None if reducer is None else Message(senders, reducer)
             self._messages.append((indices, message))
+        self.at_once = self._find_at_once()
+
+    def _find_at_once(self) -> AtOnce | None:
+        """A way to step in one go; None where something is asked, or sent, between phases."""
+        entries = self.entries
+        if not all(entry.has_gradients and entry.batch.reducer is None for entry in entries):
+            return None
+        if any(entry.batch.config.skip_nonfinite for entry in entries):
+            return None
+        return self._at_once_of([entry.phases for entry in entries])
 
     def is_current(self, state: State) -> bool:
         """Whether weights, state and steps are still those that this was made for."""
@@ -68,7 +85,8 @@ class Plan:
 
     def without(self, absent: set[int]) -> Plan:
         """The same without some of the entries."""
-        return Plan([e for i, e in enumerate(self.entries) if i not in absent], self.kinds)
+        kept = [entry for index, entry in enumerate(self.entries) if index not in absent]
+        return Plan(kept, self.kinds, self._at_once_of)
 
     def sum(self, terms: Sequence[Terms]) -> list[Terms]:
         """Sum each batch's terms over its ranks: a message per group of ranks."""
@@ -84,7 +102,7 @@ def _are_level(members: Sequence[Member]) -> bool:
     """Whether the members of a batch have come as far as each other."""
     first = members[0].state
     step, window = first["step"], first["window"]
-    return all([m.state["step"] == step and m.state["window"] == window for m in members])
+    return all(m.state["step"] == step and m.state["window"] == window for m in members)
 
 
 class Plans:
@@ -106,11 +124,15 @@ class Plans:
 
 
 def make_plan(
-    members: Sequence[Member], gradients: Sequence[Gradient], phases_of: PhasesOf
+    members: Sequence[Member],
+    gradients: Sequence[Gradient],
+    phases_of: PhasesOf,
+    at_once_of: AtOnceOf,
 ) -> Plan:
     """Plan a step of parameters that have state, given in an order that all ranks share.
 
     ``phases_of``: how a batch is stepped, given the kind of its gradients by the first one.
+    ``at_once_of``: how all are, in one go.
     """
     alike: dict[Hashable, list[int]] = {}
     for index, (member, gradient) in enumerate(zip(members, gradients, strict=True)):
@@ -123,7 +145,7 @@ def make_plan(
         for indices in alike.values()
         for some in _chunks(indices, members[indices[0]])
     ]
-    return Plan(entries, [type(gradient) for gradient in gradients])
+    return Plan(entries, [type(gradient) for gradient in gradients], at_once_of)
 
 
 def _entry(

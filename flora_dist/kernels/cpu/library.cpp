@@ -11,9 +11,11 @@
 #include <optional>
 #include <string>
 
+#include "local.h"
 #include "parallel.h"
 #include "plan.h"
 #include "settle.h"
+#include "sums.h"
 
 #define FLORA_QUOTE(text) #text
 #define FLORA_TEXT(text) FLORA_QUOTE(text)
@@ -60,12 +62,13 @@ T* data(const Maybe& tensor) {
   return tensor.has_value() ? data<T>(*tensor) : nullptr;
 }
 
-Plan read_plan(const Tensor& table) {
-  const Plan plan = plan_of(data<const int64_t>(table));
+Plan checked(const Plan& plan) {
   STD_TORCH_CHECK(plan.header->version == kTableVersion, "a table of version ", plan.header->version,
                   " was given to kernels of version ", kTableVersion);
   return plan;
 }
+
+Plan read_plan(const Tensor& table) { return checked(plan_of(data<const int64_t>(table))); }
 
 Now read_now(const Numbers& n) {
   STD_TORCH_CHECK(n.size() == 9, "the numbers of a step must be 9; got ", n.size());
@@ -104,58 +107,21 @@ int64_t elements_of(const Plan& plan) {
   return elements;
 }
 
+int64_t scratch_of(const Plan& plan, const Gradients& given) {
+  const Header& size = *plan.header;
+  const int64_t gradient_block = given.kind == kSketched ? given.block : 0;
+  return scratch_floats(width_of(plan), size.block, gradient_block, up(size.rank, 8));
+}
+
 // What every phase does: body(tile, scratch) by all threads.
 template <class Body>
 void each_tile(const Plan& plan, const Gradients& given, const Body& body) {
   const Header& size = *plan.header;
-  const int64_t gradient_block = given.kind == kSketched ? given.block : 0;
-  const int64_t floats = scratch_floats(width_of(plan), size.block, gradient_block, up(size.rank, 8));
+  const int64_t floats = scratch_of(plan, given);
   each(size.num_tiles, elements_of(plan), [&](int64_t tile) { body(tile, scratch(floats)); });
 }
 
 // ---- message 1
-
-// Where the terms of message 1 stand in their buffer, one after the other.
-struct MeasureTerms {
-  float *columns, *squares = nullptr, *cross = nullptr, *history = nullptr, *weight = nullptr, *rows;
-
-  MeasureTerms(const Header& size, float* at) {
-    const int64_t many = size.num_summed * size.num_columns;
-    columns = at + size.num_members;
-    at = columns + many;
-    if (size.num_sums > 1) squares = at, at += many;
-    if (size.num_sums > 2) cross = at, at += many, history = at, at += size.num_summed;
-    if (size.sums_weight) weight = at, at += size.num_summed;
-    rows = at;
-  }
-};
-
-// Adds some columns of a matrix's tiles, in the order of tiles: equal bits for any number of threads.
-void add_partials(const Plan& plan, int64_t index, int64_t first, const float* partial, const MeasureTerms& terms) {
-  const Header& size = *plan.header;
-  const Matrix& matrix = plan.matrices[index];
-  const int64_t last = std::min(size.num_columns, first + kChunk);
-  float* const to[3] = {terms.columns, terms.squares, terms.cross};
-  for (int64_t s = 0; s < size.num_sums; s++) {
-    double sums[kChunk] = {};
-    for (int64_t t = matrix.first_tile; t < matrix.last_tile; t++) {
-      const Tile& tile = plan.tiles[t];
-      const int64_t lo = std::max(first, tile.first), hi = std::min(last, tile.last), width = tile.last - tile.first;
-      const float* from = partial + tile.partial + s * width - tile.first;
-      for (int64_t j = lo; j < hi; j++) sums[j - first] += from[j];
-    }
-    float* own = to[s] + (size.first_summed + index) * size.num_columns;
-    for (int64_t j = first; j < last; j++) own[j] = static_cast<float>(sums[j - first]);
-  }
-}
-
-// One number of each tile, added in their order.
-double add_scalars(const Plan& plan, int64_t index, const double* scalars, int64_t stride) {
-  double sum = 0;
-  for (int64_t t = plan.matrices[index].first_tile; t < plan.matrices[index].last_tile; t++)
-    sum += scalars[stride * t];
-  return sum;
-}
 
 void measure(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Tensor rows, Tensor terms_S) {
   const Plan plan = read_plan(table);
@@ -163,7 +129,7 @@ void measure(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, T
   const Gradients given = read_gradients(plan, gradients);
   const Now now = read_now(numbers);
   const Basis basis = read_basis(plan, old_HRB, {}, {}, {}, kStays);
-  const MeasureTerms terms(size, data<float>(terms_S));
+  const MeasureTerms terms = MeasureTerms::in(data<float>(terms_S) + size.num_members, size, size.num_summed);
   const std::unique_ptr<float[]> partial(new float[size.num_partials]);  // each tile clears its own
   std::vector<double> scalars(kMatrixSums * size.num_tiles);
   const MeasureSums sums = {data<float>(rows), terms.rows, partial.get(), scalars.data()};
@@ -172,15 +138,10 @@ void measure(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, T
   });
   const int64_t stretches = (size.num_columns + kChunk - 1) / kChunk;
   each(size.num_matrices * stretches, size.num_partials, [&](int64_t index) {
-    add_partials(plan, index / stretches, index % stretches * kChunk, partial.get(), terms);
+    const int64_t matrix = index / stretches;
+    add_partials(plan, matrix, index % stretches * kChunk, partial.get(), terms, size.first_summed + matrix);
   });
-  for (int64_t m = 0; m < size.num_matrices; m++) {
-    const int64_t summed = size.first_summed + m;
-    if (terms.history != nullptr)
-      terms.history[summed] = static_cast<float>(add_scalars(plan, m, scalars.data(), kMatrixSums));
-    if (terms.weight != nullptr)
-      terms.weight[summed] = static_cast<float>(add_scalars(plan, m, scalars.data() + 1, kMatrixSums));
-  }
+  for (int64_t m = 0; m < size.num_matrices; m++) add_numbers(plan, m, scalars.data(), terms, size.first_summed + m);
 }
 
 void settle(Tensor table, Numbers numbers, Tensor columns, Maybe squares, Maybe cross, Maybe history, Maybe cut_rows,
@@ -317,6 +278,32 @@ void finish_vector(Tensor table, Integers gradients, Numbers numbers, Tensor upd
   });
 }
 
+// ---- all phases at once
+
+// `batches`: 9 numbers of each: the table's address, whether it holds vectors, addresses of A_old, A_new, A_new
+// transposed and the move, what moves, and how many of `gradients` and `keys` are its own.
+void step(Integers batches, Integers gradients, Numbers numbers, Integers keys) {
+  constexpr size_t kNumbers = 9;
+  std::vector<Job> jobs;
+  std::vector<Integers> lists;  // what jobs point into
+  lists.reserve(2 * batches.size() / kNumbers);
+  auto gradient = gradients.begin();
+  auto key = keys.begin();
+  for (size_t b = 0; b < batches.size() / kNumbers; b++) {
+    const int64_t* n = batches.data() + kNumbers * b;
+    const Plan plan = checked(plan_of(reinterpret_cast<const int64_t*>(n[0])));
+    const auto at = [&](int i) { return reinterpret_cast<const float*>(n[i]); };
+    const Integers& own = lists.emplace_back(gradient, gradient + n[7]);
+    const Integers& own_keys = lists.emplace_back(key, key + n[8]);
+    gradient += n[7], key += n[8];
+    const Gradients given = read_gradients(plan, own);
+    const Basis basis = {at(2), at(3), at(4), at(5), up(plan.header->rank, 8), n[6]};
+    const Now now = read_now(Numbers(numbers.begin() + 9 * b, numbers.begin() + 9 * (b + 1)));
+    jobs.push_back({plan, given, now, basis, read_keys(plan, own_keys), n[1] != 0, scratch_of(plan, given)});
+  }
+  LocalStep(jobs, kernels(), torch::stable::get_num_threads()).run();
+}
+
 // ---- sketching
 
 // Words of counters first, first + 1, ... of a stream, four each, for every key: (keys, counters, 4) of int32.
@@ -380,6 +367,7 @@ STABLE_TORCH_LIBRARY(flora_dist_kernels, library) {
       "measure_vector(Tensor table, int[] gradients, float[] now, Tensor(a!) scalars, Tensor(b!) terms) -> ()");
   library.def(
       "finish_vector(Tensor table, int[] gradients, float[] now, Tensor update, Tensor? weight, int[] keys) -> ()");
+  library.def("step(int[] batches, int[] gradients, float[] now, int[] keys) -> ()");
   library.def("philox(Tensor keys, int first, int stream, Tensor(a!) words) -> ()");
   library.def(
       "accumulate(Tensor(a!) sums, Tensor gradient, int dtype, Tensor columns, int rank, int first_column) -> ()");
@@ -388,6 +376,7 @@ STABLE_TORCH_LIBRARY(flora_dist_kernels, library) {
 STABLE_TORCH_LIBRARY_IMPL(flora_dist_kernels, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&flora::instruction_set));
   library.impl("source", TORCH_BOX(&flora::source));
+  library.impl("step", TORCH_BOX(&flora::step));  // given addresses alone, of memory of this CPU
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora_dist_kernels, CPU, library) {
