@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from flora_dist.cluster.planner.config_file import read_model
 from flora_dist.cluster.planner.methods import asked
-from flora_dist.cluster.planner.model import read_model
 from flora_dist.cluster.planner.plan import plan
 from flora_dist.cluster.planner.request import BACKENDS, Request
 from flora_dist.core.state.settings import FloraConfig

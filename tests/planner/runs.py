@@ -70,12 +70,13 @@ class Case:
 
 def build(path: Path) -> nn.Module:
     """The network in training, as transformers makes it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(0)
     settings = json.loads(path.read_text(encoding="utf-8"))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model: nn.Module = kind.from_config(config)
     return model.train()
 
 

@@ -48,7 +48,9 @@ def test_the_table_has_every_method_and_a_line_for_embeddings_and_head(
     rows = {line.split("  ")[0] for line in text.splitlines()}
     assert "embeddings, head" in rows
     assert {"Flora 1/8, compressed 1/16", "AdamW", "AdamW, 8-bit"} <= rows
-    assert {"GaLore, rank 1024 (ddp)", "LoRA, rank 64"} <= rows
+    assert {"GaLore, rank 1024 (ddp)", "LoRA, rank 64", "AdamW, 4-bit", "Muon"} <= rows
+    assert {"APOLLO, rank 1024 (ddp)", "APOLLO-Mini (ddp)"} <= rows
+    assert "Flora 1/8, dense, bf16 alone" in rows
     assert {
         f"Flora 1/{ratio}, {level}" for ratio in (4, 8, 16) for level in ("dense", "fused")
     } <= rows
@@ -56,10 +58,10 @@ def test_the_table_has_every_method_and_a_line_for_embeddings_and_head(
 
 
 def test_json_has_exact_integers_that_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*ASKED, "--json", "--search", "--memory", "70", "--bandwidth", "200") == 0
+    assert run(*ASKED, "--json", "--search", "--memory", "30", "--bandwidth", "200") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"] == 6738415616
-    assert told["memory_bytes"] == 70 * 2**30
+    assert told["memory_bytes"] == 30 * 2**30
     for plan in told["plans"]:
         assert all(isinstance(size, int) for size in plan["bytes_per_rank"].values())
         assert plan["total_bytes"] == sum(plan["bytes_per_rank"].values())
@@ -71,6 +73,40 @@ def test_json_has_exact_integers_that_add_up(capsys: pytest.CaptureFixture[str])
     assert fits["AdamW"] is not None
     galore = next(name for name in fits if name.startswith("GaLore"))
     assert fits[galore] is None  # replicated: no number of ranks helps
+
+
+def test_unless_told_a_run_is_as_people_run_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASKED) == 0
+    asked = capsys.readouterr().out.splitlines()[1]
+    assert asked.endswith(
+        "zero2, bfloat16; 1 micro-batch of 1 x 2048 tokens per rank and step, checkpointing"
+    )
+    assert (
+        run("--model", str(MODELS / "gpt2.json"), "--backend", "fsdp", "--precision", "fp32") == 0
+    )
+    asked = capsys.readouterr().out.splitlines()[1]
+    assert "fsdp2, float32; 1 micro-batch of 1 x 1024 tokens" in asked
+
+
+def test_where_flora_does_not_pay_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    # Per GPU of 1,024 hardly anything is optimizer state; on one GPU most is.
+    words = "In memory Flora does not pay here"
+    assert run(*ASKED, "--nodes", "128") == 0
+    assert words in capsys.readouterr().out
+    assert run(*ASKED, "--nodes", "1", "--gpus", "1") == 0
+    assert words not in capsys.readouterr().out
+    assert run(*ASKED, "--nodes", "128", "--json") == 0
+    assert words in json.loads(capsys.readouterr().out)["verdict"][1]
+
+
+def test_7b_fits_one_gpu_of_24_gib_in_bfloat16_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = ("--precision", "bf16-pure", "--gradients", "compressed", "--memory", "24")
+    one = ("--model", LLAMA_7B, "--backend", "ddp", "--accumulate", "4", "--json")
+    assert run(*one, *alone) == 0
+    told = json.loads(capsys.readouterr().out)
+    plans = {plan["method"]: plan["total_bytes"] for plan in told["plans"]}
+    assert plans["Flora 1/8, compressed, bf16 alone"] <= told["memory_bytes"]
+    assert plans["AdamW, 8-bit"] > told["memory_bytes"]
 
 
 def test_a_search_says_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +139,10 @@ def test_the_picture_is_a_whole_png_and_nothing_else_is_left(tmp_path: Path) -> 
         (("--gradient-rank", "99"), ("rank must be below block", "rank=99")),
         (("--block", "48"), ("power of two", "48", "Pass 16")),
         (("--sequence-length", "4096"), ("--sequence-length", "4096", "2048", "Lower it")),
+        (
+            ("--backend", "zero0", "--precision", "bfloat16-pure"),
+            ("--precision bfloat16-pure", "zero0", "Use zero1"),
+        ),
         (("--gradients", "sharded"), ("--gradients sharded", "zero2", "Use compressed")),
         (("--model", "nowhere.json"), ("--model", "nowhere.json", "See configs/model")),
         (("--picture", "plan.pdf"), ("--picture", ".png", "plan.pdf")),

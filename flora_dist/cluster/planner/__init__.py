@@ -12,17 +12,19 @@ import json
 import sys
 from pathlib import Path
 
+from flora_dist.cluster.planner.config_file import FAMILIES, read_model
 from flora_dist.cluster.planner.methods import (
     DEFAULT_GALORE_SHARE,
     DEFAULT_LORA_RANK,
     compared,
 )
-from flora_dist.cluster.planner.model import Model, read_model
+from flora_dist.cluster.planner.model import Model
 from flora_dist.cluster.planner.picture import check_picture, draw
 from flora_dist.cluster.planner.plan import GIB, plan
 from flora_dist.cluster.planner.request import (
     BACKENDS,
     PRECISIONS,
+    PURE,
     WIRE_DTYPES,
     Request,
     check_positive,
@@ -30,12 +32,18 @@ from flora_dist.cluster.planner.request import (
 )
 from flora_dist.cluster.planner.search import LIMIT, Found, search
 from flora_dist.cluster.planner.table import search_table, table
+from flora_dist.cluster.planner.verdict import verdict
 from flora_dist.core.state.settings import MOMENTA, STATE_DTYPES, FloraConfig
 from flora_dist.core.state.spec import LEVELS
 
 __all__ = ["add_arguments", "start"]
 
 _USER_ERROR = 2
+SEQUENCE = 2048
+"""Tokens of a sequence, unless told."""
+BACKEND_ALIASES = {"fsdp": "fsdp2"}
+PRECISION_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "bf16-pure": PURE}
+"""Short name -> its value."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,19 +75,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument(
-        "--model", type=Path, required=True, help="a transformers config of llama or gpt2"
+        "--model",
+        type=Path,
+        required=True,
+        help=f"a transformers config, or the folder of one: {', '.join(FAMILIES)}",
     )
     run.add_argument("--vocabulary", type=int, metavar="N", help="tokens, instead of the file's")
     run.add_argument("--nodes", type=int, default=1)
     run.add_argument("--gpus", type=int, default=1, help="per node, a rank each")
-    run.add_argument("--backend", choices=BACKENDS, required=True)
+    run.add_argument(
+        "--backend",
+        type=lambda name: BACKEND_ALIASES.get(name, name),
+        choices=BACKENDS,
+        required=True,
+    )
     run.add_argument("--micro-batch", type=int, default=1, help="sequences of a rank's forward")
-    run.add_argument("--sequence-length", type=int, help="tokens (default: the model's positions)")
+    run.add_argument(
+        "--sequence-length",
+        type=int,
+        help=f"tokens (default: {SEQUENCE}, or the model's positions if fewer)",
+    )
     run.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="micro-batches per optimizer step"
     )
-    run.add_argument("--precision", choices=PRECISIONS, default="float32")
-    run.add_argument("--checkpointing", action="store_true", help="of activations, layer by layer")
+    run.add_argument(
+        "--precision",
+        type=lambda name: PRECISION_ALIASES.get(name, name),
+        choices=PRECISIONS,
+        default="bfloat16",
+        help=f"default: bfloat16, with float32 weights besides; {PURE}: without them",
+    )
+    run.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of activations, layer by layer (default: yes)",
+    )
     run.add_argument(
         "--bucket",
         type=int,
@@ -129,6 +160,7 @@ def _answer(parsed: argparse.Namespace) -> str:
             "gpus": request.gpus,
             "memory_bytes": memory,
             "plans": [each.as_json(parsed.bandwidth) for each in plans],
+            "verdict": verdict(plans),
             **({"search": [_told(each) for each in found]} if found else {}),
         }
         return json.dumps(told, indent=2) + "\n"
@@ -161,7 +193,7 @@ def _request(parsed: argparse.Namespace) -> Request:
         gradient_rank=parsed.gradient_rank,
         wire_dtype=parsed.wire_dtype,
         micro_batch=parsed.micro_batch,
-        sequence_length=model.sizes.positions if length is None else length,
+        sequence_length=min(SEQUENCE, model.sizes.positions) if length is None else length,
         accumulate=parsed.accumulate,
         precision=parsed.precision,
         checkpointing=parsed.checkpointing,

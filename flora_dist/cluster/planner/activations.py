@@ -7,16 +7,24 @@ tokens of a micro-batch, b bytes of the precision, h hidden, q and k widths of a
 heads, f inner width, V words (counted by ``saved_tensors_hooks``, each storage once):
 
     llama, a norm    S (4 h + 4) + S h b: its input in fp32, 1 / RMS, what it scales
-    llama, a layer   2 norms + S (2 h + 2 q + 2 k + 4 f) b + 4 S heads: inputs of linear layers;
-                     q, k, v, output and log-sums of attention; gate, its SiLU, up, their product
+    gemma, a norm    S (8 h + 4) + 4 h: its input and what it scales in fp32, 1 / RMS, 1 + weight
+    llama, a layer   norms + S (2 h + 2 q + 2 k + 4 f) b + 4 S heads: inputs of linear layers;
+                     q, k, v, output and log-sums of attention; gate, its SiLU, up, their product;
+                     norms of queries and keys, where a family has them
+    experts          instead of S 4 f b, with P = S x chosen: P (2 h + 4 f) b, weights and places of
+                     pairs, the router's probabilities; S (4 g + h + 1) b of a shared one of width g
     gpt2, a norm     S (h + 2) b: input, mean, deviation
     gpt2, a layer    2 norms + S (6 h + 2 f) b + 4 S heads; 5 f for gelu_new, of several operators
+    t5, a norm       as llama's, and S h b more in a low precision
+    t5, a layer      2 norms (decoder: 3), attention by scores in fp32, which a learned bias needs,
+                     4 S L heads + 12 S q; the decoder's of the encoder's output without; f, or 7 f
+                     where gated by gelu_new
     the rest         a norm, the head's input S h b, softmax of logits 4 S V, tokens and labels
 
 Checkpointing keeps S h b per layer, and all of one layer or of the rest while that is in backward.
-``fused`` keeps X A^T and A of each linear layer instead of X (GPT-2: of the head). Autocast (DDP in
-bfloat16) runs norms in fp32, gives every linear layer a bfloat16 copy of its input of its own, and
-keeps bfloat16 copies of the weights.
+``fused`` keeps X A^T and A of each linear layer instead of X (GPT-2: of the head; not of experts).
+Autocast (DDP in bfloat16) runs norms in fp32, gives every linear layer a bfloat16 copy of its input
+of its own, and keeps bfloat16 copies of the weights. T5 has S tokens in each of its two halves.
 """
 
 from __future__ import annotations
@@ -67,17 +75,16 @@ def activation_bytes(model: Model, batch: Batch, fused: tuple[int, int] | None =
         batch: of one rank.
         fused: (rank, block) of fused linear layers; None: there are none.
     """
-    one = _LAYERS[model.family](model.sizes, batch, fused)
+    every = [_layer(model, place, batch, fused) for place in range(model.sizes.layers)]
     rest = _rest(model, batch, fused)
-    layers = model.sizes.layers
     copies = batch.element * _multiplied(model) if batch.autocast and fused is None else 0
     if fused is not None:
         widths = (*(parameter.shape[1] for parameter in model.linears()), model.sizes.hidden)
         copies = _FP32 * sum(math.prod(_narrowed(width, fused)) for width in widths)
     if batch.checkpointing:
-        inputs = layers * batch.tokens * model.sizes.hidden * batch.norm_element
-        return inputs + copies + max(one, rest)
-    return layers * one + rest + copies
+        inputs = len(every) * batch.tokens * model.sizes.hidden * batch.norm_element
+        return inputs + copies + max(*every, rest)
+    return sum(every) + rest + copies
 
 
 def _multiplied(model: Model) -> int:
@@ -92,19 +99,55 @@ def logits_gradient_bytes(model: Model, batch: Batch) -> int:
     return batch.tokens * model.sizes.vocabulary * (4 + low)
 
 
-def _llama_layer(sizes: Sizes, batch: Batch, fused: tuple[int, int] | None) -> int:
-    hidden, inner = sizes.hidden, sizes.inner
+def _layer(model: Model, place: int, batch: Batch, fused: tuple[int, int] | None) -> int:
+    if model.family == "gpt2":
+        return _gpt2_layer(model.sizes, batch)
+    if model.family == "t5":
+        return _t5_layer(model.sizes, place, batch)
+    return _decoder_layer(model, place, batch, fused)
+
+
+def _decoder_layer(model: Model, place: int, batch: Batch, fused: tuple[int, int] | None) -> int:
+    sizes, hidden = model.sizes, model.sizes.hidden
     queries, keys = sizes.heads * sizes.head_width, sizes.key_value_heads * sizes.head_width
-    inputs = (5 if batch.autocast else 2) * hidden + inner
-    if fused is not None:  # q, k, v of one input, o, gate and up of another, down
-        inputs = 5 * _sketch(hidden, fused) + _sketch(queries, fused) + _sketch(inner, fused)
-    kept = inputs + 2 * queries + 2 * keys + 3 * inner
-    norms = 2 * _llama_norm(sizes, batch)
-    return norms + batch.tokens * (kept * batch.element + 4 * sizes.heads)
+    inputs = (5 if batch.autocast else 2) * hidden
+    if fused is not None:  # q, k, v of one input, o, gate and up of another
+        inputs = 5 * _sketch(hidden, fused) + _sketch(queries, fused)
+    kept = inputs + 2 * queries + 2 * keys
+    norms = sizes.norms * _norm(model, batch, batch.tokens, hidden)
+    if sizes.head_norms:
+        heads = (sizes.heads, sizes.key_value_heads)
+        norms += sum(_norm(model, batch, batch.tokens * many, sizes.head_width) for many in heads)
+    feed = _experts(sizes, batch) if _has_experts(sizes, place) else _block(sizes, batch, fused)
+    return norms + batch.tokens * (kept * batch.element + 4 * sizes.heads) + feed
 
 
-def _gpt2_layer(sizes: Sizes, batch: Batch, fused: tuple[int, int] | None) -> int:
-    del fused  # Conv1D keeps X
+def _block(sizes: Sizes, batch: Batch, fused: tuple[int, int] | None) -> int:
+    """Gate, its activation, up, and their product: what the last matrix multiplies."""
+    product = sizes.inner if fused is None else _sketch(sizes.inner, fused)
+    return batch.tokens * (3 * sizes.inner + product) * batch.element
+
+
+def _has_experts(sizes: Sizes, place: int) -> bool:
+    return sizes.experts is not None and place in sizes.experts.layers
+
+
+def _experts(sizes: Sizes, batch: Batch) -> int:
+    """As grouped products (transformers' grouped_mm): pairs of a token and an expert, sorted."""
+    experts, hidden = sizes.experts, sizes.hidden
+    assert experts is not None
+    pairs, element = batch.tokens * experts.chosen, batch.element
+    weight = _FP32 if experts.weighs_in_fp32 else element
+    of_pairs = (2 * hidden + 4 * experts.inner) * element + weight + 4 * _INDEX
+    router = _FP32 * experts.count
+    if experts.weighs_in_fp32:  # what is chosen and its sum
+        router += _FP32 * (experts.chosen + 1)
+    shared = (4 * experts.shared + hidden + 1) * element if experts.shared else 0
+    return pairs * of_pairs + batch.tokens * (router + shared) + 4 * experts.count
+
+
+def _gpt2_layer(sizes: Sizes, batch: Batch) -> int:
+    """Conv1D keeps X, also where linear layers are fused."""
     hidden = sizes.hidden
     activation = 5 if sizes.composed_gelu else 2
     kept = 6 * hidden + activation * sizes.inner
@@ -112,21 +155,45 @@ def _gpt2_layer(sizes: Sizes, batch: Batch, fused: tuple[int, int] | None) -> in
     return batch.tokens * (kept * batch.element + norms + 4 * sizes.heads)
 
 
+def _t5_layer(sizes: Sizes, place: int, batch: Batch) -> int:
+    tokens, element, hidden = batch.tokens, batch.element, sizes.hidden
+    wide, is_decoder = sizes.heads * sizes.head_width, place >= sizes.encoder_layers
+    scores = _FP32 * (batch.length * sizes.heads + 3 * wide) + wide * element
+    flash = 4 * wide * element + _FP32 * sizes.heads
+    norms = (3 if is_decoder else 2) * _t5_norm(sizes, batch)
+    products = (7 if sizes.gated else 1) * sizes.inner * element
+    inputs = (3 if is_decoder else 2) * hidden * element
+    mask = batch.length**2 if is_decoder else 0
+    return norms + tokens * (scores + is_decoder * flash + products + inputs) + mask
+
+
+def _t5_norm(sizes: Sizes, batch: Batch) -> int:
+    """In fp32 what it scales is its input."""
+    copy = 0 if batch.norm_element == _FP32 else sizes.hidden * batch.norm_element
+    return batch.tokens * (_FP32 * (sizes.hidden + 1) + sizes.hidden * batch.norm_element + copy)
+
+
 def _rest(model: Model, batch: Batch, fused: tuple[int, int] | None) -> int:
     sizes, tokens = model.sizes, batch.tokens
-    head = sizes.hidden if fused is None else _sketch(sizes.hidden, fused)
-    norm = _llama_norm(sizes, batch)
-    if model.family == "gpt2":
-        norm = tokens * (sizes.hidden + 2) * batch.norm_element
-    rotary = 0
-    if model.family == "llama":
-        rotary = 2 * batch.length * sizes.head_width * batch.norm_element
+    head = (sizes.hidden if fused is None else _sketch(sizes.hidden, fused)) * batch.element
     logits = tokens * 4 * sizes.vocabulary
-    return norm + rotary + tokens * head * batch.element + logits + 2 * tokens * _INDEX
+    if sizes.caps_logits:
+        logits += tokens * sizes.vocabulary * batch.element
+    norm = _norm(model, batch, tokens, sizes.hidden)
+    between = 2 * batch.length * sizes.head_width * batch.norm_element  # of rotary positions
+    if model.family == "gpt2":
+        norm, between = tokens * (sizes.hidden + 2) * batch.norm_element, 0
+    elif model.family == "t5":  # two norms, the encoder's output, biases and their places
+        logits = tokens * batch.element * sizes.vocabulary
+        norm = 2 * _t5_norm(sizes, batch) + tokens * sizes.hidden * batch.element
+        between = batch.length**2 * (sizes.heads * batch.element + 2 * _INDEX)
+    return norm + between + tokens * head + logits + 2 * tokens * _INDEX
 
 
-def _llama_norm(sizes: Sizes, batch: Batch) -> int:
-    return batch.tokens * (_FP32 * (sizes.hidden + 1) + sizes.hidden * batch.norm_element)
+def _norm(model: Model, batch: Batch, rows: int, width: int) -> int:
+    if model.family == "gemma":
+        return rows * _FP32 * (2 * width + 1) + _FP32 * width
+    return rows * (_FP32 * (width + 1) + width * batch.norm_element)
 
 
 def _sketch(width: int, fused: tuple[int, int]) -> int:
@@ -140,6 +207,3 @@ def _narrowed(width: int, fused: tuple[int, int]) -> tuple[int, int]:
     rank, wide = fused
     block = min(wide, 1 << (width.bit_length() - 1))
     return max(1, rank * block // wide), block
-
-
-_LAYERS = {"llama": _llama_layer, "gpt2": _gpt2_layer}

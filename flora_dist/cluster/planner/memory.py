@@ -3,6 +3,7 @@
 
 weights       parameters at rest between steps, with the fp32 masters that ZeRO steps. FSDP2: fp32
               shards, each row count rounded up to the ranks. DDP: fp32 (bfloat16 is autocast).
+              bfloat16-pure: the same in bfloat16, and no masters.
               ZeRO 0: the model, fp32 copies where it is in bfloat16. ZeRO 1, 2: the model's padded
               line, and fp32 masters of one part. ZeRO 3: a chunk of each parameter and its fp32
               master; parameters below 100,000 elements whole besides.
@@ -33,7 +34,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from flora_dist.cluster.planner.activations import activation_bytes, logits_gradient_bytes
 from flora_dist.cluster.planner.methods import FP32, Method
@@ -100,16 +100,16 @@ def _frozen_cut(method: Method) -> Cut:
 
 
 def _weights(request: Request, method: Method, ranks: Ranks) -> Held:
-    backend, element = method.backend, request.element
+    backend, element, masters = method.backend, method.element, 0 if method.is_pure else FP32
     if backend.stage is None:
-        trained = _sum(ranks[0], lambda share: FP32 * share.stored)
+        trained = _sum(ranks[0], lambda share: (masters or element) * share.stored)
     elif backend.cut == "whole":
         copies = 0 if element == FP32 else FP32
         trained = _sum(ranks[0], lambda share: (element + copies) * share.stored)
     elif backend.cut == "line":
         trained = _line_weights(request, method, ranks)
     else:
-        trained = _sum(ranks[0], lambda share: _chunk_bytes(share, element))
+        trained = _sum(ranks[0], lambda share: _chunk_bytes(share, element, masters))
     frozen = shares_by_rank(method.frozen, _frozen_cut(method), request.shards)[0]
     rest = _sum(frozen, lambda share: element * share.stored)
     return Held(total=trained.total + rest.total, tables=trained.tables + rest.tables)
@@ -122,23 +122,26 @@ def _line_weights(request: Request, method: Method, ranks: Ranks) -> Held:
     """
     line = line_length(method.trained, request.shards)
     tables = sum(p.numel for p in method.trained if p.kind in TABLES)
-    masters = max(_sum(shares, lambda share: share.elements).tables for shares in ranks)
+    owned = max(_sum(shares, lambda share: share.elements).tables for shares in ranks)
+    masters = 0 if method.is_pure else FP32
     return Held(
-        total=request.element * line + FP32 * line // request.shards,
-        tables=request.element * tables + FP32 * masters,
+        total=method.element * line + masters * line // request.shards,
+        tables=method.element * tables + masters * owned,
     )
 
 
-def _chunk_bytes(share: Share, element: int) -> int:
+def _chunk_bytes(share: Share, element: int, masters: int) -> int:
     whole = element * share.parameter.numel if share.parameter.numel < PERSISTENT else 0
-    return (element + FP32) * share.stored + whole
+    return (element + masters) * share.stored + whole
 
 
 # ---- gradients
 
 
 def _gradients(request: Request, method: Method, ranks: Ranks) -> Held:
-    backend, element = method.backend, request.element
+    backend, element = method.backend, method.element
+    if method.in_backward:
+        return Held(total=element * _largest(method.trained))
     dense = frozenset(p.name for p in method.trained if method.sketch_of(p) is None)
     unsynchronised = request.accumulate > 1 and method.level != "sharded"
     if backend.cut == "each":
@@ -151,9 +154,19 @@ def _gradients(request: Request, method: Method, ranks: Ranks) -> Held:
             return parts
         between = _whole(method, dense, element)
         return _most([parts, replace(between, total=between.total + element * request.bucket)])
-    if backend.cut == "whole" or unsynchronised:
-        return _whole(method, dense, FP32 if backend.stage is None else element)
-    return _sum(ranks[0], partial(_shard_bytes, dense=_alive_with(method, dense)))
+    if backend.cut == "rows" and unsynchronised:
+        return _whole(method, dense, FP32)  # as they are reduced
+    if backend.stage is None:
+        element = _own_element(method)
+    if backend.cut == "whole":
+        return _whole(method, dense, element)
+    alive = _alive_with(method, dense)
+    return _sum(ranks[0], lambda share: element * share.stored * (share.parameter.name in alive))
+
+
+def _own_element(method: Method) -> int:
+    """Bytes of a number of torch's own gradients: as of the weight."""
+    return method.element if method.is_pure else FP32
 
 
 def _whole(method: Method, dense: frozenset[str], element: int) -> Held:
@@ -168,10 +181,6 @@ def _alive_with(method: Method, dense: frozenset[str]) -> frozenset[str]:
         return dense
     units = {p.layer for p in method.trained if p.name in dense}
     return frozenset(p.name for p in method.trained if p.layer in units)
-
-
-def _shard_bytes(share: Share, *, dense: frozenset[str]) -> int:
-    return FP32 * share.stored * (share.parameter.name in dense)
 
 
 def _part_of_line(element: int, shares: Sequence[Share], dense: frozenset[str]) -> Held:
@@ -208,9 +217,9 @@ def _matrix(share: Share, method: Method) -> int:
 
 def _activations(request: Request, method: Method) -> int:
     # bfloat16 under DDP is autocast; the other backends have the weights themselves in it.
-    autocast = method.backend.name == "ddp" and request.element != FP32
-    batch = replace(request.batch, autocast=autocast)
-    adapters = batch.tokens * _adapter_numbers(method) * request.element
+    autocast = method.backend.name == "ddp" and method.precision == "bfloat16"
+    batch = replace(request.batch, element=method.element, autocast=autocast)
+    adapters = batch.tokens * _adapter_numbers(method) * method.element
     return activation_bytes(request.model, batch, _fused(method)) + adapters
 
 
@@ -237,14 +246,15 @@ def _temporary(request: Request, method: Method) -> int:
 
 def _of_replicas(request: Request, method: Method, logits: int) -> int:
     if method.backend.stage is None:
-        return max(logits, FP32 * _largest(method.trained))
-    return request.element * _flat_copy(request, method) + max(
+        return max(logits, _own_element(method) * _largest(method.trained))
+    return method.element * _flat_copy(request, method) + max(
         logits, FP32 * _largest(method.trained)
     )
 
 
 def _of_units(request: Request, method: Method, logits: int) -> int:
-    element, every = request.element, _units((*method.trained, *method.frozen))
+    del request
+    element, every = method.element, _units((*method.trained, *method.frozen))
     root = every.pop(ROOT, 0)
     is_reduced = method.level == "sharded"
     reduced = [p for p in method.trained if is_reduced or method.sketch_of(p) is None]
@@ -254,11 +264,12 @@ def _of_units(request: Request, method: Method, logits: int) -> int:
 
 
 def _of_line(request: Request, method: Method, logits: int) -> int:
-    element, largest = request.element, _largest(method.trained)
+    element, largest = method.element, _largest(method.trained)
     part = line_length(method.trained, request.shards) // request.shards
     again = part + largest if request.accumulate > 1 else 0
     backward = request.bucket + _flat_copy(request, method) + again
-    return max(element * backward + max(logits, element * largest), FP32 * part, FP64 * largest)
+    master = element if method.is_pure else FP32
+    return max(element * backward + max(logits, element * largest), master * part, FP64 * largest)
 
 
 def _flat_copy(request: Request, method: Method) -> int:
@@ -268,7 +279,7 @@ def _flat_copy(request: Request, method: Method) -> int:
 
 
 def _of_chunks(request: Request, method: Method, logits: int) -> int:
-    element, largest = request.element, _largest(method.trained)
+    element, largest = method.element, _largest(method.trained)
     numel = sum(parameter.numel for parameter in (*method.trained, *method.frozen))
     gathered = min(numel, MAX_LIVE) + _flat_copy(request, method)
     return element * gathered + max(logits, element * largest)

@@ -5,13 +5,22 @@
     8-bit AdamW   two 8-bit codes per element and two fp32 scales per 256 of them; tensors of fewer
                   than 4096 elements as AdamW (Dettmers et al., arXiv 2110.02861; blocks and limit
                   of bitsandbytes and torchao): 2.03 bytes
+    4-bit AdamW   likewise, two codes of 4 bits and scales per 128 (Li et al., arXiv 2309.01507;
+                  torchao's blocks): 1.06 bytes
+    Muon          one fp32 momentum of every matrix of the layers, AdamW for everything else
+                  (arXiv 2502.16982, section 2)
     GaLore        an n x m matrix of the layers, n <= m: r n of the projector and 2 r m of the
-                  moments in fp32 (arXiv 2403.03507, table 1); AdamW for everything else
+                  moments (arXiv 2403.03507, table 1); AdamW for everything else
+    APOLLO        2 r m of the moments, and a seed and a norm; -Mini: r = 1 (arXiv 2412.05270, table
+                  1); AdamW for everything else
     LoRA          adapters r (n + m) of every matrix of the layers, with AdamW; the rest is frozen,
                   in the precision of forward (arXiv 2106.09685, section 4)
     Flora         flora_dist/core/state/spec.py, the list that the optimizer allocates from
 
-GaLore reads whole gradients and its code has no version for shards: planned replicated, as ddp.
+GaLore and APOLLO as their papers count them: weights, gradients and moments in bfloat16 and nothing
+in fp32 beside; they read whole gradients, and their code has no version for shards: planned
+replicated, as ddp. "in backward": each weight is stepped when its gradient is there, which is freed
+at once; moments in 8 bits. That excludes several micro-batches per step.
 """
 
 from __future__ import annotations
@@ -22,14 +31,25 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 from flora_dist.cluster.planner.model import Parameter
-from flora_dist.cluster.planner.request import BACKENDS, DENSE, Backend, Request
+from flora_dist.cluster.planner.request import (
+    BACKENDS,
+    DENSE,
+    PRECISIONS,
+    PURE,
+    Backend,
+    Request,
+)
 from flora_dist.cluster.planner.shares import Share
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry, geometry_of, state_tensors
 
 FP32 = 4
+BF16 = 2
 CODES_PER_SCALE = 256
 SMALLEST_8BIT = 4096
+CODES_PER_SCALE_4BIT = 128
+ALONE = "bf16 alone"
+"""Of a method without weights in fp32."""
 RATIOS = (4, 8, 16)
 """Block over rank of the Floras that are compared with the one asked for."""
 DEFAULT_GALORE_SHARE = 4
@@ -44,6 +64,8 @@ class Method:
 
     label: str
     backend: Backend
+    precision: str
+    """Of ``PRECISIONS``."""
     trained: tuple[Parameter, ...]
     frozen: tuple[Parameter, ...] = ()
     state: Callable[[Share], int]
@@ -55,6 +77,18 @@ class Method:
     """Blocks and numbers of sketched gradients, unless the level is dense."""
     adapter_rank: int = 0
     """Of LoRA."""
+    in_backward: bool = False
+    """Steps each parameter when its gradient is there, and frees that."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in forward and backward."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def is_pure(self) -> bool:
+        """There are no weights but those of forward."""
+        return self.precision == PURE
 
     def sketch_of(self, parameter: Parameter) -> Geometry | None:
         """How its gradient is sketched; None: it is not."""
@@ -66,7 +100,9 @@ class Method:
 
 def asked(request: Request) -> Method:
     """Flora as the request has it."""
-    return _flora(request, request.flora, request.gradients, request.gradient_config)
+    return _flora(
+        request, request.flora, request.gradients, request.gradient_config, request.precision
+    )
 
 
 def compared(request: Request) -> Iterator[Method]:
@@ -76,30 +112,36 @@ def compared(request: Request) -> Iterator[Method]:
     seen = {first.label}
     for level in request.backend.levels:
         for config in _ratios(request.flora):
-            other = _flora(request, config, level, config)
-            if other.label not in seen:
-                seen.add(other.label)
-                yield other
+            for precision in _precisions(request):
+                other = _flora(request, config, level, config, precision)
+                if other.label not in seen:
+                    seen.add(other.label)
+                    yield other
     yield from others(request)
 
 
+def _precisions(request: Request) -> Iterator[str]:
+    """That of the request, and bfloat16 alone where it could be chosen instead."""
+    yield request.precision
+    if request.precision == "bfloat16" and request.backend.can_be_pure:
+        yield PURE
+
+
 def others(request: Request) -> Iterator[Method]:
-    """AdamW, 8-bit AdamW, GaLore and LoRA."""
+    """AdamW in three widths, Muon, GaLore and APOLLO as published, LoRA."""
     base = Method(
         label="AdamW",
         backend=request.backend,
+        precision="bfloat16" if request.precision == PURE else request.precision,
         trained=request.model.parameters,
         state=adamw_state,
         sketch=request.flora,
     )
     yield base
     yield replace(base, label="AdamW, 8-bit", state=adamw_8bit_state)
-    yield replace(
-        base,
-        label=f"GaLore, rank {request.galore_rank} (ddp)",
-        backend=BACKENDS["ddp"],
-        state=partial(galore_state, rank=request.galore_rank),
-    )
+    yield replace(base, label="AdamW, 4-bit", state=adamw_4bit_state)
+    yield replace(base, label="Muon", state=muon_state)
+    yield from _published(request, base)
     yield replace(
         base,
         label=f"LoRA, rank {request.lora_rank}",
@@ -107,6 +149,21 @@ def others(request: Request) -> Iterator[Method]:
         frozen=request.model.parameters,
         adapter_rank=request.lora_rank,
     )
+
+
+def _published(request: Request, base: Method) -> Iterator[Method]:
+    rank = request.galore_rank
+    alone = replace(base, backend=BACKENDS["ddp"], precision=PURE)
+    for label, state in (
+        (f"GaLore, rank {rank} (ddp)", partial(galore_state, rank=rank)),
+        (f"APOLLO, rank {rank} (ddp)", partial(apollo_state, rank=rank)),
+        ("APOLLO-Mini (ddp)", partial(apollo_state, rank=1)),
+    ):
+        yield replace(alone, label=label, state=state)
+    if request.accumulate == 1:
+        label = f"GaLore, rank {rank}, 8-bit, in backward (one GPU)"
+        state = partial(galore_8bit_state, rank=rank)
+        yield replace(alone, label=label, state=state, in_backward=True)
 
 
 def blocks_of(parameter: Parameter, config: FloraConfig) -> Geometry:
@@ -153,22 +210,67 @@ def adamw_8bit_state(share: Share) -> int:
     return 2 * (share.elements + FP32 * math.ceil(share.elements / CODES_PER_SCALE))
 
 
-def galore_state(share: Share, *, rank: int) -> int:
-    """Projector and low-rank moments of a matrix; AdamW's for the rest."""
-    parameter = share.parameter
-    if parameter.kind != "matrix" or rank >= min(parameter.shape):
+def adamw_4bit_state(share: Share) -> int:
+    """Two moments of half a byte, and their scales."""
+    if share.elements < SMALLEST_8BIT:
         return adamw_state(share)
-    low, high = sorted(parameter.shape)
-    return FP32 * (rank * low + 2 * rank * high)
+    scales = math.ceil(share.elements / CODES_PER_SCALE_4BIT)
+    return 2 * (math.ceil(share.elements / 2) + FP32 * scales)
+
+
+def muon_state(share: Share) -> int:
+    """One momentum of a matrix of the layers, experts' among them; AdamW's for the rest."""
+    is_matrix = share.parameter.kind in {"matrix", "experts"}
+    return FP32 * share.elements if is_matrix else adamw_state(share)
+
+
+def galore_state(share: Share, *, rank: int) -> int:
+    """Projector and low-rank moments of a matrix, in bfloat16; AdamW's, likewise, for the rest."""
+    sides = _sides(share.parameter, rank)
+    if sides is None:
+        return 2 * BF16 * share.elements
+    many, low, high = sides
+    return BF16 * many * (rank * low + 2 * rank * high)
+
+
+def galore_8bit_state(share: Share, *, rank: int) -> int:
+    """Moments of a byte, of a matrix in low rank; projectors in bfloat16."""
+    sides = _sides(share.parameter, rank)
+    if sides is None:
+        return adamw_8bit_state(share)
+    many, low, high = sides
+    codes = rank * high + FP32 * math.ceil(rank * high / CODES_PER_SCALE)
+    return many * (BF16 * rank * low + 2 * codes)
+
+
+def apollo_state(share: Share, *, rank: int) -> int:
+    """Low-rank moments of a matrix, a seed and a norm; AdamW's for the rest; in bfloat16."""
+    sides = _sides(share.parameter, rank)
+    if sides is None:
+        return 2 * BF16 * share.elements
+    many, _, high = sides
+    return BF16 * many * (2 * rank * high + 2)
+
+
+def _sides(parameter: Parameter, rank: int) -> tuple[int, int, int] | None:
+    """Matrices, and the shorter and the longer side; None: it is not projected to ``rank``."""
+    if parameter.kind not in {"matrix", "experts"} or rank >= min(parameter.shape[-2:]):
+        return None
+    low, high = sorted(parameter.shape[-2:])
+    return math.prod(parameter.shape[:-2]), low, high
 
 
 # ---- Flora's variants
 
 
-def _flora(request: Request, config: FloraConfig, level: str, sketch: FloraConfig) -> Method:
+def _flora(
+    request: Request, config: FloraConfig, level: str, sketch: FloraConfig, precision: str
+) -> Method:
+    label = _label(config, level, sketch)
     return Method(
-        label=_label(config, level, sketch),
+        label=f"{label}, {ALONE}" if precision == PURE else label,
         backend=request.backend,
+        precision=precision,
         trained=request.model.parameters,
         state=partial(flora_state, config=config),
         flora=config,
@@ -207,8 +309,11 @@ def _adapters(request: Request) -> Iterator[Parameter]:
 STATES: Mapping[str, str] = {
     "AdamW": "8 B per element (two fp32 moments)",
     "AdamW, 8-bit": "2.03 B per element (bitsandbytes, torchao; arXiv 2110.02861)",
-    "GaLore": "r n + 2 r m numbers of an n x m matrix, n <= m, fp32 (arXiv 2403.03507, table 1); "
-    "it has no version for shards: replicated, as ddp",
+    "AdamW, 4-bit": "1.06 B per element (torchao; arXiv 2309.01507)",
+    "Muon": "4 B per element of the layers' matrices, AdamW for the rest (arXiv 2502.16982)",
+    "GaLore": "r n + 2 r m numbers of an n x m matrix, n <= m (arXiv 2403.03507, table 1); APOLLO: "
+    "2 r m + 2 (arXiv 2412.05270, table 1); all in bf16 without fp32 weights, as their papers "
+    "count; no version for shards: replicated, as ddp",
     "LoRA": "AdamW on r (n + m) numbers of each matrix of the layers, the rest frozen "
     "(arXiv 2106.09685)",
     "Flora": "rank numbers per block, row and column means (flora_dist/core/state/spec.py)",

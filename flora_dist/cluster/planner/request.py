@@ -11,9 +11,11 @@ from flora_dist.cluster.planner.model import Model
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import LEVELS
 
-PRECISIONS = {"float32": 4, "bfloat16": 2}
-"""Of forward and backward -> bytes of a number."""
-WIRE_DTYPES = PRECISIONS
+PURE = "bfloat16-pure"
+"""The weights themselves are in bfloat16, and there are no others."""
+PRECISIONS = {"float32": 4, "bfloat16": 2, PURE: 2}
+"""Of forward and backward -> bytes of a number. bfloat16 keeps weights in float32 besides."""
+WIRE_DTYPES = {"float32": 4, "bfloat16": 2}
 """Of sketches on the wire -> bytes of a number."""
 DENSE = LEVELS[0]
 
@@ -32,6 +34,11 @@ class Backend:
     """Of ZeRO; None: torch's own."""
     levels: tuple[str, ...] = LEVELS
     """What of the gradients can be compressed."""
+
+    @property
+    def can_be_pure(self) -> bool:
+        """DeepSpeed's stage 0 steps whole float32 copies of weights in bfloat16."""
+        return self.stage != 0
 
 
 _UNCUT = tuple(level for level in LEVELS if level != "sharded")
@@ -89,6 +96,12 @@ class Request:
         _check_choice("gradients", self.gradients, LEVELS)
         _check_choice("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
         _check_choice("precision", self.precision, tuple(PRECISIONS))
+        if self.precision == PURE and not self.backend.can_be_pure:
+            raise ValueError(
+                f"--precision {PURE} needs a backend that can do without float32 weights; "
+                f"--backend {self.backend.name} always keeps copies. Use zero1, zero2, zero3, ddp "
+                "or fsdp2."
+            )
         if self.gradients not in self.backend.levels:
             raise ValueError(
                 f"--gradients {self.gradients} needs gradients that the framework shards; "

@@ -12,6 +12,7 @@ from flora_dist.cluster.planner.model import TABLES
 from flora_dist.cluster.planner.plan import GIB, Plan
 from flora_dist.cluster.planner.request import Request
 from flora_dist.cluster.planner.search import LIMIT, Found
+from flora_dist.cluster.planner.verdict import verdict
 
 MIB = 2**20
 _WIDTH = 12
@@ -21,7 +22,8 @@ def table(request: Request, plans: Sequence[Plan], *, memory: int, gigabits: flo
     """The answer to a request; the first plan is the one asked for."""
     unit, size = ("GiB", GIB) if plans[0].total >= GIB else ("MiB", MIB)
     lines = [*_question(request), "", *_detail(plans[0], unit, size), ""]
-    lines += [*_comparison(plans, unit, size, memory, gigabits), "", *_notes(gigabits)]
+    lines += [*_comparison(plans, unit, size, memory, gigabits), "", *verdict(plans), ""]
+    lines += _notes(gigabits)
     return "\n".join(lines) + "\n"
 
 

@@ -97,10 +97,10 @@ def _of_gradients(request: Request, method: Method) -> Iterator[Payload]:
         yield from _scattered(request, "gradients", stored * times)
     elif backend.cut == "each":
         stored = sum(chunk(parameter, "each", ranks) for parameter in reduced) * ranks
-        size = stored * request.element * request.accumulate
+        size = stored * method.element * request.accumulate
         yield Payload(purpose="gradients", kind="reduce_scatter", buffer=size, ranks=ranks)
     else:
-        element = _FP32 if backend.stage is None else request.element
+        element = _FP32 if backend.stage is None and not method.is_pure else method.element
         times = request.accumulate if backend.stage == 2 else 1
         size = numel * element * times
         yield Payload(purpose="gradients", kind="all_reduce", buffer=size, ranks=request.ranks)
@@ -146,7 +146,7 @@ def _scattered(request: Request, purpose: str, kept: int) -> Iterator[Payload]:
 
 
 def _of_weights(request: Request, method: Method) -> Iterator[Payload]:
-    backend, shards, element = method.backend, request.shards, request.element
+    backend, shards, element = method.backend, request.shards, method.element
     everything = (*method.trained, *method.frozen)
     size = 0
     if backend.cut == "rows":
