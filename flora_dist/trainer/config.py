@@ -27,6 +27,7 @@ STDLIB = "python-stdlib"
 BYTE = "byte"
 DENSE: Final = "dense"
 AUTO: Final = "auto"
+PURE: Final = "bfloat16-pure"
 
 _KNOWN = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Positive = Annotated[StrictInt, Field(ge=1)]
@@ -167,10 +168,12 @@ class TrainConfig:
     """Sequences one process sends through the model at once; the rest is accumulated."""
     seed: StrictInt = 0
     """The run's one seed: weights, order of the data, dropout, and Flora's projections."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "bfloat16-pure"] = "float32"
     """`bfloat16`: arithmetic of the model only; weights and reductions stay float32.
 
     Under deepspeed its "bf16": weights in bfloat16 with float32 masters, reduced as the JSON says.
+    `bfloat16-pure`: the weights themselves are in bfloat16, everywhere, and there are no others.
+    Flora rounds them stochastically; AdamW and Adafactor, to the nearest, lose small updates.
     """
     max_grad_norm: StrictFloat | None = None
     """Clip the gradient's global norm to this before the step; none by default."""

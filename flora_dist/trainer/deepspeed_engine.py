@@ -40,6 +40,9 @@ def check_engine(config: Config, world: World) -> None:
     prepared(settings)
     if config.optimizer.name == "flora":
         check_features(settings)
+        from flora_dist.frameworks.deepspeed.masters import with_states
+
+        with_states(settings)
     from deepspeed.runtime.zero.config import get_zero_config
     from pydantic import ValidationError
 
@@ -108,7 +111,9 @@ class _EngineStorage:
 
 
 def _spread(engine: Any, optimizer: torch.optim.Optimizer) -> Spread:
-    own = {id(p) for p in engine.module.parameters()}
+    # Stage 3 leaves an empty parameter and keeps this process's part beside it.
+    own = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+    places = {tensor.untyped_storage().data_ptr() for tensor in own}
 
     @contextmanager
     def counting(last: bool) -> Iterator[None]:
@@ -119,12 +124,10 @@ def _spread(engine: Any, optimizer: torch.optim.Optimizer) -> Spread:
     def update(_: torch.optim.Optimizer, __: LambdaLR) -> None:
         engine.step()  # clips, steps, clears the gradients and moves the scheduler
 
-    def masters() -> list[torch.Tensor]:
-        return [tensor for tensor in optimizer.state if id(tensor) not in own]
-
     def weights() -> list[torch.Tensor]:
-        # Stage 3 leaves an empty parameter and keeps this process's part beside it.
-        return [getattr(p, "ds_tensor", p) for p in engine.module.parameters()] + masters()
+        # Stage 0 steps the model's own parameters, and bfloat16-pure their memory.
+        masters = (t for t in optimizer.state if t.untyped_storage().data_ptr() not in places)
+        return [*own, *masters]
 
     return Spread(
         module=engine,

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flora_dist.frameworks.deepspeed.config import check_filled_in, check_flora_block
-from flora_dist.trainer.config import DENSE, Config
+from flora_dist.frameworks.deepspeed.config import ALONE, check_filled_in, check_flora_block
+from flora_dist.trainer.config import DENSE, PURE, Config
 from flora_dist.trainer.optimizers import LABELS
 from flora_dist.trainer.utf8 import read_utf8
 
@@ -69,8 +69,14 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
     if not isinstance(low, Mapping):
         raise _refused("bf16", f"must be an object; it is {low!r}")
     enabled = low.get("enabled", _AUTO)
-    enabled = _agreed("bf16.enabled", enabled, train.precision == "bfloat16", "train.precision")
+    is_pure = train.precision == PURE
+    is_low = is_pure or train.precision == "bfloat16"
+    enabled = _agreed("bf16.enabled", enabled, is_low, "train.precision")
     settings["bf16"] = {**low, "enabled": enabled}
+    alone = _agreed(f"bf16.{ALONE}", low.get(ALONE, _AUTO), is_pure, "train.precision")
+    if alone:
+        # Without the second DeepSpeed asks for its own CPU Adam.
+        settings["bf16"] |= {ALONE: True, "bf16_optimizer_states": True}
     check_filled_in(settings)
     return {key: value for key, value in settings.items() if key != "optimizer"}
 

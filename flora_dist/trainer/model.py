@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flora_dist.trainer.config import ModelConfig
+from flora_dist.trainer.config import PURE, ModelConfig, TrainConfig
 from flora_dist.trainer.optional_imports import needs_train_extra
 from flora_dist.trainer.tokenizer import Tokenizer
 
@@ -52,8 +52,13 @@ def read_model_config(config: ModelConfig, tokenizer: Tokenizer, sequence_length
     return network
 
 
-def build_model(config: ModelConfig, network: Any, *, seed: int) -> nn.Module:
-    """The network in float32 on the CPU, equal on every process: drawn from the seed, or loaded."""
+def build_model(
+    config: ModelConfig, network: Any, *, seed: int, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The network on the CPU, equal on every process: drawn from the seed in float32, or loaded.
+
+    ``dtype`` is that of weights alone: positions in bfloat16 would not be whole numbers beyond 256.
+    """
     with needs_train_extra():
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -73,7 +78,14 @@ def build_model(config: ModelConfig, network: Any, *, seed: int) -> nn.Module:
         model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             network, dtype=torch.float32, trust_remote_code=False
         )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model.train()
+
+
+def weight_dtype(config: TrainConfig) -> torch.dtype:
+    """Of weights at rest."""
+    return torch.bfloat16 if config.precision == PURE else torch.float32
 
 
 def shapes_only(network: Any) -> nn.Module:

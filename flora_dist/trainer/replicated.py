@@ -117,7 +117,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def autocast(config: Config, world: World) -> Callable[[], AbstractContextManager[object]]:
-    """The context of a forward pass in the run's precision, for weights in float32."""
-    if config.train.precision == "float32":
+    """The context of a forward pass: it lowers the precision of weights in float32."""
+    if config.train.precision != "bfloat16":
         return nullcontext
     return lambda: torch.autocast(world.device.type, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import Job, Measured, train
 from flora_dist.trainer.metrics import open_metrics, open_progress
-from flora_dist.trainer.model import build_model, parameter_count
+from flora_dist.trainer.model import build_model, parameter_count, weight_dtype
 from flora_dist.trainer.optimizers import LABELS
 from flora_dist.trainer.optional_imports import needs_train_extra, stay_offline
 from flora_dist.trainer.plan import RESOLVED, Plan, checkpoint_folder, make_plan
@@ -102,7 +102,8 @@ def _one(
 ) -> tuple[Measured, int]:
     """Train one fresh model with one optimizer; its measurements and the model's size."""
     config, label = plan.config, LABELS[optimizer_config.name]
-    model = build_model(config.model, plan.network, seed=config.train.seed)
+    dtype = weight_dtype(config.train)
+    model = build_model(config.model, plan.network, seed=config.train.seed, dtype=dtype)
     parameters = parameter_count(model)
     if console is not None and not compared:
         console.print(

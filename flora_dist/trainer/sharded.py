@@ -26,7 +26,6 @@ from flora_dist.trainer.replicated import Spread, World, over
 def fsdp1(model: nn.Module, config: Config, world: World) -> Spread:
     """FullyShardedDataParallel over all processes; Flora has to be attached."""
     layers = set(_layers(model))
-    low = config.train.precision == "bfloat16"
     frees = config.backend.reshard_after_forward
     root = FullyShardedDataParallel(
         model,
@@ -35,7 +34,9 @@ def fsdp1(model: nn.Module, config: Config, world: World) -> Spread:
             ShardingStrategy.FULL_SHARD if frees else ShardingStrategy.SHARD_GRAD_OP
         ),
         mixed_precision=(
-            MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if low else None
+            None
+            if config.train.precision == "float32"
+            else MixedPrecision(param_dtype=_arithmetic(config), reduce_dtype=torch.float32)
         ),
         device_id=world.device,
         use_orig_params=True,
@@ -65,9 +66,7 @@ def hsdp(model: nn.Module, config: Config, world: World) -> Spread:
 
 
 def _fully_sharded(model: nn.Module, config: Config, mesh: DeviceMesh) -> Spread:
-    policy = MixedPrecisionPolicy()
-    if config.train.precision == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=_arithmetic(config), reduce_dtype=torch.float32)
     reshard = config.backend.reshard_after_forward
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -94,6 +93,11 @@ def _fully_sharded(model: nn.Module, config: Config, mesh: DeviceMesh) -> Spread
         arithmetic=nullcontext,
         free=free,
     )
+
+
+def _arithmetic(config: Config) -> torch.dtype | None:
+    """What weights are gathered in; None: as they are. Gradients are summed in float32 always."""
+    return torch.bfloat16 if config.train.precision == "bfloat16" else None
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -312,3 +312,22 @@ def test_bfloat16_arithmetic_stays_close_and_keeps_float32_weights(
         # bfloat16 has 8 bits: 0.4 % of a logit of size 1, averaged over 256 tokens
         assert losses[name] == pytest.approx(losses["full"], abs=0.02)
         assert losses[name] != losses["full"]
+
+
+@pytest.mark.parametrize("backend", ["none", "ddp", "fsdp1", "fsdp2"])
+def test_bfloat16_pure_trains_weights_of_two_bytes_and_no_others(
+    backend: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    flora = "optimizer={name: flora, lr: 2e-3, rank: 2, block: 8}"
+    for precision in ("float32", "bfloat16-pure"):
+        how = (f"backend.name={backend}", f"train.precision={precision}")
+        assert run(tiny(f"output.name={precision}", flora, *how)) == 0
+    full, pure = (
+        [r["loss"] for r in metrics(tmp_path / name)] for name in ("float32", "bfloat16-pure")
+    )
+    # bfloat16 has 8 bits: 0.4 % of a logit of size 1, averaged over 256 tokens
+    assert pure == pytest.approx(full, abs=0.03)
+    assert pure != full
+    assert full[-1] < full[0] - 0.1
+    summary = json.loads((tmp_path / "bfloat16-pure" / "summary.json").read_text())
+    assert summary["measured"]["weight_bytes"] == 2 * summary["parameters"]

@@ -151,6 +151,7 @@ def config_of(run: Run) -> dict[str, Any]:
     precision = {
         "fp32": {},
         "bf16": {"bf16": {"enabled": True}},
+        "bf16 alone": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         # Without hysteresis the first overflow halves the scale.
         "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}},
     }
@@ -184,7 +185,10 @@ def whole_weights(engine: Any) -> Weights:
 
 
 def masters(engine: Any) -> Weights:
-    """ZeRO's whole fp32 weights, by DeepSpeed's own means, on every rank."""
+    """ZeRO's whole weights that are stepped, by DeepSpeed's own means, on every rank.
+
+    In fp32, unless the run is in bf16 alone.
+    """
     optimizer = engine.optimizer
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
@@ -192,7 +196,9 @@ def masters(engine: Any) -> Weights:
         found = {n: copies[id(p)] for n, p in engine.module.named_parameters() if id(p) in copies}
     else:
         named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-        found = {n: safe_get_full_fp32_param(p) for n, p in named.items()}
+        # Stages 1 and 2 give fp32 copies of whatever is stepped.
+        own = getattr(optimizer, "master_weights_and_grads_dtype", torch.float32)
+        found = {n: safe_get_full_fp32_param(p).to(own) for n, p in named.items()}
     return {canonical_name(name): value.detach().clone() for name, value in found.items()}
 
 

@@ -13,6 +13,7 @@ from tests.battery.oracle import STEPS, distances, random_bits, sketches, traina
 from tests.zero.engines import MAX_NORM, SAMPLES, Run, Weights, build, settings_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES["bf16 alone"] = torch.bfloat16
 
 
 def follow(run: Run, max_norm: float = MAX_NORM) -> tuple[Weights, Weights, list[float]]:

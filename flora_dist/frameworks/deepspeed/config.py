@@ -14,6 +14,8 @@ from flora_dist.core.state.spec import LEVELS
 from flora_dist.gradients.flow import WIRE_DTYPES
 
 TYPE = "Flora"
+ALONE = "bf16_master_weights_and_grads"
+"""Of the "bf16" block: weights in bfloat16 and no others."""
 _SETTINGS = ("lr", "weight_decay", "maximize", "check_every", *KNOBS)
 _AVAILABLE = ("dense", "compressed", "fused")
 _GRADIENTS = ("gradients", "gradient_rank", "wire_dtype")

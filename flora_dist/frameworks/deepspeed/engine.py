@@ -23,6 +23,7 @@ from flora_dist.frameworks.deepspeed.config import (
     optimizer_settings,
     prepared,
 )
+from flora_dist.frameworks.deepspeed.masters import with_states
 
 BuildOptimizer = Callable[[Any], Optimizer]
 
@@ -69,6 +70,7 @@ def initialize(
     check_filled_in(settings)
     check_features(settings)
     check_flora_block(settings)
+    with_states(settings)
     if optimizer is None:
         parameters = model_parameters
         if parameters is None:
@@ -88,7 +90,7 @@ def initialize(
             model=model,
             optimizer=optimizer,
             model_parameters=model_parameters,
-            config=prepared(settings),
+            config={**prepared(settings), **with_states(settings)},
             **more,
         )
     attach(results[0])
