@@ -89,6 +89,27 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x.double()).to(dtype)
 
 
+def few_bits(x: Tensor, number_bits: int, bits: Tensor) -> Tensor:
+    """Round each row of x (..., R) to 2^number_bits even steps by ``bits`` u in [0, 65536)."""
+    largest, top = x.abs().amax(-1, keepdim=True), 2**number_bits - 1
+    # s = the smallest bf16 that is not below |x|
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
+    scale = (largest / power).ceil() * power
+    # y = s (2 k / L - 1), k = floor((x / s + 1) L / 2 + (u + 1/2) / 65536)
+    place = (x / scale.clamp(min=torch.finfo(x.dtype).tiny) + 1) * (top / 2)
+    k = (place + (bits.to(x.dtype) + 0.5) / 65536).floor().clamp(0, top)
+    return scale * (2 * k / top - 1)
+
+
+def nearest_levels(x: Tensor, levels: Tensor) -> Tensor:
+    """Return s q of each row x (..., R): q the level nearest to x / RMS(x), <s q, x> = |x|^2."""
+    unit = x / x.square().mean(-1, keepdim=True).sqrt()
+    q = levels[(unit.unsqueeze(-1) - levels).abs().argmin(-1)]
+    # s = |x|^2 / <x, q>, to bf16
+    scale = x.square().sum(-1, keepdim=True) / (x * q).sum(-1, keepdim=True)
+    return scale.to(torch.bfloat16).to(x.dtype) * q
+
+
 def _second_moment_rate(t: int, beta2: float | None) -> float:
     """Return b2 at step t; it is 0 at t = 1."""
     if beta2 is None:
