@@ -36,8 +36,7 @@ from flora_dist.core.state.settings import KNOBS, PAPER, config_of
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.phases import check_not_captured, run_step
-from flora_dist.kernels.choice import at_once_of, phases_of
-from flora_dist.kernels.library import found
+from flora_dist.kernels.choice import at_once_of, phases_of, said_of
 
 
 class Flora(torch.optim.Optimizer):
@@ -76,6 +75,8 @@ class Flora(torch.optim.Optimizer):
         weight_decay: decoupled, times lr.
         scale_parameter: multiply lr by max(1e-3, RMS(weight)), per matrix.
         state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
+        state_bits: of each number of a sketched momentum: 32, 16, or 8 or 4 with a scale per block;
+            None: as ``state_dtype``, which dense momenta keep.
         stochastic_rounding: round low-precision weights and momentum stochastically, with bits
             that are equal wherever the inputs are.
         skip_nonfinite: skip the whole step if a gradient, or its square (from 1.8e19 on in
@@ -121,6 +122,7 @@ class Flora(torch.optim.Optimizer):
         weight_decay: float | Tensor = 0.0,
         scale_parameter: bool = False,
         state_dtype: str = "float32",
+        state_bits: int | None = None,
         stochastic_rounding: bool = True,
         skip_nonfinite: bool = False,
         strict: bool = False,
@@ -313,7 +315,7 @@ class Flora(torch.optim.Optimizer):
             level=self._roster.level,
             rows=tuple(slot.report_row() for slot in slots),
             unnamed=sum(slot.position is not None for slot in slots),
-            kernels=found().said,
+            kernels=said_of(entry for slot in slots for entry in slot.entries),
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ class ReferenceSettings:
     """The knobs of ``Flora`` that change the arithmetic, under the same names.
 
     ``sketch`` names the law of A only to choose the factor of ``transfer="shrink"``;
-    ``state_dtype=None`` keeps the momentum in the dtype of the arithmetic.
+    ``state_dtype=None`` keeps the momentum in the dtype of the arithmetic, ``state_bits`` what few
+    bits hold of a sketched one, as numbers of that dtype.
     """
 
     lr: float = 1e-3
@@ -46,6 +47,7 @@ class ReferenceSettings:
     weight_decay: float = 0.0
     scale_parameter: bool = False
     state_dtype: torch.dtype | None = None
+    state_bits: int | None = None
     stochastic_rounding: bool = True
     maximize: bool = False
 
@@ -91,7 +93,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
 
 def few_bits(x: Tensor, number_bits: int, bits: Tensor) -> Tensor:
     """Round each row of x (..., R) to 2^number_bits even steps by ``bits`` u in [0, 65536)."""
-    largest, top = x.abs().amax(-1, keepdim=True), 2**number_bits - 1
+    largest, top = x.abs().amax(-1, keepdim=True), (1 << number_bits) - 1
     # s = the smallest bf16 that is not below |x|
     power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
     scale = (largest / power).ceil() * power
@@ -167,7 +169,7 @@ def _rule(
         return clipped(expand(momentum, new, columns), s.clip), momentum
     # U = X + gain (R/B) (M - X A_new^T) A_new
     ratio = new.shape[1] / new.shape[0]
-    gain = min(2.0, ratio / 2) if s.blend_gain is None else s.blend_gain
+    gain = max(1.0, min(2.0, ratio / 2)) if s.blend_gain is None else s.blend_gain
     return x + gain / ratio * expand(momentum - c, new, columns), momentum
 
 
@@ -265,12 +267,18 @@ class Reference:
         self._write_(name, "weight", self.weights[name], weights.reshape(gradient.shape))
         if momenta is not None:
             stored, new = self._own(name, state["momentum"]), self._own(name, momenta)
-            self._write_(name, "momentum", stored, new)
+            if s.state_bits is not None and momenta.ndim == 4:
+                # M <- Q(M): block by block
+                stored.copy_(few_bits(new, s.state_bits, self._drawn(name, "momentum", new)))
+            else:
+                self._write_(name, "momentum", stored, new)
 
     def _write_(self, name: str, purpose: str, target: Tensor, x: Tensor) -> None:
         if target.dtype != x.dtype and self._settings[name].stochastic_rounding:
-            if self._bits is None:
-                raise ValueError(f"bits must be given: {name!r} rounds its {purpose} by them.")
-            u = self._bits(name, purpose, self._clock[name]["step"], tuple(x.shape))
-            x = stochastic_round(x, target.dtype, u)
+            x = stochastic_round(x, target.dtype, self._drawn(name, purpose, x))
         target.copy_(x)
+
+    def _drawn(self, name: str, purpose: str, x: Tensor) -> Tensor:
+        if self._bits is None:
+            raise ValueError(f"bits must be given: {name!r} rounds its {purpose} by them.")
+        return self._bits(name, purpose, self._clock[name]["step"], tuple(x.shape))

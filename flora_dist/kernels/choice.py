@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from flora_dist.core.state.spec import StateTensor
 from flora_dist.core.step.batch import AtOnce, Batch, Phases
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.matrix import MatrixPhases
@@ -62,3 +63,11 @@ def covers(batch: Batch, gradient: Gradient) -> bool:
         for member in batch.members
         for tensor in (member.weight, *member.local.values())
     )
+
+
+def said_of(entries: Iterable[StateTensor]) -> str:
+    """What steps parameters with these state tensors, for reports."""
+    known = found()
+    has_records = any(entry.dtype == "uint8" for entry in entries)
+    beside = "; momenta of few bits: torch's operators"
+    return known.said + (beside if known.operators is not None and has_records else "")

@@ -91,9 +91,12 @@ def reference_of(case: Case, weights: dict[str, Tensor]) -> Reference:
     """The oracle for these weights under a case's settings."""
     knobs = {k: v for k, v in case.flora.items() if k in KNOBS}
     config = FloraConfig(**knobs)
-    shared = set(ReferenceSettings.__dataclass_fields__) & set(case.flora) - {"state_dtype"}
-    low = torch.bfloat16 if config.state_dtype == "bfloat16" else None
-    settings = ReferenceSettings(**{k: case.flora[k] for k in shared}, state_dtype=low)
+    known = {"state_dtype", "state_bits"}
+    shared = set(ReferenceSettings.__dataclass_fields__) & set(case.flora) - known
+    low = torch.bfloat16 if config.sketch_bits == 16 else None
+    few = config.sketch_bits if config.sketch_bits < 16 else None
+    options = {k: case.flora[k] for k in shared}
+    settings = ReferenceSettings(**options, state_dtype=low, state_bits=few)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     wide = torch.promote_types(case.dtype, torch.float32)
     return Reference(

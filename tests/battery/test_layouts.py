@@ -40,6 +40,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "blend"},
     {"momentum": "blend", "transfer": "reset", "blend_gain": 4.0, "scale_parameter": True},
     {"momentum": "none"},
+    {"momentum": "flora_strict", "sketch": "gaussian", "state_bits": 8},
+    {"momentum": "blend", "rank": 8, "state_bits": 4, "weight_decay": 0.1},
 ]
 EXACT_CASES = [Case(settings=settings) for settings in SETTINGS]
 FLOAT_CASES = [

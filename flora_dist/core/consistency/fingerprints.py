@@ -20,7 +20,7 @@ WIDTH = 62
 _GOLDEN, _MIX = -7046029254386353131, -4658895280553007687
 # Halves of 64 bits: of a whole one the sign, 2^63 times anything odd, would be the same everywhere,
 # and two of them nothing.
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int32}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 Sample = Mapping[str, Tensor]
 """Consecutive elements of some tensors of one parameter, by what they are; empty if not held."""
 

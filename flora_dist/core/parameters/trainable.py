@@ -16,10 +16,10 @@ from flora_dist.core.sketch.keys import Purpose, name_key
 from flora_dist.core.sketch.matrices import KINDS
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import (
-    FORMAT_VERSION,
     LEVELS,
     Geometry,
     StateTensor,
+    format_of,
     geometry_of,
     state_tensors,
 )
@@ -27,6 +27,7 @@ from flora_dist.core.step.basis import Sketches
 from flora_dist.core.step.batch import Member, arithmetic_dtype
 
 Group = dict[str, Any]
+_DTYPES = {32: "float32", 16: "bfloat16"}
 
 
 class Trainable:
@@ -127,7 +128,7 @@ class Trainable:
         for entry in self._entries:
             own[entry.name] = self.part.allocate(entry, self.dtype_of(entry))
         own.update(
-            format=FORMAT_VERSION,
+            format=format_of(self._entries),
             gradients=LEVELS.index(self.level),
             seed=self._config.seed,
             sketch=KINDS.index(self._config.sketch),
@@ -143,6 +144,8 @@ class Trainable:
 
     def dtype_of(self, entry: StateTensor) -> torch.dtype:
         """What a state tensor is kept in."""
+        if entry.dtype == "uint8":
+            return torch.uint8
         if entry.dtype == "bfloat16":
             return torch.bfloat16
         return arithmetic_dtype(self.tensor.dtype)
@@ -202,7 +205,7 @@ class Trainable:
             return f"dense: {size.dense_because}"
         return (
             f"{config.momentum}, {config.sketch} {size.rank} per block of {size.block}, "
-            f"{config.state_dtype}"
+            f"{_DTYPES.get(size.bits, f'{size.bits} bits')}"
         )
 
 
@@ -223,7 +226,7 @@ def check_state(slot: Trainable, own: dict[str, Any], config: FloraConfig) -> No
         ValueError: naming the parameter, the field, both values and what to do.
     """
     wanted = {
-        "format": FORMAT_VERSION,
+        "format": format_of(slot.entries),
         "seed": config.seed,
         "sketch": KINDS.index(config.sketch),
     }
@@ -261,14 +264,14 @@ def check_state(slot: Trainable, own: dict[str, Any], config: FloraConfig) -> No
             raise ValueError(
                 f"{name} of {slot.part.name!r} must have the local shape "
                 f"{slot.part.local_state_shape(entry)}, for a weight of {slot.part.shape}; the "
-                f"state has {shape}. Use the rank, block and model that the state was made with; "
-                "if the weight was resized since, make a new optimizer."
+                f"state has {shape}. Use the rank, block, state_bits and model of the run that "
+                "made it; if the weight was resized since, make a new optimizer."
             )
         if own[name].dtype != slot.dtype_of(entry):
             raise ValueError(
                 f"{name} of {slot.part.name!r} must be {slot.dtype_of(entry)}, for a weight of "
-                f"{slot.tensor.dtype}; the state has {own[name].dtype}. Use the state_dtype, and a "
-                "model of the dtype, that the state was made with."
+                f"{slot.tensor.dtype}; the state has {own[name].dtype}. Use the state_dtype, the "
+                "state_bits and the model's dtype that the state was made with."
             )
 
 

@@ -145,8 +145,8 @@ def _halves(octets: Tensor) -> Tensor:
 
 def _packed(codes_R: Tensor, bits: int) -> Tensor:
     """Several codes in a byte, the first lowest."""
-    groups = codes_R.unflatten(-1, (-1, 8 // bits))
-    packed = groups[..., 0].clone()
+    groups = codes_R.view(*codes_R.shape[:-1], -1, 8 // bits)
+    packed: Tensor = groups[..., 0].clone()
     for place in range(1, 8 // bits):
         packed |= groups[..., place] << (place * bits)
     return packed

@@ -10,10 +10,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from flora_dist.core.records import FEW_BITS
+
 SKETCHES = ("hadamard", "gaussian", "rademacher")
 MOMENTA = ("flora", "flora_strict", "blend", "none")
 TRANSFERS = ("shrink", "paper", "reset")
 STATE_DTYPES = ("float32", "bfloat16")
+STATE_BITS = (32, 16, 8, 4)
+"""Of a momentum's numbers. With fewer, what each step's rounding adds outweighs what is kept."""
 SMALLEST_EPS = 1e-37
 """1 / R of a row without gradient must be finite in fp32."""
 
@@ -70,6 +74,9 @@ class FloraConfig:
     """Multiply lr by max(1e-3, RMS(weight)), as Adafactor does."""
     state_dtype: str = "float32"
     """Momentum's dtype: float32 (float64 for float64 parameters) or bfloat16."""
+    state_bits: int | None = None
+    """Bits of each number of a sketched momentum: 32, 16, or 8 or 4 with a scale per block; dense
+    momenta keep ``state_dtype``. None: as ``state_dtype`` says."""
     stochastic_rounding: bool = True
     """Round low-precision weights and momentum stochastically, from our own random bits."""
     skip_nonfinite: bool = False
@@ -87,6 +94,8 @@ class FloraConfig:
         self._check_momentum()
         _check_choice("transfer", self.transfer, TRANSFERS)
         _check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
+        if self.state_bits is not None:
+            check_bits("state_bits", self.state_bits, STATE_BITS)
         _check_whole("kappa", self.kappa, smallest=1)
         _check_range("beta1", self.beta1, 0.0, 1.0)
         if self.blend_gain is not None:
@@ -109,9 +118,17 @@ class FloraConfig:
     def gain_at(self, ratio: float) -> float:
         """Weight of the sketched momentum where a block is ``ratio`` times its rank.
 
-        The default: 2 at ratio 4 and above; 1 at ratio 2, where 2 is the whole of the momentum.
+        The default: 2 at ratio 4 and above; 1 at ratio 2, where 2 is the whole of the momentum, and
+        below, where 1 is.
         """
-        return min(2.0, ratio / 2) if self.blend_gain is None else self.blend_gain
+        return max(1.0, min(2.0, ratio / 2)) if self.blend_gain is None else self.blend_gain
+
+    @property
+    def sketch_bits(self) -> int:
+        """Bits of each number of a sketched momentum; 32 stands for the arithmetic's dtype."""
+        if self.state_bits is not None:
+            return self.state_bits
+        return 16 if self.state_dtype == "bfloat16" else 32
 
     def _check_block(self) -> None:
         if self.block == "full":
@@ -131,10 +148,11 @@ class FloraConfig:
         _check_choice("momentum", self.momentum, MOMENTA)
 
     def _check_pairs(self) -> None:
-        if self.rank is not None and self.block != "full" and self.rank >= int(self.block):
+        check_rank(self.rank, self.block, self.sketch_bits)
+        if self.sketch_bits in FEW_BITS and not self.stochastic_rounding:
             raise ValueError(
-                f"rank must be below block; got rank={self.rank}, block={self.block}. "
-                "Lower rank, or set rank=None to keep the group dense."
+                f"state_bits={self.state_bits} needs stochastic_rounding=True: rounded to nearest, "
+                "a momentum of few bits would not move. Leave it on, or pass state_bits=16."
             )
         if self.momentum == "blend" and self.sketch != "hadamard":
             raise ValueError(
@@ -146,6 +164,33 @@ class FloraConfig:
                 "momentum='blend' does not go with transfer='paper', which amplifies noise at "
                 "every window change; got both. Use transfer='shrink' or 'reset'."
             )
+
+
+def check_rank(rank: int | None, block: int | str, bits: int) -> None:
+    """Refuse a rank that saves nothing: as many numbers as a block has elements, in as many bits.
+
+    Raises:
+        ValueError: naming rank, block and bits.
+    """
+    if rank is None or block == "full":
+        return
+    few = bits in FEW_BITS
+    if rank > int(block) or (rank == int(block) and not few):
+        rule = "must not exceed" if few else "must be below"
+        remedy = "" if few else ", keep its numbers in 8 bits or fewer"
+        raise ValueError(
+            f"rank {rule} block; got rank={rank}, block={block}, {bits} bits. Lower rank{remedy}, "
+            "or set rank=None to keep the group dense."
+        )
+
+
+def check_bits(name: str, value: Any, choices: tuple[int, ...]) -> None:
+    """Refuse bits per number that do not exist."""
+    if not _is_whole(value) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}. Pass one of "
+            "these."
+        )
 
 
 LONGEST_TYPO = 2

@@ -8,14 +8,18 @@ up. Standard library only; dtypes are names.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from flora_dist.core.records import FEW_BITS, Code
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.tiles import Grid
 
 FORMAT_VERSION = 1
 """Version of the state's names, shapes and meanings; kept with every parameter's state."""
+FORMAT_OF_RECORDS = 2
+"""The same, of a state whose momentum is records: only readers that know them may load it."""
 LEVELS = ("dense", "sharded", "compressed", "fused")
 """What of the gradients is compressed; kept as an index with every parameter's state."""
 VECTOR_EPS = 1e-12
@@ -43,12 +47,27 @@ class Geometry:
     """B, columns per block; M where dense."""
     rank: int | None
     """R, numbers per block; None where dense."""
+    bits: int
+    """Of each number; 32 stands for the arithmetic's dtype. Of no meaning where dense."""
     dense_because: str
     """Why the parameter is dense; empty where compressed."""
     falls_short: bool = False
     """Dense although compressing was asked for: it would not halve the parameter."""
     is_vector: bool = False
     """At most one dimension: the second moment is kept per element, not factored."""
+
+    @property
+    def code(self) -> Code | None:
+        """How a block's numbers are written as a record of bytes; None: as R numbers."""
+        if self.rank is None or self.bits not in FEW_BITS:
+            return None
+        return Code(bits=self.bits, numbers=self.rank)
+
+    @property
+    def width(self) -> int:
+        """Entries that a tensor of sketches keeps per block: R numbers, or a record's bytes."""
+        assert self.rank is not None, self
+        return self.rank if self.code is None else self.code.bytes
 
     @property
     def blocks_per_row(self) -> int:
@@ -66,7 +85,8 @@ class StateTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """"bfloat16", or "arithmetic": float32, float64 for a float64 parameter."""
+    """"bfloat16", "uint8" for records, or "arithmetic": float32, float64 for a float64
+    parameter."""
     along: Along
     """How it is cut when the parameter is: with the rows (trailing dims whole), with the elements,
     or not at all except by matrices (columns)."""
@@ -87,26 +107,40 @@ def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geome
     Raises:
         ValueError: ``block="full"`` with hadamard on a side that is no power of two.
     """
+    return geometry_at(name, shape, config, rank=config.rank, bits=config.sketch_bits)
+
+
+def geometry_at(
+    name: str,
+    shape: tuple[int, ...],
+    config: FloraConfig,
+    *,
+    rank: int | Literal["block"] | None,
+    bits: int,
+) -> Geometry:
+    """As ``geometry_of`` with another rank, "block" for all numbers of a block, and bits."""
     num_matrices, num_rows, num_columns = matrix_sizes(shape)
-    block, rank, reason, falls_short = num_columns, None, "", False
+    block, kept, reason, falls_short = num_columns, None, "", False
     if len(shape) <= 1:
         reason = "1-D"
-    elif config.rank is None:
+    elif rank is None:
         reason = "rank=None"
     elif 0 in shape:
         reason = "no elements"
     else:
-        block, rank = _block_and_rank(name, num_rows, num_columns, config)
-        if 2 * -(-num_columns // block) * rank > num_columns:
-            reason = f"rank {rank} per block of {block} would not halve {num_columns} columns"
-            block, rank, falls_short = num_columns, None, True
+        block, kept = _block_and_rank(name, num_rows, num_columns, config, rank, bits)
+        if not _halves(num_columns, block, kept, bits):
+            few = f" in {bits} bits" if bits in FEW_BITS else ""
+            reason = f"rank {kept} per block of {block}{few} would not halve {num_columns} columns"
+            block, kept, falls_short = num_columns, None, True
     return Geometry(
         shape=shape,
         num_matrices=num_matrices,
         num_rows=num_rows,
         num_columns=num_columns,
         block=block,
-        rank=rank,
+        rank=kept,
+        bits=bits,
         dense_because=reason,
         falls_short=falls_short,
         is_vector=len(shape) <= 1,
@@ -141,8 +175,22 @@ def grid_of(shape: tuple[int, ...], block: int) -> Grid:
     return Grid(num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
 
 
-def _block_and_rank(name: str, rows: int, columns: int, config: FloraConfig) -> tuple[int, int]:
-    assert config.rank is not None
+def _halves(columns: int, block: int, rank: int, bits: int) -> bool:
+    """Whether sketches take at most half of a row: its numbers, or with few bits its fp32 bytes."""
+    blocks = -(-columns // block)
+    if bits not in FEW_BITS:
+        return 2 * blocks * rank <= columns
+    return 2 * blocks * Code(bits=bits, numbers=rank).bytes <= 4 * columns
+
+
+def _block_and_rank(
+    name: str,
+    rows: int,
+    columns: int,
+    config: FloraConfig,
+    rank: int | Literal["block"],
+    bits: int,
+) -> tuple[int, int]:
     if config.block == "full":
         side = min(rows, columns)
         if config.sketch == "hadamard" and side.bit_count() != 1:
@@ -151,30 +199,39 @@ def _block_and_rank(name: str, rows: int, columns: int, config: FloraConfig) -> 
                 "as the smaller of rows and columns. Pass block=64, sketch='rademacher', or "
                 "rank=None for its group."
             )
-        return side, config.rank
+        if rank == "block" or (rank > side and bits in FEW_BITS):
+            return side, side
+        return side, rank
     block = min(int(config.block), 1 << (columns.bit_length() - 1))
-    return block, max(1, config.rank * block // int(config.block))
+    whole = int(config.block) if rank == "block" else rank
+    return block, max(1, whole * block // int(config.block))
 
 
 def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor, ...]:
     """The state of one parameter; shapes are of the whole parameter.
 
     Vectors keep ``second`` per element; matrices keep Adafactor's ``row`` and ``column`` means of
-    the squared gradient. ``momentum`` has rank numbers per block, or one per element where dense.
+    the squared gradient. ``momentum`` has rank numbers per block, or a record of as many bytes as
+    they take in few bits; where dense, one number per element.
     """
-    low = "bfloat16" if config.state_dtype == "bfloat16" else "arithmetic"
+    dense = "bfloat16" if config.state_dtype == "bfloat16" else "arithmetic"
     shape = geometry.shape
     batch = shape[:1] if is_batch(shape) else ()
     lines = (*batch, geometry.num_rows)
     tensors = []
     if config.momentum != "none":
         if geometry.rank is None:
-            tensors.append(StateTensor(name="momentum", shape=shape, dtype=low, along="elements"))
+            tensors.append(StateTensor(name="momentum", shape=shape, dtype=dense, along="elements"))
         else:
-            sketch = (*lines, geometry.blocks_per_row, geometry.rank)
+            sketch = (*lines, geometry.blocks_per_row, geometry.width)
+            low = "bfloat16" if geometry.bits == 16 else "arithmetic"
             tensors.append(
                 StateTensor(
-                    name="momentum", shape=sketch, dtype=low, along="rows", block=geometry.block
+                    name="momentum",
+                    shape=sketch,
+                    dtype=low if geometry.code is None else "uint8",
+                    along="rows",
+                    block=geometry.block,
                 )
             )
     if geometry.is_vector:
@@ -194,3 +251,9 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
             StateTensor(name="column", shape=columns, dtype="arithmetic", along="columns"),
         ]
     return tuple(tensors)
+
+
+def format_of(entries: Sequence[StateTensor]) -> int:
+    """The oldest version of the state's format that has all of these."""
+    has_records = any(entry.dtype == "uint8" for entry in entries)
+    return FORMAT_OF_RECORDS if has_records else FORMAT_VERSION

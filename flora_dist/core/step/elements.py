@@ -19,6 +19,7 @@ from torch import Tensor
 from flora_dist.core.sketch import ops
 from flora_dist.core.sketch.keys import Purpose, derive_key
 from flora_dist.core.sketch.philox import grid16
+from flora_dist.core.sketch.quantise import round_records
 from flora_dist.core.sketch.rounding import round_stochastic
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.gradient import SketchedGradient
@@ -158,6 +159,12 @@ class Writer:
             first, last = tile.blocks(size.block)
             columns = (first * size.rank, last * size.rank)
             num_columns = size.blocks_per_row * size.rank
+        if size.code is not None:
+            drawn = self._bits(
+                Purpose.ROUND_MOMENTUM, members, tile, columns, num_columns, value.device
+            )
+            copy_to_(targets, round_records(value, drawn.view(value.shape), size.code))
+            return
         self._round_to_(
             [target.flatten(2) for target in targets],
             value.flatten(2),
@@ -179,35 +186,43 @@ class Writer:
         columns: Interval,
         num_columns: int,
     ) -> None:
-        """Round to the targets' dtype; the last dim is ``columns`` of ``num_columns``.
-
-        Random bits are a function of the element's global place, so replicas and holders of one
-        cut block write the same bits. Rows of all matrices are numbered through.
-        """
+        """Round to the targets' dtype; the last dim is ``columns`` of ``num_columns``."""
         dtype, config = targets[0].dtype, self.batch.config
         if dtype in _LOW_PRECISION and config.stochastic_rounding:
-            lines = list(tile.lines(self.batch.geometry.num_rows))
-            bits = torch.cat(
-                [
-                    grid16(
-                        derive_key(
-                            seed=config.seed,
-                            name_key=member.name_key,
-                            purpose=purpose,
-                            window=self.now.step,
-                        ),
-                        rows=rows,
-                        columns=columns,
-                        num_columns=num_columns,
-                        device=value_ENW.device,
-                    )
-                    for member in self.batch.members[members]
-                    for rows in lines
-                ]
-            )
+            bits = self._bits(purpose, members, tile, columns, num_columns, value_ENW.device)
             # The bits are made for fp32; what float64 loses on the way is far below them.
             value_ENW = round_stochastic(value_ENW.float(), dtype, bits.view(value_ENW.shape))
         copy_to_(targets, value_ENW)
+
+    def _bits(
+        self,
+        purpose: Purpose,
+        members: slice,
+        tile: Tile,
+        columns: Interval,
+        num_columns: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Random bits of some members, one after the other along the first dim.
+
+        They are a function of the element's global place, so replicas and holders of one cut block
+        write the same. Rows of all matrices are numbered through.
+        """
+        seed, step = self.batch.config.seed, self.now.step
+        lines = list(tile.lines(self.batch.geometry.num_rows))
+        return torch.cat(
+            [
+                grid16(
+                    derive_key(seed=seed, name_key=member.name_key, purpose=purpose, window=step),
+                    rows=rows,
+                    columns=columns,
+                    num_columns=num_columns,
+                    device=device,
+                )
+                for member in self.batch.members[members]
+                for rows in lines
+            ]
+        )
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flora_dist.core.protocols import Terms
 from flora_dist.core.sketch.ops import Blocks
+from flora_dist.core.sketch.quantise import read_records
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.cut_blocks import add_partial_, fill_
 from flora_dist.core.step.elements import (
@@ -357,7 +358,10 @@ class MatrixPhases:
         self._pieces = []  # gives the copies' memory back
 
     def _momentum(self, piece: Piece) -> Tensor:
-        return joined(piece.momenta).to(self._batch.dtype)
+        stored, code = joined(piece.momenta), self._batch.geometry.code
+        if code is not None:
+            return read_records(stored, code, self._batch.dtype)
+        return stored.to(self._batch.dtype)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._batch.dtype, device=self._batch.device)

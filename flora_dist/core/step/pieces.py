@@ -44,7 +44,8 @@ class Piece:
     weights: tuple[Tensor, ...]
     """(E, N, W) of each member."""
     momenta: tuple[Tensor, ...]
-    """(E, N, blocks touched, R) of each, or (E, N, W) where dense; empty without momentum."""
+    """(E, N, blocks touched, R or a record's bytes) of each, or (E, N, W) where dense; empty
+    without momentum."""
     rows: tuple[Tensor, ...]
     """R, (E, N) of each."""
 

@@ -49,14 +49,14 @@ def carve(local: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def momentum_batches(local: Tensor, tiles: Sequence[Tile], size: Geometry) -> list[Tensor]:
-    """The momentum of each tile: (E, N, blocks touched, R), or (E, N, W) where dense."""
+    """The momentum of each tile: (E, N, blocks touched, R or bytes), or (E, N, W) where dense."""
     if size.rank is None:
         return as_batches(local, tiles, shape=size.shape)
     touched = [last - first for first, last in (tile.blocks(size.block) for tile in tiles)]
     if len(tiles) == 1:  # a rank may have places for more blocks than it touches
-        batch = local.view(*tiles[0].sizes[:2], -1, size.rank)
+        batch = local.view(*tiles[0].sizes[:2], -1, size.width)
         return [batch[:, :, : touched[0]]]
-    shapes = [(*t.sizes[:2], k, size.rank) for t, k in zip(tiles, touched, strict=True)]
+    shapes = [(*t.sizes[:2], k, size.width) for t, k in zip(tiles, touched, strict=True)]
     return carve(local, shapes)
 
 
