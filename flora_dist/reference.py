@@ -105,10 +105,11 @@ def few_bits(x: Tensor, number_bits: int, bits: Tensor) -> Tensor:
 
 def nearest_levels(x: Tensor, levels: Tensor) -> Tensor:
     """Return s q of each row x (..., R): q the level nearest to x / RMS(x), <s q, x> = |x|^2."""
-    unit = x / x.square().mean(-1, keepdim=True).sqrt()
+    tiny = torch.finfo(x.dtype).tiny  # for blocks of zeros, which stay
+    unit = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=tiny)
     q = levels[(unit.unsqueeze(-1) - levels).abs().argmin(-1)]
     # s = |x|^2 / <x, q>, to bf16
-    scale = x.square().sum(-1, keepdim=True) / (x * q).sum(-1, keepdim=True)
+    scale = x.square().sum(-1, keepdim=True) / (x * q).sum(-1, keepdim=True).clamp(min=tiny)
     return scale.to(torch.bfloat16).to(x.dtype) * q
 
 

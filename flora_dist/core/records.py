@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FULL_BITS = 32
+"""Stand for the arithmetic's dtype, float64 too."""
 FEW_BITS = (8, 4, 2, 1)
 """Bits per number that need a scale."""
 SCALE_BYTES = 2

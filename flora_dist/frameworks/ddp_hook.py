@@ -26,8 +26,8 @@ from flora_dist.core.sketch.ops import exact_products
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.step.batch import arithmetic_dtype
 from flora_dist.frameworks.ddp_bucket import Member, Part, in_place_of, member_of
-from flora_dist.gradients.flow import WIRE_DTYPES, check_request
 from flora_dist.gradients.report import GradientReport
+from flora_dist.gradients.request import WIRE_DTYPES, SketchRequest
 
 _SAVED = ("seed", "rank", "block", "sketch")
 _full_products = threading.Lock()
@@ -69,7 +69,7 @@ class FloraState:
         wire_dtype: str = "float32",
         start_iteration: int = 0,
     ) -> None:
-        check_request("compressed", wire_dtype)
+        SketchRequest(gradients="compressed", wire_dtype=wire_dtype).check()
         if rank is None:
             raise ValueError(
                 "rank must be a whole number of at least 1; got None, which compresses nothing. "

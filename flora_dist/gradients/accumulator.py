@@ -2,8 +2,11 @@
 """The sum of one parameter's gradients over micro-batches, kept as sketches.
 
 C <- C + G A^T for every gradient that arrives (Flora, arXiv 2402.03293, Algorithm 1). A is drawn
-anew for every step of the optimizer. What follows from shapes alone is found once and kept. Shape
-suffixes: E matrices, N rows, K blocks, R rank.
+anew for every step of the optimizer. In few bits it is C <- Q(C + G A^T): the first sketch of a
+step at the levels of the normal law, what is added to it by stochastic rounding, since levels are
+unbiased for a fresh sketch alone. What follows from shapes alone is found once and kept.
+
+Shape suffixes: E matrices, N rows, K blocks, R rank, or the bytes of a record in few bits.
 """
 
 from __future__ import annotations
@@ -17,12 +20,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from flora_dist.core.parameters.trainable import Trainable
+from flora_dist.core.records import FULL_BITS, Code
 from flora_dist.core.sketch import ops
+from flora_dist.core.sketch.keys import Purpose
 from flora_dist.core.sketch.ops import exact_products
+from flora_dist.core.sketch.quantise import (
+    LEVEL_BITS,
+    level_records,
+    read_records,
+    round_records,
+)
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Sketches
+from flora_dist.core.step.gradient import Records
 from flora_dist.core.step.views import inside, work_limit
 from flora_dist.core.tiles import Tile, split
+from flora_dist.gradients.lines import Lines
+
+_REPLICA_BITS = 20
+"""Of a number that tells draws apart: ranks below, micro-batches above."""
+_WIRE = 1 << 40
+"""In place of a micro-batch's number: the draw of what travels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +61,16 @@ class StepCounter:
 class Share:
     """C of the blocks that a tile touches."""
 
+    tile: Tile
     where: tuple[slice, slice, slice] | None
     """Its matrices, rows and blocks among the accumulator's; None where this rank has none."""
     shape: tuple[int, int, int, int]
     """(E, N, K, R)."""
+
+    @property
+    def num_lines(self) -> int:
+        """Rows of all matrices."""
+        return self.shape[0] * self.shape[1]
 
     @property
     def size(self) -> int:
@@ -63,7 +87,8 @@ class _Cut:
     padding: tuple[int, int]
     """Columns of zeros that make its rows those of the tile."""
     pieces: tuple[tuple[tuple[slice, slice], tuple[slice, slice]], ...]
-    """Matrices and rows of what is multiplied at once, in the gradient and in C."""
+    """Matrices and rows of what is multiplied at once, in the gradient and in C; in C they are
+    lines that follow each other."""
 
 
 class Accumulator:
@@ -94,7 +119,12 @@ class Accumulator:
         assert geometry.rank is not None, f"{name} stays dense"
         self.name, self.tile, self.dtype, self.device = name, tile, dtype, device
         self.rank, self.block = geometry.rank, geometry.block
-        self.sums_shape = (0, 0, 0, self.rank) if tile is None else self.share_of(tile).shape
+        is_full = geometry.bits == FULL_BITS
+        self.code = None if is_full else Code(bits=geometry.bits, numbers=geometry.rank)
+        """How a block's numbers are kept; None: in ``dtype``."""
+        self.width = self.rank if self.code is None else self.code.bytes
+        self.lines = Lines.of(geometry, tile)
+        self.sums_shape = (0, 0, 0, self.width) if tile is None else self.share_of(tile).shape
         """(E, N, K, R) of C; the same before the first gradient."""
         self._sketches, self._next_step = sketches, next_step
         self._cuts: dict[tuple[Tile, torch.device], _Cut] = {}
@@ -102,6 +132,9 @@ class Accumulator:
         """C, None before the first gradient."""
         self.step = 0
         """Whose basis C is in; 0 before the first gradient."""
+        self.replica = 0
+        """This rank's place among those that have gradients of the same elements."""
+        self._added = 0
 
     def add_(self, gradient: Tensor) -> None:
         """C <- C + G A^T, in the precision of C.
@@ -132,18 +165,72 @@ class Accumulator:
                 rows_ENW = gradient_ENW[given].to(self.dtype)
                 if any(cut.padding):
                     rows_ENW = functional.pad(rows_ENW, cut.padding)
-                ops.add_compressed_(
-                    sums_ENKR[kept], rows_ENW, sketch_ERB[kept[0]], first_column=first_column
-                )
+                own_ENKR, own_ERB = sums_ENKR[kept], sketch_ERB[kept[0]]
+                if self.code is None:
+                    ops.add_compressed_(own_ENKR, rows_ENW, own_ERB, first_column=first_column)
+                else:
+                    added = ops.compress(rows_ENW, own_ERB, first_column=first_column)
+                    own_ENKR.copy_(self._records(own_ENKR, added, kept, self.code))
+        self._added += 1
+
+    def _records(
+        self, kept_ENKR: Tensor, added_ENKR: Tensor, where: tuple[slice, slice], code: Code
+    ) -> Tensor:
+        """Q(C + G A^T) of some lines."""
+        if self._added == 0 and code.bits in LEVEL_BITS:
+            return level_records(added_ENKR, code)
+        if self._added:
+            added_ENKR = added_ENKR + read_records(kept_ENKR, code, self.dtype)
+        first = where[0].start * self.sums_shape[1] + where[1].start
+        bits = self._bits(first, first + added_ENKR.shape[0] * added_ENKR.shape[1], self._added)
+        return round_records(added_ENKR, bits.view(added_ENKR.shape), code)
+
+    def _bits(self, first: int, last: int, number: int) -> Tensor:
+        """Random bits (lines, K R) of some lines of C, of this rank's own for each micro-batch."""
+        number = (number << _REPLICA_BITS) + self.replica
+        key = self._sketches.rounding_key(Purpose.ROUND_GRADIENT, self.step, number)
+        return self.lines.bits(key, first, last, self.device)
+
+    def wire_records(self, share: Share, first: int, last: int, code: Code) -> Tensor:
+        """Lines of a share as they travel (lines, K, bytes): as they are kept, if in as few bits.
+
+        Fewer bits than are kept: at the levels of the normal law, which are nearly unbiased where
+        what is kept is nearly the sketch itself.
+        """
+        numbers_ENKR = self.at(share).flatten(0, 1)[first:last]
+        if self.code is not None:
+            if self.code == code:
+                return numbers_ENKR
+            numbers_ENKR = read_records(numbers_ENKR, self.code, self.dtype)
+        if code.bits in LEVEL_BITS:
+            return level_records(numbers_ENKR, code)
+        assert share.tile is not None
+        key = self._sketches.rounding_key(
+            Purpose.ROUND_GRADIENT, self.step, (_WIRE << _REPLICA_BITS) + self.replica
+        )
+        bits = self.lines.within(share.tile).bits(key, first, last, numbers_ENKR.device)
+        return round_records(numbers_ENKR, bits.view(numbers_ENKR.shape), code)
+
+    def rounded_mean(
+        self, mean_LKR: Tensor, share: Share, first: int, step: int, code: Code
+    ) -> Tensor:
+        """The mean of some lines of a share in few bits (lines, K, bytes), equal on all layouts."""
+        key = self._sketches.rounding_key(Purpose.ROUND_MEAN, step)
+        lines = self.lines.within(share.tile)
+        bits = lines.bits(key, first, first + len(mean_LKR), mean_LKR.device)
+        return round_records(mean_LKR, bits.view(mean_LKR.shape), code)
 
     def add_sketch_(self, sketched: Tensor, step: int) -> None:
         """C <- C + c, where c = G A^T was taken in the basis of ``step``; c is this object's then.
+
+        Not in few bits: what makes sketches itself keeps their numbers.
 
         Raises:
             RuntimeError: the optimizer has stepped, or loaded another step, since.
         """
         if step != self._next_step():
             raise self._stale(step)
+        assert self.code is None, self.name
         sketched_ENKR = sketched.view(self.sums_shape)
         if self.sums_ENKR is None:
             self.sums_ENKR, self.step = sketched_ENKR, step
@@ -157,13 +244,20 @@ class Accumulator:
         if self.tile is not None:
             origin, _ = self.tile.blocks(self.block)
             where = (*inside(self.tile, tile), slice(first - origin, last - origin))
-        return Share(where=where, shape=(*tile.sizes[:2], last - first, self.rank))
+        return Share(tile=tile, where=where, shape=(*tile.sizes[:2], last - first, self.width))
 
     def at(self, share: Share) -> Tensor:
         """A share of C, a view; zeros where this rank had no gradient."""
         if self.sums_ENKR is None or share.where is None:
-            return torch.zeros(share.shape, dtype=self.dtype, device=self.device)
+            return torch.zeros(share.shape, dtype=self._kept_dtype, device=self.device)
         return self.sums_ENKR[share.where]
+
+    def sketches(self, share: Share) -> Tensor | Records:
+        """A share of C, to be read by the step."""
+        entries_ENKR = self.at(share).contiguous()
+        if self.code is None:
+            return entries_ENKR
+        return Records(octets=entries_ENKR, code=self.code, dtype=self.dtype)
 
     def sketch(self, device: torch.device) -> Tensor:
         """A (E, R, B) of the coming step, for the tile's matrices."""
@@ -195,14 +289,18 @@ class Accumulator:
 
     def drop(self) -> None:
         """Forget C, and give its memory back."""
-        self.sums_ENKR, self.step = None, 0
+        self.sums_ENKR, self.step, self._added = None, 0, 0
 
     def _begun(self, device: torch.device) -> Tensor:
         self.check_basis()
         if self.sums_ENKR is None:
-            self.sums_ENKR = torch.zeros(self.sums_shape, dtype=self.dtype, device=device)
+            self.sums_ENKR = torch.zeros(self.sums_shape, dtype=self._kept_dtype, device=device)
             self.step = self._next_step()
         return self.sums_ENKR
+
+    @property
+    def _kept_dtype(self) -> torch.dtype:
+        return self.dtype if self.code is None else torch.uint8
 
     def _stale(self, step: int) -> RuntimeError:
         return RuntimeError(

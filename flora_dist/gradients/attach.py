@@ -24,10 +24,8 @@ from flora_dist.core.state.spec import Geometry
 from flora_dist.flora import Flora
 from flora_dist.gradients.cycle import Gradients
 from flora_dist.gradients.flow import (
-    WIRE_DTYPES,
     Adapter,
     Source,
-    check_request,
     flow_for,
     geometry_for,
 )
@@ -36,6 +34,7 @@ from flora_dist.gradients.on_ddp import adapter_of_ddp
 from flora_dist.gradients.on_fsdp2 import adapter_of_unsharded
 from flora_dist.gradients.on_plain import adapter_of_plain
 from flora_dist.gradients.report import GradientReport, row_of
+from flora_dist.gradients.request import SketchRequest
 
 _attached: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
 
@@ -46,6 +45,8 @@ def attach(
     gradients: str,
     *,
     gradient_rank: int | None = None,
+    gradient_bits: int | None = None,
+    wire_bits: int | None = None,
     wire_dtype: str = "float32",
 ) -> Handle:
     """Keep gradients as sketches from backward to step (arXiv 2402.03293, Algorithm 1).
@@ -66,8 +67,11 @@ def attach(
             later, masked) or has a hook; call ``backward()`` without ``inputs=``, which would
             leave the sketches out.
         gradient_rank: numbers per block, over the blocks of the optimizer's groups; None: their
-            ``rank``.
-        wire_dtype: what travels under "compressed" and "fused": "float32" or "bfloat16".
+            ``rank``, or below 16 bits all numbers of a block.
+        gradient_bits: of each number that is kept: 32 (also None), 16, or 8, 4, 2 or 1 with a
+            scale per block.
+        wire_bits: of each number that travels under "compressed"; None: ``gradient_bits``.
+        wire_dtype: what travels in 32 bits: "float32", or "bfloat16", which is ``wire_bits=16``.
 
     Returns:
         A handle: ``report()``, ``remove()``. The same one for a second call with the same
@@ -83,23 +87,28 @@ def attach(
             f"attach needs a Flora; got {type(optimizer).__name__}. Pass the optimizer inside, if "
             "a framework has wrapped it."
         )
-    request = (gradients, gradient_rank, wire_dtype)
+    request = SketchRequest(
+        gradients=gradients,
+        gradient_rank=gradient_rank,
+        gradient_bits=gradient_bits,
+        wire_bits=wire_bits,
+        wire_dtype=wire_dtype,
+    )
     known = _attached.get(optimizer)
     if known is not None:
         if known.request == request and known.model() is model:
             return known
         raise ValueError(
             "an optimizer can keep gradients in one way only; this one is attached as "
-            f"{known.request}, and is asked for {request}. Call remove() on its handle first."
+            f"{known.request}; it is asked for {request}. Call remove() on its handle first."
         )
     peers = _peers(model)
     if peers is not None:  # first of all: what follows talks to others, by level and names
-        words = ("gradients", "gradient_rank", "wire_dtype")
-        check(optimizer, peers, asked=dict(zip(words, request, strict=True)))
-    check_request(gradients, wire_dtype)
+        check(optimizer, peers, asked=request.words())
+    request.check()
     slots = [slot for slot in optimizer.slots() if takes_part(slot)]
     _check_owned(slots, model)
-    sizes = {slot.part.name: geometry_for(slot, gradient_rank) for slot in slots}
+    sizes = {slot.part.name: geometry_for(slot, request) for slot in slots}
     adapter = _adapter(model, [s for s in slots if sizes[s.part.name].rank is not None], gradients)
     handle = Handle(model, optimizer, slots, sizes, adapter, request)
     _attached[optimizer] = handle
@@ -124,9 +133,9 @@ def _check_owned(slots: Sequence[Trainable], model: nn.Module) -> None:
             )
 
 
-def _check_late(gradient_rank: int | None, slot: Trainable) -> None:
+def _check_late(request: SketchRequest, slot: Trainable) -> None:
     """Refuse a matrix that began to train after ``attach``: its gradient would stay dense."""
-    if geometry_for(slot, gradient_rank).rank is not None:
+    if geometry_for(slot, request).rank is not None:
         raise ValueError(
             f"attach covers the parameters that train when it is called; {slot.name!r} was added "
             "or unfrozen since. Call remove() on the handle, and attach again; under DeepSpeed "
@@ -183,7 +192,7 @@ class Handle:
         slots: Sequence[Trainable],
         sizes: Mapping[str, Geometry],
         adapter: Adapter,
-        request: tuple[str, int | None, str],
+        request: SketchRequest,
     ) -> None:
         """Hooks are in place afterwards."""
         self.model, self.request = ref(model), request
@@ -195,12 +204,12 @@ class Handle:
         ]
         self.gradients = Gradients(
             flows,
-            level=request[0],
-            wire_dtype=WIRE_DTYPES[request[2]],
+            level=request.gradients,
+            wire=request.wire,
             check=adapter.check,
             known=frozenset(sizes),
             watched=adapter.watched,
-            check_late=partial(_check_late, request[1]),
+            check_late=partial(_check_late, request),
         )
         optimizer.attach_gradients(self.gradients)
         adapter.install(adapter.sources)
@@ -217,7 +226,7 @@ class Handle:
             )
             for flow, known, hook in everything
         }
-        self._fused = fuse(model, self.gradients, weights if request[0] == "fused" else {})
+        self._fused = fuse(model, self.gradients, weights if request.gradients == "fused" else {})
         self._hooks.append(optimizer.register_load_state_dict_post_hook(self._refresh))
 
     def _refresh(self, _: torch.optim.Optimizer) -> None:
@@ -225,8 +234,7 @@ class Handle:
 
     def report(self) -> GradientReport:
         """Per parameter: sketched where, or dense and why; bytes kept and bytes sent per step."""
-        flows, where, level = self.gradients.flows, self._fused.where, self.request[0]
-        wire_dtype = WIRE_DTYPES[self.request[2]]
+        flows, where, level = self.gradients.flows, self._fused.where, self.request.gradients
         return GradientReport(
             level=level,
             rows=tuple(
@@ -235,7 +243,7 @@ class Handle:
                     size,
                     flows.get(name),
                     where=where.get(name, level),
-                    wire_dtype=wire_dtype,
+                    wire=self.request.wire,
                 )
                 for name, size in self._sizes.items()
             ),

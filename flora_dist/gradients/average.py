@@ -10,71 +10,24 @@ Shape suffixes: E matrices, N rows, K blocks, R rank of the sketch; L lines, S n
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flora_dist.core.comm.groups import all_reduce_, group_device, reduce_scatter
 from flora_dist.core.tiles import Tile
 from flora_dist.gradients.accumulator import Accumulator, Share
+from flora_dist.gradients.average_records import RecordBuckets
+from flora_dist.gradients.route import Mean, Route
 
 BUCKET_BYTES = 1 << 25
 """Largest buffer of one collective, all lines together: 32 MiB, as DDP's 25 MiB buckets."""
 SMALLEST_BUCKET_BYTES = 1 << 20
 BUCKETS = 8
 """Buffers are an eighth of what is sent, or smaller, down to 1 MiB: little beside the sketches."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """Who averages a parameter's sketches, and what each of those ranks keeps."""
-
-    kept: tuple[tuple[Tile, ...], ...]
-    """Tiles per rank of ``scatter``, in its order; without it, what everyone keeps."""
-    scatter: dist.ProcessGroup | None = None
-    """A reduce-scatter over these ranks; None: none."""
-    sums: tuple[dist.ProcessGroup, ...] = ()
-    """All-reduces after it, of what is kept: replicas."""
-    divisor: float = 1.0
-    """Of the sum: how many ranks it goes over."""
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in ``kept``."""
-        return 0 if self.scatter is None else dist.get_rank(self.scatter)
-
-    @property
-    def weight_of_mean(self) -> float:
-        """What ranks multiply by whose parts of a mean gradient are to be found in the mean."""
-        return self.divisor / math.prod(dist.get_world_size(group) for group in self.sums)
-
-    def numbers_sent(self, *, block: int, rank: int) -> int:
-        """Numbers that this rank puts into the collectives of one step, for one parameter."""
-        sizes = [sum(tile.num_blocks(block) for tile in tiles) * rank for tiles in self.kept]
-        scattered = 0 if self.scatter is None else sum(sizes)
-        return scattered + len(self.sums) * sizes[self.rank]
-
-    @property
-    def travels(self) -> bool:
-        """Whether anything is sent."""
-        return self.scatter is not None or bool(self.sums)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mean:
-    """What this rank keeps of one parameter's mean."""
-
-    tiles: tuple[Tensor, ...]
-    """Mean C (E, N, K, R) of each tile kept."""
-    was_here: bool
-    """Whether this rank had a gradient."""
-    presence: Tensor | None
-    """Above 0 if any rank had one, (); None: this rank alone decides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +53,7 @@ class Averaging:
         routes: Sequence[Route],
         *,
         wire_dtype: torch.dtype | None,
+        wire_bits: int | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """Sends nothing yet.
@@ -108,6 +62,7 @@ class Averaging:
             accumulators: in an order that is equal on all ranks.
             routes: of each, equal on all ranks but for ``rank``.
             wire_dtype: what travels; None: the dtype of C.
+            wire_bits: bits of each number that travels, in records; None: as ``wire_dtype`` says.
             bucket_bytes: largest buffer of a collective.
         """
         together: dict[Hashable, list[int]] = {}
@@ -115,7 +70,16 @@ class Averaging:
             key = (route.scatter, route.sums, route.divisor, own.dtype, own.device)
             together.setdefault(key, []).append(index)
         self._groups = [
-            (indices, _group(indices, accumulators, routes, wire_dtype, bucket_bytes))
+            (
+                indices,
+                _group(
+                    [accumulators[index] for index in indices],
+                    [routes[index] for index in indices],
+                    wire_dtype,
+                    wire_bits,
+                    bucket_bytes,
+                ),
+            )
             for indices in together.values()
         ]
 
@@ -128,16 +92,17 @@ class Averaging:
 
 
 def _group(
-    indices: Sequence[int],
     accumulators: Sequence[Accumulator],
     routes: Sequence[Route],
     wire_dtype: torch.dtype | None,
+    wire_bits: int | None,
     bucket_bytes: int,
-) -> _Alone | _Buckets:
-    chosen, own = [accumulators[i] for i in indices], [routes[i] for i in indices]
-    if not own[0].travels:
-        return _Alone(chosen, own)
-    return _Buckets(chosen, own, wire_dtype or chosen[0].dtype, bucket_bytes)
+) -> _Alone | _Buckets | RecordBuckets:
+    if not routes[0].travels:
+        return _Alone(accumulators, routes)
+    if wire_bits is not None:
+        return RecordBuckets(accumulators, routes, wire_bits, bucket_bytes)
+    return _Buckets(accumulators, routes, wire_dtype or accumulators[0].dtype, bucket_bytes)
 
 
 class _Alone:
@@ -152,7 +117,7 @@ class _Alone:
     def run(self) -> Iterator[Mean]:
         for each, shares in self._own:
             was_here = each.sums_ENKR is not None
-            tiles = tuple(each.at(share).contiguous() for share in shares) if was_here else ()
+            tiles = tuple(each.sketches(share) for share in shares) if was_here else ()
             each.drop()
             yield Mean(tiles=tiles, was_here=was_here, presence=None)
 

@@ -6,7 +6,7 @@ Shape suffixes: S cut blocks, N rows, K blocks of a tile, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from flora_dist.core.step.gradient import SketchedGradient
 from flora_dist.core.tiles import Cuts, Tile
 from flora_dist.gradients.flow import Flow
 
-Means = Mapping[str, SketchedGradient]
+Means = MutableMapping[str, SketchedGradient]
 
 
 class PartialSketches:
@@ -31,6 +31,8 @@ class PartialSketches:
     def complete_(self, means: Means) -> None:
         """Add up the pieces of cut blocks in these means, by one message."""
         cut = [(flow, cuts) for flow, cuts in self.flows if flow.part.name in means]
+        for flow, _ in cut:  # sums of pieces have no records
+            means[flow.part.name] = _in_numbers(means[flow.part.name])
         senders = [
             Sender(kind=flow.part.name, names=(flow.part.name,), cuts=cuts, sends_all=True)
             for flow, cuts in cut
@@ -52,6 +54,12 @@ def partial_sketches(flows: Sequence[Flow]) -> list[PartialSketches]:
     return list(found.values())
 
 
+def _in_numbers(gradient: SketchedGradient) -> SketchedGradient:
+    everything = slice(None), slice(None)
+    tiles = [t if isinstance(t, Tensor) else t[everything] for t in gradient.tiles]
+    return replace(gradient, tiles=tuple(tiles))
+
+
 def _pieces(flow: Flow, cuts: Cuts, gradient: SketchedGradient) -> Terms:
     """What this rank has of each cut block's sketch."""
     blocks_1SR = gradient.sketch_ERB.new_zeros(1, len(cuts.blocks), flow.accumulator.rank)
@@ -63,5 +71,6 @@ def _pieces(flow: Flow, cuts: Cuts, gradient: SketchedGradient) -> Terms:
 def _by_matrix(flow: Flow, gradient: SketchedGradient) -> Iterator[tuple[Tile, Tensor]]:
     """Each matrix of each tile alone, as a view."""
     for tile, compressed_ENKR in zip(flow.part.tiles, gradient.tiles, strict=True):
+        assert isinstance(compressed_ENKR, Tensor), flow.part.name
         for place, matrix in enumerate(range(*tile.matrices)):
             yield replace(tile, matrices=(matrix, matrix + 1)), compressed_ENKR[place : place + 1]

@@ -21,10 +21,12 @@ from flora_dist.core.parameters.norms import scale_
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.step.basis import Sketches, draw_together
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
-from flora_dist.gradients.average import Averaging, Mean
+from flora_dist.gradients.average import Averaging
 from flora_dist.gradients.cut_sketches import partial_sketches
 from flora_dist.gradients.flow import Flow
 from flora_dist.gradients.placeholder import stand_in_for, stands_in
+from flora_dist.gradients.request import Wire
+from flora_dist.gradients.route import Mean
 
 
 class Gradients:
@@ -35,7 +37,7 @@ class Gradients:
         flows: Sequence[Flow],
         *,
         level: str,
-        wire_dtype: torch.dtype | None,
+        wire: Wire,
         check: Callable[[], None] | None,
         known: frozenset[str],
         watched: Sequence[tuple[object, str]],
@@ -46,13 +48,13 @@ class Gradients:
         Args:
             flows: equal on all ranks but for what each holds.
             level: of ``LEVELS``, not dense.
-            wire_dtype: what travels; None: as accumulated.
+            wire: what travels.
             check: raises if the framework was set to do what would be computed wrong.
             known: every parameter that trains, with a flow or without.
             watched: objects of the framework, and the attribute of each that is set then.
             check_late: raises if a parameter that is not known should have a flow.
         """
-        self.level, self.wire_dtype = level, wire_dtype
+        self.level, self.wire = level, wire
         self._check, self._known, self._check_late = check, known, check_late
         self.flows = {flow.part.name: flow for flow in sorted(flows, key=lambda f: f.part.name)}
         ordered = self.flows.values()
@@ -61,7 +63,8 @@ class Gradients:
         self._averaging = Averaging(
             [flow.accumulator for flow in ordered],
             [flow.source.route for flow in ordered],
-            wire_dtype=wire_dtype,
+            wire_dtype=wire.dtype,
+            wire_bits=wire.bits,
         )
         self._cut = partial_sketches(list(ordered))
         self._mean: dict[str, SketchedGradient] | None = None
@@ -250,9 +253,12 @@ class Gradients:
         ]
 
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """What travels, and the rank of each parameter's sketches."""
-        ranks = {name: {"gradient_rank": f.geometry.rank} for name, f in self.flows.items()}
-        return {"": {"wire_dtype": str(self.wire_dtype)}, **ranks}
+        """What travels, and rank and bits of each parameter's sketches."""
+        kept = {
+            name: {"gradient_rank": f.geometry.rank, "gradient_bits": f.geometry.bits}
+            for name, f in self.flows.items()
+        }
+        return {"": {"wire_dtype": str(self.wire.dtype), "wire_bits": str(self.wire.bits)}, **kept}
 
     # ---- forgetting
 

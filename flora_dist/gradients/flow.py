@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from weakref import ref
 
 import torch
@@ -14,15 +14,13 @@ from flora_dist.core.layouts.dtensor import local_of
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.protocols import Part
 from flora_dist.core.sketch.keys import Purpose
-from flora_dist.core.state.spec import LEVELS, Geometry, geometry_of
+from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Sketches
 from flora_dist.core.step.batch import arithmetic_dtype
 from flora_dist.core.tiles import Tile
 from flora_dist.gradients.accumulator import Accumulator, StepCounter
-from flora_dist.gradients.average import Route
-
-WIRE_DTYPES: Mapping[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-"""What travels: as accumulated (float64 for float64 parameters), or rounded."""
+from flora_dist.gradients.request import SketchRequest
+from flora_dist.gradients.route import Route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,34 +82,16 @@ class Flow:
     """The part's, among those of the accumulator."""
 
 
-def check_request(level: str, wire_dtype: str) -> None:
-    """Refuse a level or a wire dtype that does not exist.
-
-    Raises:
-        ValueError: naming those that do.
-    """
-    if level not in LEVELS[1:]:
-        raise ValueError(
-            f"gradients must be one of {', '.join(LEVELS[1:])}; got {level!r}. For dense "
-            "gradients do not call attach()."
-        )
-    if wire_dtype not in WIRE_DTYPES:
-        raise ValueError(
-            f"wire_dtype must be one of {', '.join(WIRE_DTYPES)}; got {wire_dtype!r}. Pass one of "
-            "these."
-        )
-
-
-def geometry_for(slot: Trainable, gradient_rank: int | None) -> Geometry:
-    """Blocks and numbers per block of a parameter's gradient sketches; None: the group's rank."""
-    config = slot.config
-    if gradient_rank is not None:
-        config = replace(config, rank=gradient_rank)
-    return geometry_of(slot.part.name, slot.part.shape, config)
+def geometry_for(slot: Trainable, request: SketchRequest) -> Geometry:
+    """Blocks and numbers per block of a parameter's gradient sketches."""
+    return request.geometry(slot.part.name, slot.part.shape, slot.config)
 
 
 def flow_for(
-    slot: Trainable, source: Source, size: Geometry, optimizer: torch.optim.Optimizer
+    slot: Trainable,
+    source: Source,
+    size: Geometry,
+    optimizer: torch.optim.Optimizer,
 ) -> Flow:
     """A flow that has taken nothing in yet; ``size`` must not be dense."""
     assert size.rank is not None
@@ -135,6 +115,7 @@ def flow_for(
         device=source.device or local_of(source.tensor).device,
         next_step=StepCounter(ref(optimizer), slot),
     )
+    accumulator.replica = source.route.replica
     return Flow(
         part=slot.part,
         geometry=size,

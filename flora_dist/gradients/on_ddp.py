@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.trainable import Trainable
-from flora_dist.gradients.average import Route
 from flora_dist.gradients.flow import Adapter, Source
+from flora_dist.gradients.route import Route
 
 _TESTED = "2.13.0"
 

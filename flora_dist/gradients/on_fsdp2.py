@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from flora_dist.core.layouts.dtensor import shard_axes, tiles_along, tiles_at
 from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.trainable import Trainable
-from flora_dist.gradients.average import Route
 from flora_dist.gradients.flow import Adapter, Source
 from flora_dist.gradients.on_plain import source_at_parameter
+from flora_dist.gradients.route import Route
 
 _TESTED = "2.13.0"
 

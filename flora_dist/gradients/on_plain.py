@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from flora_dist.core.layouts.dtensor import tiles_at
 from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.trainable import Trainable
-from flora_dist.gradients.average import Route
 from flora_dist.gradients.flow import Adapter, Source
+from flora_dist.gradients.route import Route
 
 
 def adapter_of_plain(slots: Sequence[Trainable]) -> Adapter:

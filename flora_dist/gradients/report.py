@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from flora_dist.columns import aligned
+from flora_dist.core.records import Code
 from flora_dist.core.state.spec import Geometry
+from flora_dist.gradients.average_records import mean_bits
 from flora_dist.gradients.flow import Flow
+from flora_dist.gradients.request import Wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +56,7 @@ class GradientReport:
         return aligned(table, left=3)
 
 
-def row_of(
-    name: str, size: Geometry, flow: Flow | None, *, where: str, wire_dtype: torch.dtype | None
-) -> GradientRow:
+def row_of(name: str, size: Geometry, flow: Flow | None, *, where: str, wire: Wire) -> GradientRow:
     """One parameter; ``flow`` is None where its gradient is dense."""
     if flow is None:
         return GradientRow(
@@ -69,13 +68,27 @@ def row_of(
             sent_bytes=0,
         )
     accumulator = flow.accumulator
-    numbers = flow.source.route.numbers_sent(block=accumulator.block, rank=accumulator.rank)
-    wire = wire_dtype or accumulator.dtype
+    entry = accumulator.dtype.itemsize if accumulator.code is None else 1
+    few = "" if accumulator.code is None else f" in {accumulator.code.bits} bits"
     return GradientRow(
         name=name,
         shape=size.shape,
-        how=f"{where}, {accumulator.rank} per block of {accumulator.block}",
+        how=f"{where}, {accumulator.rank} per block of {accumulator.block}{few}",
         is_sketched=True,
-        held_bytes=math.prod(accumulator.sums_shape) * accumulator.dtype.itemsize,
-        sent_bytes=numbers * wire.itemsize,
+        held_bytes=math.prod(accumulator.sums_shape) * entry,
+        sent_bytes=_sent_bytes(flow, wire),
     )
+
+
+def _sent_bytes(flow: Flow, wire: Wire) -> int:
+    """What this rank gives to the collectives of one step: numbers, or records and their means."""
+    own, route = flow.accumulator, flow.source.route
+    if wire.bits is None:
+        numbers = route.numbers_sent(block=own.block, rank=own.rank)
+        return numbers * (wire.dtype or own.dtype).itemsize
+    if not route.travels:
+        return 0
+    blocks = sum(tile.num_blocks(own.block) for tiles in route.kept for tile in tiles)
+    sent = Code(bits=wire.bits, numbers=own.rank).bytes
+    gathered = Code(bits=mean_bits(wire.bits), numbers=own.rank).bytes
+    return blocks * (sent + (gathered if route.scatter is None else 0))

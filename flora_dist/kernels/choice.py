@@ -56,7 +56,8 @@ def covers(batch: Batch, gradient: Gradient) -> bool:
     if isinstance(gradient, SketchedGradient):
         sketch_ERB = gradient.sketch_ERB
         numbers = sketch_ERB.shape[1] * sketch_ERB.shape[2]
-        if sketch_ERB.dtype != torch.float32 or numbers > LARGEST_SKETCH:
+        in_numbers = all(isinstance(tile, torch.Tensor) for tile in gradient.tiles)
+        if sketch_ERB.dtype != torch.float32 or numbers > LARGEST_SKETCH or not in_numbers:
             return False
     return all(
         tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.device.type == "cpu"

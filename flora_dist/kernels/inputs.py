@@ -78,7 +78,9 @@ def gradients_of(now: Moment) -> Given:
 
 def _sketched(gradients: Sequence[SketchedGradient]) -> Given:
     rank, block = gradients[0].sketch_ERB.shape[1:]
-    sums = [tile.contiguous() for each in gradients for tile in each.tiles]
+    tiles = [tile for each in gradients for tile in each.tiles]
+    sums = [tile.contiguous() for tile in tiles if isinstance(tile, Tensor)]
+    assert len(sums) == len(tiles), "kernels read no records"
     matrices = [each.sketch_ERB.contiguous() for each in gradients]
     bytes_of_one = rank * block * 4
     starts = [

@@ -118,16 +118,23 @@ class GradientsConfig:
     """`sharded`: reduced whole, kept as sketches; `compressed`: kept and reduced as sketches;
     `fused`: linear layers compute the sketch and never the gradient. `compare` stays dense."""
     rank: _Positive | None = None
-    """Numbers per block of the sketches; None: the optimizer's `rank`."""
+    """Numbers per block of the sketches; None: the optimizer's `rank`, or all below 16 bits."""
+    bits: Literal[32, 16, 8, 4, 2, 1] | None = None
+    """Of each number that is kept; None: 32."""
+    wire_bits: Literal[32, 16, 8, 4, 2, 1] | None = None
+    """Of each number that travels; None: `bits`."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """What travels of the sketches."""
 
     def __post_init__(self) -> None:
-        if self.level == DENSE and (self.rank is not None or self.wire_dtype != "float32"):
+        bits = self.bits, self.wire_bits
+        asks = self.rank is not None or self.wire_dtype != "float32" or bits != (None, None)
+        if self.level == DENSE and asks:
             raise ValueError(
-                "gradients.rank and gradients.wire_dtype describe sketches, and "
-                f"gradients.level='dense' keeps none; they are {self.rank!r} and "
-                f"{self.wire_dtype!r}. Remove them, or set level: compressed."
+                "gradients.rank, bits, wire_bits and gradients.wire_dtype describe sketches, and "
+                f"gradients.level='dense' keeps none; they are {self.rank!r}, {self.bits!r}, "
+                f"{self.wire_bits!r} and {self.wire_dtype!r}. Remove them, or set level: "
+                "compressed."
             )
         if self.level == "sharded" and self.wire_dtype != "float32":
             raise ValueError(

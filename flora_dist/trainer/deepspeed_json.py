@@ -22,7 +22,13 @@ _SPELLED = (
     *("gradient_clipping", "communication_data_type", "data_types", "steps_per_print"),
 )
 # Key of the "flora" block -> key of the run's gradients section.
-_GRADIENTS = {"gradients": "level", "gradient_rank": "rank", "wire_dtype": "wire_dtype"}
+_GRADIENTS = {
+    "gradients": "level",
+    "gradient_rank": "rank",
+    "gradient_bits": "bits",
+    "wire_bits": "wire_bits",
+    "wire_dtype": "wire_dtype",
+}
 _ELSEWHERE = {
     "scheduler": "the schedule section moves the learning rate",
     "fp16": "steps that overflow are skipped and would shift the schedule; bf16 needs no scale",
@@ -156,7 +162,12 @@ def _flora_block(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
     ours: dict[str, Any] = {"gradients": section.level}
     if section.level != DENSE:
         ours |= {"wire_dtype": section.wire_dtype}
-        ours |= {} if section.rank is None else {"gradient_rank": section.rank}
+        optional = {
+            "gradient_rank": section.rank,
+            "gradient_bits": section.bits,
+            "wire_bits": section.wire_bits,
+        }
+        ours |= {key: value for key, value in optional.items() if value is not None}
     block = settings.get("flora", {})
     if isinstance(block, Mapping):
         block = {key: value for key, value in block.items() if value != _AUTO}

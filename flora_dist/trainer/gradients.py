@@ -12,6 +12,7 @@ from flora_dist.flora import Flora
 from flora_dist.gradients.attach import Handle, attach
 from flora_dist.gradients.flow import geometry_for
 from flora_dist.gradients.report import GradientReport
+from flora_dist.gradients.request import SketchRequest
 from flora_dist.trainer.backend import largest_over_processes
 from flora_dist.trainer.config import DENSE, Config, GradientsConfig
 
@@ -72,7 +73,7 @@ def check_sizes(config: Config, optimizer: torch.optim.Optimizer) -> None:
     if chosen.level == DENSE or not isinstance(optimizer, Flora):
         return
     try:
-        sizes = [geometry_for(slot, chosen.rank) for slot in optimizer.slots()]
+        sizes = [geometry_for(slot, request_of(chosen)) for slot in optimizer.slots()]
     except ValueError as error:
         raise ValueError(f"gradients.rank does not fit the optimizer's blocks: {error}") from error
     sketched = [size for size in sizes if size.rank is not None]
@@ -96,11 +97,25 @@ def keep_sketched(
     """Let Flora's gradients be kept as the config says; None where they stay dense."""
     if config.level == DENSE or not isinstance(optimizer, Flora):
         return None
+    request = request_of(config)
     return attach(
         module,
         optimizer,
-        config.level,
+        request.gradients,
+        gradient_rank=request.gradient_rank,
+        gradient_bits=request.gradient_bits,
+        wire_bits=request.wire_bits,
+        wire_dtype=request.wire_dtype,
+    )
+
+
+def request_of(config: GradientsConfig) -> SketchRequest:
+    """The section in the words of ``attach``."""
+    return SketchRequest(
+        gradients=config.level,
         gradient_rank=config.rank,
+        gradient_bits=config.bits,
+        wire_bits=config.wire_bits,
         wire_dtype=config.wire_dtype,
     )
 

@@ -237,6 +237,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="layers of the model")
     parser.add_argument("--global-batch", type=int, help="sequences per step")
     parser.add_argument("--sequence-length", type=int, help="tokens per sequence")
+    parser.add_argument("--seeds", type=int, help="seeds of the best learning rate")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args(argv)
@@ -252,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layers=args.layers,
         global_batch=args.global_batch,
         sequence_length=args.sequence_length,
+        seeds=args.seeds,
     )
     settings = Settings(model=args.model, data=args.data, size=size, device=args.device)
     rows = rows_named(table.quick_rows, table.rows) if args.quick else table.rows

@@ -20,6 +20,12 @@ from tests.bench.quality_plan import (
 
 RATIOS = (8, 4, 16, 2)
 RULES = ("blend", "flora", "flora_strict", "none")
+EQUAL_BYTES = ((64, 4), (64, 2), (64, 1), (16, 16), (32, 8), (32, 4), (16, 8))
+"""Numbers per block of 64, and bits of each: 1/8, 1/16 and 1/32 of fp32's bytes, but for scales."""
+MOST_MICRO_BATCHES = 8
+"""One for every sequence of a step."""
+STATES = ((32, 8), (32, 4), (8, 8), (8, 4))
+"""The same of a momentum."""
 MICRO_BATCHES = 4
 """Steps per global batch without accumulation."""
 # Smaller than the first table, and bracketed from two learning rates instead of four: a step with
@@ -35,6 +41,8 @@ def compressed_rows() -> tuple[Row, ...]:
         *rows_named([ADAMW, NONE, CENTRE_NAME], all_rows()),
         *_at(RATIOS[0]),
         *_without_accumulation(),
+        *(row for rank, bits in EQUAL_BYTES for row in _few_bits(rank, bits)),
+        *(_state(rank, bits) for rank, bits in STATES),
         *(row for ratio in RATIOS[1:] for row in _at(ratio)),
         *rows_named(["flora, ratio 8", "flora_strict, ratio 8", FULL_MOMENTUM], all_rows()),
         # Does it take a momentum over all elements to average the noise of sketches?
@@ -60,6 +68,30 @@ def _sketched(name: str, ratio: int, changes: dict[str, Any]) -> Row:
         optimizer="flora",
         options=CENTRE | changes,
         gradient_rank=CENTRE["block"] // ratio,
+    )
+
+
+def _few_bits(rank: int, bits: int) -> Iterator[Row]:
+    for rule in ("blend", "none"):
+        for micro_batches in (1, MOST_MICRO_BATCHES):
+            several = "" if micro_batches == 1 else f", {micro_batches} micro-batches"
+            yield Row(
+                name=f"{rule}, gradient {rank} x {bits} bits{several}",
+                factor=f"gradient of {bits} bits",
+                optimizer="flora",
+                options=CENTRE | {"momentum": rule},
+                gradient_rank=rank,
+                gradient_bits=bits,
+                micro_batches=micro_batches,
+            )
+
+
+def _state(rank: int, bits: int) -> Row:
+    return Row(
+        name=f"blend, momentum {rank} x {bits} bits",
+        factor="momentum of few bits",
+        optimizer="flora",
+        options=CENTRE | {"rank": rank, "state_bits": bits},
     )
 
 

@@ -46,6 +46,10 @@ class Row:
     """Flora: block="full" with rank = smaller side / this, for each matrix."""
     gradient_rank: int | None = None
     """Flora: gradients are kept as sketches, this many numbers per block; None: dense."""
+    gradient_bits: int = 32
+    """Of each of these numbers."""
+    micro_batches: int = 1
+    """What a step's sketches are the sum of; in few bits they are rounded after each."""
     steps_per_batch: int = 1
     """Steps that a global batch is cut into, on equal parts of it; more than 1: no accumulation."""
 

@@ -41,7 +41,9 @@ def _rule(axes: Axes, rule: str, found: Sequence[Line]) -> None:
     chosen = {
         gradient_ratio(line["gradient_rank"]): line
         for line in found
-        if line["options"] == CENTRE | {"momentum": rule} and line["steps_per_batch"] == 1
+        if line["options"] == CENTRE | {"momentum": rule}
+        and line["steps_per_batch"] == 1
+        and line["gradient_bits"] == 32
     }
     if chosen:
         ratios = sorted(chosen)

@@ -172,8 +172,8 @@ def config_of_run(settings: Settings, row: Row, run: Run) -> Config:
         train=TrainConfig(
             steps=steps,
             global_batch=sequences,
-            # The sum over micro-batches is the same, sketched or not, and one pass is quicker.
-            micro_batch=sequences,
+            # In full the sum over micro-batches is the same, and one pass is quicker.
+            micro_batch=sequences // row.micro_batches,
             seed=run.seed,
             log_every=max(1, steps // 40),
         ),
@@ -203,7 +203,7 @@ def gradients_of(row: Row) -> GradientsConfig:
     """Dense, or as sketches: on one process, what "compressed" computes in every layout."""
     if row.gradient_rank is None:
         return GradientsConfig()
-    return GradientsConfig(level="compressed", rank=row.gradient_rank)
+    return GradientsConfig(level="compressed", rank=row.gradient_rank, bits=row.gradient_bits)
 
 
 def gradient_bytes(model: nn.Module, sketched: GradientReport | None) -> int:

@@ -66,7 +66,8 @@ def dense_twin(row: Row, rows: Sequence[Row]) -> str | None:
     """The row that differs from this one in nothing but that its gradients are dense."""
     if row.gradient_rank is None:
         return None
-    changes = {"name": "", "factor": "", "gradient_rank": None}
+    dense = {"gradient_rank": None, "gradient_bits": 32, "micro_batches": 1}
+    changes = {"name": "", "factor": "", **dense}
     twins = (r.name for r in rows if replace(row, **changes) == replace(r, name="", factor=""))
     return next(twins, None)
 
@@ -93,6 +94,8 @@ def _line(
         "optimizer": row.optimizer,
         "options": dict(row.options),
         "gradient_rank": row.gradient_rank,
+        "gradient_bits": row.gradient_bits,
+        "micro_batches": row.micro_batches,
         "steps_per_batch": row.steps_per_batch,
         "gradient_bytes": first["gradient_bytes"],
         "state_bytes": first["state_bytes"],

@@ -27,6 +27,8 @@ def train(layout: Layout, case: SketchedCase) -> tuple[Weights, list[float]]:
         optimizer,
         case.level,
         gradient_rank=case.gradient_rank,
+        gradient_bits=case.gradient_bits,
+        wire_bits=case.wire_bits,
         wire_dtype=case.wire_dtype,
     )
     norms = []

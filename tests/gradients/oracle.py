@@ -28,6 +28,8 @@ class SketchedCase(Case):
 
     level: str = "compressed"
     gradient_rank: int | None = None
+    gradient_bits: int | None = None
+    wire_bits: int | None = None
     wire_dtype: str = "float32"
     micro_batches: int = 1
     samples: int = SAMPLES
@@ -37,6 +39,8 @@ class SketchedCase(Case):
         words = [super().__str__(), self.level, f"x{self.micro_batches} of {self.samples}"]
         if self.gradient_rank is not None:
             words.append(f"gradient_rank={self.gradient_rank}")
+        if self.gradient_bits is not None or self.wire_bits is not None:
+            words.append(f"bits={self.gradient_bits}-{self.wire_bits}")
         if self.max_norm is not None:
             words.append(f"max_norm={self.max_norm}")
         return "-".join(words)

@@ -96,6 +96,26 @@ def reduce_scatter(lines_WS: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received_S
 
 
+def exchange_octets(
+    sent_S: Tensor, given: Sequence[int], taken: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """What the ranks of a group send this one, in their order; uint8, by an all-to-all.
+
+    Args:
+        sent_S: for each rank in order, as many bytes as ``given`` says.
+        given: bytes for each rank.
+        taken: bytes from each rank.
+        group: who takes part.
+    """
+    there_S = sent_S.to(group_device(sent_S, group))
+    received_S = there_S.new_empty(sum(taken))
+    sent = dist.all_to_all_single(
+        received_S, there_S, list(taken), list(given), group=group, async_op=there_S.is_cpu
+    )
+    _finish(sent, group)
+    return received_S.to(sent_S.device)
+
+
 def all_reduce_(
     message_S: Tensor,
     group: dist.ProcessGroup | None,

@@ -49,7 +49,10 @@ def scale_(gradients: Sequence[Gradient], factor: Tensor | float) -> None:
             continue
         tensors = gradient.tiles if isinstance(gradient, SketchedGradient) else (gradient,)
         for tensor in tensors:
-            tensor.mul_(factor.to(tensor.device) if isinstance(factor, Tensor) else factor)
+            if isinstance(factor, Tensor) and isinstance(tensor, Tensor):
+                tensor.mul_(factor.to(tensor.device))
+            else:
+                tensor.mul_(factor)
 
 
 def _square_sum(slot: Trainable, gradient: Gradient) -> Tensor:
@@ -67,7 +70,8 @@ def _square_sum_of_sketches(slot: Trainable, gradient: SketchedGradient) -> Tens
     sketch_ERB = gradient.sketch_ERB
     total = torch.zeros((), dtype=sketch_ERB.dtype, device=sketch_ERB.device)
     block = sketch_ERB.shape[-1]
-    for tile, compressed_ENKR in zip(slot.part.tiles, gradient.tiles, strict=True):
+    for tile, sketches in zip(slot.part.tiles, gradient.tiles, strict=True):
         first = 1 if tile.columns[0] % block else 0
-        total = total + compressed_ENKR[:, :, first:].square().sum()
+        for compressed_ENKR in [sketches] if isinstance(sketches, Tensor) else sketches.pieces():
+            total = total + compressed_ENKR[:, :, first:].square().sum()
     return total

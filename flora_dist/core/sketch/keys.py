@@ -25,6 +25,11 @@ class Purpose(enum.IntEnum):
     """Stochastic rounding of weights; one window lasts one step."""
     ROUND_MOMENTUM = 4
     """Stochastic rounding of momentum; one window lasts one step."""
+    ROUND_GRADIENT = 5
+    """Stochastic rounding of a rank's sums of gradients; one window lasts one step, the matrix is
+    the rank's place and the micro-batch."""
+    ROUND_MEAN = 6
+    """Stochastic rounding of the mean of sketched gradients; one window lasts one step."""
 
 
 def canonical_name(name: str) -> str:

@@ -216,6 +216,16 @@ class Sketches:
         self._keep(window, sketch_ERB)
         return sketch_ERB
 
+    def rounding_key(self, purpose: keys.Purpose, window: int, number: int = 0) -> int:
+        """Of the random bits that round what is kept in these bases."""
+        return keys.derive_key(
+            seed=self._config.seed,
+            name_key=self._name_key,
+            purpose=purpose,
+            window=window,
+            matrix=number,
+        )
+
     def _keys(self, window: int) -> list[int]:
         """One per matrix of this rank."""
         return [

@@ -6,19 +6,18 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from flora_dist.core.state.settings import KNOBS
 from flora_dist.core.state.spec import LEVELS
-from flora_dist.gradients.flow import WIRE_DTYPES
+from flora_dist.gradients.request import WIRE_DTYPES, SketchRequest
 
 TYPE = "Flora"
 ALONE = "bf16_master_weights_and_grads"
 """Of the "bf16" block: weights in bfloat16 and no others."""
 _SETTINGS = ("lr", "weight_decay", "maximize", "check_every", *KNOBS)
 _AVAILABLE = ("dense", "compressed", "fused")
-_GRADIENTS = ("gradients", "gradient_rank", "wire_dtype")
+_GRADIENTS = ("gradients", "gradient_rank", "gradient_bits", "wire_bits", "wire_dtype")
 _BFLOAT16 = ("bf16", "bfloat16", "torch.bfloat16")
 _FLOAT16 = ("fp16", "float16", "torch.float16", "half")
 _FLOAT32 = ("fp32", "float32", "torch.float32", "float")
@@ -157,18 +156,6 @@ def refusal(feature: str, why: str) -> ValueError:
     return ValueError(f"Flora under DeepSpeed does not work with {feature}: {why}.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GradientRequest:
-    """The "flora" block of a config."""
-
-    level: str
-    """Of ``LEVELS``; "dense" where there is no block."""
-    gradient_rank: int | None
-    """Numbers per block of a gradient's sketches; None: the group's ``rank``."""
-    wire_dtype: str
-    """Of ``WIRE_DTYPES``: what travels."""
-
-
 def check_flora_block(config: Mapping[str, Any]) -> None:
     """Refuse a "flora" block that cannot be followed, or that the rest of the config contradicts.
 
@@ -176,12 +163,12 @@ def check_flora_block(config: Mapping[str, Any]) -> None:
         ValueError: an unknown key or value, with the nearest known one; a feature of DeepSpeed that
             would compute something wrong of sketched gradients.
     """
-    if gradient_request(config).level != LEVELS[0]:
+    if gradient_request(config).gradients != LEVELS[0]:
         _refuse_on(config, _REFUSED_WITH_SKETCHES)
         _check_precision(config)
 
 
-def gradient_request(config: Mapping[str, Any]) -> GradientRequest:
+def gradient_request(config: Mapping[str, Any]) -> SketchRequest:
     """What the "flora" block asks for.
 
     Raises:
@@ -195,17 +182,19 @@ def gradient_request(config: Mapping[str, Any]) -> GradientRequest:
             )
     block = config.get("flora", {})
     _check_keys("flora", block, _GRADIENTS)
-    request = GradientRequest(
-        level=block.get("gradients", LEVELS[0]),
+    request = SketchRequest(
+        gradients=block.get("gradients", LEVELS[0]),
         gradient_rank=block.get("gradient_rank"),
+        gradient_bits=block.get("gradient_bits"),
+        wire_bits=block.get("wire_bits"),
         wire_dtype=block.get("wire_dtype", "float32"),
     )
-    if request.level == "sharded":
+    if request.gradients == "sharded":
         raise ValueError(
             '"flora"."gradients" cannot be "sharded" under ZeRO: DeepSpeed keeps shards of full '
             'gradients in buffers of its own, so nothing would be saved. Write "compressed".'
         )
-    _check_value("gradients", request.level, _AVAILABLE)
+    _check_value("gradients", request.gradients, _AVAILABLE)
     _check_value("wire_dtype", request.wire_dtype, tuple(WIRE_DTYPES))
     rank = request.gradient_rank
     if rank is not None and not (type(rank) is int and rank >= 1):
@@ -214,11 +203,13 @@ def gradient_request(config: Mapping[str, Any]) -> GradientRequest:
             "1 or more, or leave it out for the groups' rank."
         )
     unused = [key for key in _GRADIENTS[1:] if key in block]
-    if request.level == LEVELS[0] and unused:
+    if request.gradients == LEVELS[0] and unused:
         raise ValueError(
             f'"flora".{unused[0]!r} says how gradients are compressed; "gradients" is '
-            f'{request.level!r}. Write "compressed", or leave {unused[0]!r} out.'
+            f'{request.gradients!r}. Write "compressed", or leave {unused[0]!r} out.'
         )
+    if request.gradients != LEVELS[0]:
+        request.check()
     return request
 
 

@@ -33,13 +33,14 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import LEVELS, Geometry, matrix_sizes
 from flora_dist.core.tiles import Tile, tiles_of_span
 from flora_dist.flora import Flora
-from flora_dist.frameworks.deepspeed.config import GradientRequest, gradient_request, refusal
+from flora_dist.frameworks.deepspeed.config import gradient_request, refusal
 from flora_dist.frameworks.deepspeed.steps import TESTED, Sketched, join
 from flora_dist.frameworks.deepspeed.zero_grad import drop_with_zero_grad, names_needed
 from flora_dist.gradients.attach import Handle
-from flora_dist.gradients.average import Route
 from flora_dist.gradients.flow import Adapter, Source, geometry_for
 from flora_dist.gradients.report import GradientReport
+from flora_dist.gradients.request import SketchRequest
+from flora_dist.gradients.route import Route
 
 _handles: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
 _IN_A_LEAF = "in a leaf module of ZeRO-3, whose gradients DeepSpeed takes together"
@@ -71,7 +72,7 @@ def check_compressible(engine: DeepSpeedEngine) -> None:
         ValueError: an optimizer of DeepSpeed's that is not known, or sequence parallelism.
         RuntimeError: this version of DeepSpeed lacks a name that is needed.
     """
-    if gradient_request(engine.config).level == LEVELS[0]:
+    if gradient_request(engine.config).gradients == LEVELS[0]:
         return
     optimizer = engine.optimizer
     if type(optimizer) not in {*_ZERO, FP16_UnfusedOptimizer, Flora}:
@@ -112,7 +113,7 @@ def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, 
         names: of the module's parameters, by identity.
     """
     request = gradient_request(engine.config)
-    if request.level == LEVELS[0]:
+    if request.gradients == LEVELS[0]:
         return
     parameters = {names[id(p)]: p for p in engine.module.parameters()}
     slots = [slot for slot in flora.slots() if takes_part(slot)]
@@ -120,8 +121,7 @@ def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, 
     adapter = _adapter(
         engine, [s for s in slots if sizes[s.part.name].rank is not None], parameters
     )
-    asked = (request.level, request.gradient_rank, request.wire_dtype)
-    handle = _handles[flora] = Handle(engine.module, flora, slots, sizes, adapter, asked)
+    handle = _handles[flora] = Handle(engine.module, flora, slots, sizes, adapter, request)
     if engine.optimizer is not flora:
         sketched = Sketched(handle.gradients, slots)
         join(engine.optimizer, sketched)
@@ -130,8 +130,8 @@ def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, 
     flora.register_load_state_dict_post_hook(lambda _: handle.gradients.forget())
 
 
-def _size(slot: Trainable, parameters: Parameters, request: GradientRequest) -> Geometry:
-    size = geometry_for(slot, request.gradient_rank)
+def _size(slot: Trainable, parameters: Parameters, request: SketchRequest) -> Geometry:
+    size = geometry_for(slot, request)
     if size.rank is not None and z3_leaf_parameter(parameters[slot.part.name]):
         return replace(size, rank=None, dense_because=_IN_A_LEAF)
     return size

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sketches in few bits over the network: an all-to-all of records, summed where they are kept.
+
+A reduce-scatter of records is every rank's records for each owner, summed there in the arithmetic's
+dtype, in the order of ranks, and rounded once more as the mean. Without a scatter each rank owns
+some lines of every parameter, and the means are gathered. All ranks round a mean by the same random
+bits, so that every layout of as many ranks has the same one.
+
+Lines are the rows of all matrices of a tile. A bucket has some whole lines for each rank. Shape
+suffixes: L lines, K blocks, R rank, O bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flora_dist.core.comm.groups import exchange_octets
+from flora_dist.core.records import Code
+from flora_dist.core.sketch.quantise import read_records
+from flora_dist.core.step.gradient import Records
+from flora_dist.gradients.accumulator import Accumulator, Share
+from flora_dist.gradients.route import Mean, Route
+
+SMALLEST_MEAN_BITS = 4
+"""Of a mean: it is a sum of rounded numbers, to which one or two bits would add as much again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Some lines of one share."""
+
+    index: int
+    """Of the parameter."""
+    place: int
+    """Of the share among those of its owner."""
+    share: Share
+    first: int
+    last: int
+
+    def octets(self, code: Code) -> int:
+        """Bytes of its records."""
+        return (self.last - self.first) * self.share.shape[2] * code.bytes
+
+
+def mean_bits(wire_bits: int) -> int:
+    """Bits in which means are kept until the step, and gathered."""
+    return max(wire_bits, SMALLEST_MEAN_BITS)
+
+
+class RecordBuckets:
+    """Parameters of one group of ranks whose sketches travel in few bits."""
+
+    def __init__(
+        self,
+        accumulators: Sequence[Accumulator],
+        routes: Sequence[Route],
+        wire_bits: int,
+        bucket_bytes: int,
+    ) -> None:
+        """All routes go over the same ranks, by one scatter or one sum.
+
+        Raises:
+            ValueError: they go by both.
+        """
+        route = routes[0]
+        groups = [*([route.scatter] if route.scatter is not None else []), *route.sums]
+        if len(groups) != 1:
+            raise ValueError(
+                "sketches in few bits are averaged over one group of ranks; these have "
+                f"{len(groups)}, replicas of shards (HSDP). Pass gradient_bits=32 and "
+                "wire_bits=32, or shard over one axis."
+            )
+        self._own, self._divisor, self._group = accumulators, route.divisor, groups[0]
+        self._gathers = route.scatter is None
+        self._ranks, self._me = dist.get_world_size(self._group), dist.get_rank(self._group)
+        self._wire = [Code(bits=wire_bits, numbers=each.rank) for each in accumulators]
+        self._mean = [Code(bits=mean_bits(wire_bits), numbers=each.rank) for each in accumulators]
+        self._shares = [
+            [each.share_of(tile) for tile in own.kept[own.rank]]
+            for each, own in zip(accumulators, routes, strict=True)
+        ]
+        lines = [list(self._line(routes, rank)) for rank in range(self._ranks)]
+        limit = max(1, bucket_bytes // self._ranks)
+        cut = [list(_buckets(line, self._wire, limit)) for line in lines]
+        self._buckets = [
+            [line[number] if number < len(line) else [] for line in cut]
+            for number in range(max(1, *map(len, cut)))
+        ]
+        """By bucket and owner."""
+        self._ends = _last_buckets(self._buckets, len(accumulators))
+
+    def _line(self, routes: Sequence[Route], rank: int) -> Iterator[_Piece]:
+        """What one rank owns of every parameter."""
+        for index, (each, route) in enumerate(zip(self._own, routes, strict=True)):
+            for place, tile in enumerate(route.kept[0 if self._gathers else rank]):
+                share = each.share_of(tile)
+                first, last = 0, share.num_lines
+                if self._gathers:
+                    first, last = (last * (rank + more) // self._ranks for more in (0, 1))
+                if first < last:
+                    yield _Piece(index=index, place=place, share=share, first=first, last=last)
+
+    def run(self) -> list[Mean]:
+        """One collective per bucket, two where means are gathered."""
+        were_here = [each.sums_ENKR is not None for each in self._own]
+        steps = [each.next_step for each in self._own]
+        present_P = torch.zeros(len(self._own))
+        means = [
+            [self._empty(share, code) for share in shares]
+            for shares, code in zip(self._shares, self._mean, strict=True)
+        ]
+        for number, owners in enumerate(self._buckets):
+            header = torch.tensor(were_here if number == 0 else [], dtype=torch.uint8)
+            lines = self._exchange(owners, header.to(self._device))
+            self._drop_packed(number)
+            if number == 0:
+                present_P = torch.stack([line[: len(header)] for line in lines]).sum(0)
+            rounded = self._round(owners[self._me], [line[len(header) :] for line in lines], steps)
+            for owner, records in self._spread(owners, rounded):
+                _put(means, owners[owner], records, self._mean)
+        return [
+            Mean(tiles=tuple(tiles), was_here=was_here, presence=presence)
+            for tiles, was_here, presence in zip(means, were_here, present_P, strict=True)
+        ]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._own[0].device
+
+    def _empty(self, share: Share, code: Code) -> Records:
+        octets = torch.zeros((*share.shape[:3], code.bytes), dtype=torch.uint8, device=self._device)
+        return Records(octets=octets, code=code, dtype=self._own[0].dtype)
+
+    def _exchange(self, owners: Sequence[Sequence[_Piece]], header_P: Tensor) -> list[Tensor]:
+        """Every rank's records for this one, as they travel."""
+        packed: list[Tensor] = []
+        given = []
+        for pieces in owners:
+            parts = [header_P]
+            for piece in pieces:
+                own, code = self._own[piece.index], self._wire[piece.index]
+                records = own.wire_records(piece.share, piece.first, piece.last, code)
+                parts.append(records.reshape(-1))
+            packed += parts
+            given.append(sum(len(part) for part in parts))
+        mine = given[self._me]
+        received = exchange_octets(torch.cat(packed), given, [mine] * self._ranks, self._group)
+        return list(torch.split(received, mine)) if mine else [received] * self._ranks
+
+    def _drop_packed(self, number: int) -> None:
+        """Drop sketches of which nothing is left to pack."""
+        for each, end in zip(self._own, self._ends, strict=True):
+            if end <= number:
+                each.drop()
+
+    def _round(
+        self, pieces: Sequence[_Piece], lines: Sequence[Tensor], steps: Sequence[int]
+    ) -> list[Tensor]:
+        """The mean of each piece, as records."""
+        rounded, begin = [], 0
+        for piece in pieces:
+            own, code = self._own[piece.index], self._wire[piece.index]
+            shape = (piece.last - piece.first, piece.share.shape[2], code.bytes)
+            stop = begin + piece.octets(code)
+            # The sum over ranks, in their order
+            sum_LKR = read_records(lines[0][begin:stop].view(shape), code, own.dtype)
+            for line in lines[1:]:
+                sum_LKR += read_records(line[begin:stop].view(shape), code, own.dtype)
+            step, mean = steps[piece.index], self._mean[piece.index]
+            sum_LKR /= self._divisor
+            rounded.append(own.rounded_mean(sum_LKR, piece.share, piece.first, step, mean))
+            begin = stop
+        return rounded
+
+    def _spread(
+        self, owners: Sequence[Sequence[_Piece]], rounded: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Owners whose means are kept here, with their records in a line."""
+        mine = torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device)])
+        if rounded:
+            mine = torch.cat([records.reshape(-1) for records in rounded])
+        if not self._gathers:
+            yield self._me, mine
+            return
+        taken = [sum(p.octets(self._mean[p.index]) for p in pieces) for pieces in owners]
+        given = [len(mine)] * self._ranks
+        received = exchange_octets(mine.repeat(self._ranks), given, taken, self._group)
+        yield from enumerate(torch.split(received, taken))
+
+
+def _put(
+    means: Sequence[Sequence[Records]],
+    pieces: Sequence[_Piece],
+    line: Tensor,
+    codes: Sequence[Code],
+) -> None:
+    begin = 0
+    for piece in pieces:
+        code = codes[piece.index]
+        stop = begin + piece.octets(code)
+        shape = (piece.last - piece.first, piece.share.shape[2], code.bytes)
+        target = means[piece.index][piece.place].octets.flatten(0, 1)
+        target[piece.first : piece.last] = line[begin:stop].view(shape)
+        begin = stop
+
+
+def _buckets(line: Sequence[_Piece], codes: Sequence[Code], limit: int) -> Iterator[list[_Piece]]:
+    """A rank's line in pieces of at most so many bytes together, or one line of a matrix."""
+    bucket: list[_Piece] = []
+    room = limit
+    for whole in line:
+        first = whole.first
+        of_one = whole.share.shape[2] * codes[whole.index].bytes
+        while first < whole.last:
+            if bucket and room < of_one:
+                yield bucket
+                bucket, room = [], limit
+            last = min(whole.last, first + max(1, room // of_one))
+            bucket.append(
+                _Piece(
+                    index=whole.index,
+                    place=whole.place,
+                    share=whole.share,
+                    first=first,
+                    last=last,
+                )
+            )
+            room -= (last - first) * of_one
+            first = last
+    if bucket:
+        yield bucket
+
+
+def _last_buckets(buckets: Sequence[Sequence[Sequence[_Piece]]], count: int) -> list[int]:
+    """The bucket after which nothing of a parameter is left to pack, for each."""
+    ends = [0] * count
+    for number, owners in enumerate(buckets):
+        for pieces in owners:
+            for piece in pieces:
+                ends[piece.index] = number
+    return ends

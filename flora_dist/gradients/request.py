@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``attach`` is asked for: the level, numbers per block, bits kept and bits sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from flora_dist.core.records import FEW_BITS, FULL_BITS
+from flora_dist.core.state.settings import FloraConfig, check_bits, check_rank
+from flora_dist.core.state.spec import LEVELS, Geometry, geometry_at
+
+WIRE_DTYPES: Mapping[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+"""What travels: as accumulated (float64 for float64 parameters), or rounded."""
+GRADIENT_BITS = (FULL_BITS, 16, *FEW_BITS)
+"""Of a gradient's numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """What travels of sketches."""
+
+    dtype: torch.dtype | None
+    """Of numbers; None: as they are accumulated."""
+    bits: int | None
+    """Of each number in a record; None: numbers travel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SketchRequest:
+    """How gradients are to be kept and sent; as ``attach`` names them."""
+
+    gradients: str
+    """The level, of ``LEVELS`` but dense."""
+    gradient_rank: int | None = None
+    gradient_bits: int | None = None
+    wire_bits: int | None = None
+    wire_dtype: str = "float32"
+
+    def words(self) -> dict[str, object]:
+        """Name and value of each, for comparing ranks and for messages."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.words().items())
+
+    @property
+    def bits(self) -> int:
+        """Of each number that is kept."""
+        return FULL_BITS if self.gradient_bits is None else self.gradient_bits
+
+    @property
+    def wire(self) -> Wire:
+        """What travels."""
+        if self.bits == FULL_BITS and self.wire_bits in (None, FULL_BITS):
+            return Wire(dtype=WIRE_DTYPES[self.wire_dtype], bits=None)
+        if self.bits == FULL_BITS and self.wire_bits == 16:
+            return Wire(dtype=torch.bfloat16, bits=None)
+        return Wire(dtype=None, bits=self.bits if self.wire_bits is None else self.wire_bits)
+
+    def check(self) -> None:
+        """Refuse what does not exist or does not go together.
+
+        Raises:
+            ValueError: naming what would.
+        """
+        if self.gradients not in LEVELS[1:]:
+            raise ValueError(
+                f"gradients must be one of {', '.join(LEVELS[1:])}; got {self.gradients!r}. For "
+                "dense gradients do not call attach()."
+            )
+        if self.wire_dtype not in WIRE_DTYPES:
+            raise ValueError(
+                f"wire_dtype must be one of {', '.join(WIRE_DTYPES)}; got {self.wire_dtype!r}. "
+                "Pass one of these."
+            )
+        for name in ("gradient_bits", "wire_bits"):
+            if getattr(self, name) is not None:
+                check_bits(name, getattr(self, name), GRADIENT_BITS)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        few = self.bits != FULL_BITS or self.wire_bits is not None
+        if few and self.wire_dtype != "float32":
+            raise ValueError(
+                f"wire_dtype={self.wire_dtype!r} is wire_bits=16 in other words; got it beside "
+                f"gradient_bits={self.gradient_bits} and wire_bits={self.wire_bits}. Pass "
+                "wire_bits alone."
+            )
+        if self.wire_bits is not None and self.wire_bits > self.bits:
+            raise ValueError(
+                "wire_bits must not exceed gradient_bits: what is sent is made of what is kept; "
+                f"got {self.wire_bits} and {self.bits}. Lower wire_bits, or leave it out."
+            )
+        if self.gradients == "fused" and few:
+            raise ValueError(
+                'gradients="fused" keeps its numbers in full: it saves arithmetic by a low rank; '
+                f"got gradient_bits={self.gradient_bits}, wire_bits={self.wire_bits}. Leave them "
+                'out, or use gradients="compressed".'
+            )
+        if self.gradients == "sharded" and self.wire_bits is not None:
+            raise ValueError(
+                'under gradients="sharded" no sketch travels, the framework reduces whole '
+                f"gradients; got wire_bits={self.wire_bits}. Leave it out."
+            )
+
+    def geometry(self, name: str, shape: tuple[int, ...], config: FloraConfig) -> Geometry:
+        """Blocks and numbers per block of a parameter's gradient sketches.
+
+        Without ``gradient_rank``: the group's rank, or in few bits all numbers of a block.
+
+        Raises:
+            ValueError: a rank that saves nothing, few bits of a sketch that is no rotation.
+        """
+        few = self.bits in FEW_BITS
+        rank = config.rank if self.gradient_rank is None else self.gradient_rank
+        check_rank(rank, config.block, self.bits)
+        if few and config.sketch != "hadamard":
+            raise ValueError(
+                "few bits need sketch='hadamard', a rotation: its levels are of rotated numbers; "
+                f"got sketch={config.sketch!r} and {self.bits} bits. Change sketch, or pass "
+                "gradient_bits=32."
+            )
+        is_whole = few and self.gradient_rank is None and rank is not None
+        kept: int | Literal["block"] | None = "block" if is_whole else rank
+        return geometry_at(name, shape, config, rank=kept, bits=self.bits)
