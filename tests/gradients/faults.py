@@ -14,9 +14,11 @@ from flora_dist import flora
 from flora_dist.core.parameters import norms
 from flora_dist.core.sketch.keys import Purpose
 from flora_dist.core.step.basis import Sketches
+from flora_dist.gradients import accumulator as few_bits
 from flora_dist.gradients import average as routes
 from flora_dist.gradients import cycle as gradients
 from flora_dist.gradients.accumulator import Accumulator
+from flora_dist.gradients.average_records import RecordBuckets
 from flora_dist.gradients.cut_sketches import PartialSketches
 
 Mutate = Callable[[Any], Any]
@@ -89,6 +91,44 @@ def _unscaled(original: Any) -> Any:
     return lambda gradients, factor: None  # noqa: ARG005 - the function's signature
 
 
+def _one_key(original: Any) -> Any:
+    def rounding_key(self: Any, purpose: Any, window: int, number: int = 0) -> int:
+        del window, number
+        return original(self, purpose, 1, 0)
+
+    return rounding_key
+
+
+def _first_rank_twice(original: Any) -> Any:
+    def round_(self: Any, pieces: Any, lines: Any, steps: Any) -> Any:
+        return original(self, pieces, [lines[0], *lines[:-1]], steps)
+
+    return round_
+
+
+def _half_a_scale(original: Any) -> Any:
+    def level_records(x_R: Tensor, code: Any) -> Tensor:
+        records = original(x_R, code)
+        records[..., -2] ^= 0x40  # a bit of the scale's mantissa
+        return records
+
+    return level_records
+
+
+def _always_levels(original: Any) -> Any:
+    """Put sums at levels again and again."""
+
+    def records(self: Any, kept: Tensor, added: Tensor, where: Any, code: Any) -> Tensor:
+        total = added + few_bits.read_records(kept, code, self.dtype) if self._added else added
+        before, self._added = self._added, 0
+        try:
+            return original(self, kept, total, where, code)
+        finally:
+            self._added = before
+
+    return records
+
+
 FAULTS: dict[str, tuple[Any, str, Mutate]] = {
     "divisor": (gradients, "Averaging", _undivided),
     "replicas": (gradients, "Averaging", _without_replicas),
@@ -97,6 +137,10 @@ FAULTS: dict[str, tuple[Any, str, Mutate]] = {
     "basis of its own": (Sketches, "_keys", _momentum_basis),
     "cut blocks": (PartialSketches, "complete_", _incomplete),
     "whose line": (routes, "reduce_scatter", _wrong_place),
+    "rounding key": (Sketches, "rounding_key", _one_key),
+    "owner's sum": (RecordBuckets, "_round", _first_rank_twice),
+    "scale": (few_bits, "level_records", _half_a_scale),
+    "levels of sums": (Accumulator, "_records", _always_levels),
     "clipping": (flora, "scale_", _unscaled),
     "blocks kept twice": (norms, "_square_sum_of_sketches", _every_block),
 }
