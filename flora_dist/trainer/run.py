@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flora_dist.core.parameters.advice import advice
+from flora_dist.flora import Flora
 from flora_dist.trainer.backend import find_world, process_group, wait_for_all
 from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, resume
 from flora_dist.trainer.config import CheckpointConfig, Config, OptimizerConfig
@@ -113,6 +115,8 @@ def _one(
             soft_wrap=True,
         )
     learner = build_learner(model, optimizer_config, config, plan.world)
+    if console is not None:
+        _warn(learner, config.train.steps, console)
     job = _job(plan, learner, console)
     folder = checkpoint_folder(plan.folder)
     start = Start() if compared else plan.start
@@ -142,6 +146,15 @@ def _one(
         console.print(_stopped(label, stop.agreed, measured.steps, saved), soft_wrap=True)
     learner.spread.close()
     return measured, parameters
+
+
+def _warn(learner: Learner, steps: int, console: Console) -> None:
+    """Say what is known before the run about settings that will cost it."""
+    if not isinstance(learner.optimizer, Flora):
+        return
+    held = [(slot.geometry, slot.config) for slot in learner.optimizer.slots()]
+    for sentence in advice(held, steps):
+        console.print(f"warning: {sentence}", soft_wrap=True, style="yellow")
 
 
 def _job(plan: Plan, learner: Learner, console: Console | None) -> Job:

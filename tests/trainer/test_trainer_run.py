@@ -331,3 +331,13 @@ def test_bfloat16_pure_trains_weights_of_two_bytes_and_no_others(
     assert full[-1] < full[0] - 0.1
     summary = json.loads((tmp_path / "bfloat16-pure" / "summary.json").read_text())
     assert summary["measured"]["weight_bytes"] == 2 * summary["parameters"]
+
+
+def test_the_trainer_gives_advice_once_before_it_trains(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny("optimizer={name: flora, lr: 1e-2, momentum: flora_strict}")) == 0
+    said = capsys.readouterr().out
+    assert said.count("warning: momentum='flora_strict' moves weights only inside") == 1
+    assert run(tiny("optimizer={name: flora, lr: 1e-2}", "output.name=other")) == 0
+    assert "warning" not in capsys.readouterr().out
