@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -27,6 +27,7 @@ from flora_dist.core.parameters.first_step import Beginning
 from flora_dist.core.parameters.norms import clip_factor, global_norm, scale_
 from flora_dist.core.parameters.registry import Registry, device_types_of, takes_part
 from flora_dist.core.parameters.report import Report
+from flora_dist.core.parameters.roles import split
 from flora_dist.core.parameters.source import DenseGradients, GradientSource
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.parameters.turns import Player, take_turn
@@ -87,6 +88,10 @@ class Flora(torch.optim.Optimizer):
         maximize: step uphill.
         check_every: steps from one ``check_consistency()`` to the next; None: only where gradients,
             ZeRO or FSDP1 are attached and where a checkpoint is loaded. One for all groups.
+        roles: settings of the parameters that play a role ("head", "embedding", "value" for
+            attention's, "other") or whose name fits a pattern: {"head": {"rank": None}, "*.A_log":
+            {"rank": None}, "embedding": {"momentum": "none"}}. Patterns come before roles, settings
+            that a group names itself before both. Needs names; a tied weight has one.
 
     Each setting may stand in a parameter group. A parameter without a gradient is skipped. If only
     some ranks have a gradient, those of the others count as zero. A frozen parameter is skipped
@@ -129,6 +134,7 @@ class Flora(torch.optim.Optimizer):
         seed: int = 0,
         maximize: bool = False,
         check_every: int | None = None,
+        roles: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
@@ -138,7 +144,7 @@ class Flora(torch.optim.Optimizer):
         self._announced = False
         self._source: GradientSource = DenseGradients()
         self._beginning, self._player = Beginning(), Player()
-        super().__init__(naming.as_groups(params), defaults)
+        super().__init__(split(naming.as_groups(params), roles), defaults)
 
     @classmethod
     def paper(

@@ -20,6 +20,8 @@ class ReportRow:
     name: str
     shape: tuple[int, ...]
     """Of the whole parameter."""
+    role: str
+    """What it is to the model by its name: head, embedding, value or other."""
     how: str
     """Compressed how, or dense and why."""
     is_compressed: bool
@@ -87,10 +89,10 @@ class Report:
             )
 
     def __str__(self) -> str:
-        table = [("parameter", "shape", "how", "state bytes", "AdamW")]
+        table = [("parameter", "shape", "role", "how", "state bytes", "AdamW")]
         for row in self.rows:
             shape = "x".join(map(str, row.shape)) or "scalar"
             adamw = f"{ADAMW_BYTES * row.local_elements:,}"
-            table.append((row.name, shape, row.how, f"{row.state_bytes:,}", adamw))
-        table.append(("all", "", "", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"))
-        return aligned(table, left=3)
+            table.append((row.name, shape, row.role, row.how, f"{row.state_bytes:,}", adamw))
+        table.append(("all", "", "", "", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"))
+        return aligned(table, left=4)

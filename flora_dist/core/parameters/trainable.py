@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flora_dist.core.parameters.names import names_of, position_name
 from flora_dist.core.parameters.report import ReportRow
+from flora_dist.core.parameters.roles import role_of
 from flora_dist.core.protocols import Layout, Part
 from flora_dist.core.sketch.keys import Purpose, name_key
 from flora_dist.core.sketch.matrices import KINDS
@@ -191,6 +192,7 @@ class Trainable:
         return ReportRow(
             name=self.part.name,
             shape=self.part.shape,
+            role=role_of(self.part.name),
             how=self._how(self._config),
             is_compressed=size.rank is not None and self._config.momentum != "none",
             local_elements=sum(tile.num_elements for tile in self.part.tiles),
