@@ -65,8 +65,9 @@ class Flora(torch.optim.Optimizer):
         sketch: "hadamard" (least noise), "gaussian" (the paper) or "rademacher".
         momentum: "blend" (momentum inside the sketched subspace, the gradient itself outside),
             "flora" (the authors' code), "flora_strict" (Algorithm 2) or "none".
-        blend_gain: weight of the sketched momentum under "blend", 1 to block/rank; None:
-            min(2, block / (2 rank)).
+        blend_gain: weight of the sketched momentum under "blend"; above 1 only where noise hides
+            the limit on lr that it brings (core/step/momentum_rules.py); None: min(2, block / (2
+            rank)), the default of older runs.
         beta1: decay of the momentum.
         kappa: steps between projections.
         transfer: momentum at a new projection: "shrink" (least squares), "paper" or "reset".
@@ -99,10 +100,10 @@ class Flora(torch.optim.Optimizer):
 
     >>> import torch
     >>> model = torch.nn.Linear(64, 64)
-    >>> optimizer = Flora(model.named_parameters(), lr=1e-3, rank=8, block=64)
+    >>> optimizer = Flora(model.named_parameters(), lr=1e-3)
     >>> report = optimizer.report()
     >>> report.state_bytes, report.adamw_bytes
-    (3072, 33280)
+    (5120, 33280)
 
     Raises:
         ValueError: a setting, a shape or a name that cannot be right; nothing has changed then.
@@ -113,11 +114,11 @@ class Flora(torch.optim.Optimizer):
         params: Any,
         lr: float | Tensor = 1e-3,
         *,
-        rank: int | None = 8,
+        rank: int | None = 16,
         block: int | str = 64,
         sketch: str = "hadamard",
         momentum: str = "blend",
-        blend_gain: float | None = None,
+        blend_gain: float | None = 1.0,
         beta1: float = 0.9,
         kappa: int = 1000,
         transfer: str = "shrink",

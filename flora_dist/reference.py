@@ -37,7 +37,7 @@ class ReferenceSettings:
     lr: float = 1e-3
     momentum: str = "blend"
     sketch: str = "hadamard"
-    blend_gain: float | None = None
+    blend_gain: float | None = 1.0
     beta1: float = 0.9
     kappa: int = 1000
     transfer: str = "shrink"

@@ -129,7 +129,8 @@ def all_rows() -> tuple[Row, ...]:
         *_paper(),
         *_scaled(),
         *_blends("gain", {"blend_gain": (1.0, 4.0, 8.0)}),
-        _small_gain(),
+        *_projections(),
+        *_roles(),
         *_blends("beta1", {"beta1": (0.8, 0.95)}),
         *_blends("clip", {"clip": (None, 2.0)}),
         *_blocks(),
@@ -207,10 +208,21 @@ def _blends(factor: str, changes: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
             yield _flora(f"blend, {option} {shown}", factor, CENTRE | {option: value})
 
 
-def _small_gain() -> Row:
-    """At ratio 2 the centre's gain is block/rank already, the whole of the momentum."""
-    options = CENTRE | {"rank": 32, "blend_gain": 1.0}
-    return _flora("blend, ratio 2, blend_gain 1", "gain", options)
+def _projections() -> Iterator[Row]:
+    """Gain 1, which no lr makes unstable; at ratio 2 the centre's is the whole of the momentum."""
+    for ratio in (4, 2):
+        options = CENTRE | {"rank": 64 // ratio, "blend_gain": 1.0}
+        yield _flora(f"blend, ratio {ratio}, blend_gain 1", "gain", options)
+    # The bytes of the centre, whose momentum is float32.
+    half = CENTRE | {"rank": 16, "blend_gain": 1.0, "state_dtype": "bfloat16"}
+    yield _flora("blend, ratio 4, blend_gain 1, bf16 state", "gain", half)
+
+
+def _roles() -> Iterator[Row]:
+    """Momentum for the head alone, as SCALE has it (arXiv 2506.16659)."""
+    heads = {"roles": {"head": {"momentum": "blend", "rank": None}}}
+    yield _flora("none, head dense", "role", CENTRE | {"momentum": "none"} | heads)
+    yield _flora("blend, head dense", "role", CENTRE | heads)
 
 
 def _blocks() -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 
-from flora_dist import Flora
+from flora_dist import Flora, checkpoint
 from flora_dist.core.state import settings as config
 from tests.optimizer import runs
 
@@ -283,3 +284,39 @@ def test_a_state_whose_settings_no_run_can_have_is_refused_and_changes_nothing(
     with pytest.raises(ValueError, match=f"settings must be those of a run; {name}"):
         fresh.load_state_dict(saved)
     assert fresh.state_dict() == before  # no tensors yet
+
+
+BEFORE = {"rank": 8, "blend_gain": None}
+"""What a run without settings had, before gain 1 at rank 16 became the default."""
+
+
+@pytest.mark.parametrize("stored", ["state_dict", "checkpoint"])
+def test_a_run_with_the_former_defaults_goes_on_with_them(stored: str, tmp_path: Path) -> None:
+    shapes = {"weight": (20, 128), "bias": (20,)}
+    old, new = (_Bare(runs.build(shapes, torch.float32)) for _ in range(2))
+    optimizer = Flora(old.named_parameters(), **BEFORE)
+    runs.train(optimizer, dict(old.named_parameters()), range(4))
+    fresh = Flora(new.named_parameters())
+    if stored == "checkpoint":
+        checkpoint.save(tmp_path, old, optimizer, step=4)
+        checkpoint.load(tmp_path, new, fresh)
+    else:
+        new.load_state_dict(old.state_dict())
+        fresh.load_state_dict(_through_a_file(optimizer.state_dict()))
+    assert {key: fresh.param_groups[0][key] for key in BEFORE} == BEFORE
+    for each, module in ((optimizer, old), (fresh, new)):
+        runs.train(each, dict(module.named_parameters()), range(4, 7))
+    runs.assert_equal(dict(new.state_dict()), dict(old.state_dict()))
+    unlike = _Bare(runs.build(shapes, torch.float32))
+    other = Flora(unlike.named_parameters())
+    runs.train(other, dict(unlike.named_parameters()), range(7))
+    assert not torch.equal(unlike.weight, old.weight)
+
+
+class _Bare(nn.Module):
+    """Parameters and nothing else."""
+
+    def __init__(self, parameters: runs.Parameters) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)

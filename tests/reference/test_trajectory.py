@@ -146,7 +146,14 @@ def test_blend_with_a_lossless_sketch_and_gain_one_equals_dense_momentum() -> No
 def test_blend_follows_its_formula_across_a_window() -> None:
     sketch, gradients = hadamard_bases(8, 2), gradients_of((3, 8), 2)
     reference = trained(
-        torch.zeros(3, 8, dtype=F64), gradients, sketch, momentum="blend", kappa=2, clip=0.5, lr=1.0
+        torch.zeros(3, 8, dtype=F64),
+        gradients,
+        sketch,
+        momentum="blend",
+        blend_gain=2.0,
+        kappa=2,
+        clip=0.5,
+        lr=1.0,
     )
     old, new = sketch("w", 0, 0), sketch("w", 0, 1)
     assert old is not None

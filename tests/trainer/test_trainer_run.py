@@ -41,7 +41,7 @@ def test_a_run_leaves_metrics_summary_picture_and_its_config(
     # float32 moments, and one float32 step count for each of the 21 parameters
     assert summary["adamw"]["state_bytes"] == 8 * weights + 4 * 21
     assert summary["measured"]["adamw_bytes"] == 8 * weights
-    assert summary["measured"]["state_bytes"] < weights  # below 1 byte a weight at ratio 8
+    assert summary["measured"]["state_bytes"] < 1.5 * weights  # about 1 byte each at ratio 4
     assert summary["measured"]["loss"] == pytest.approx(
         sum(r["loss"] for r in records) / len(records)
     )

@@ -41,9 +41,10 @@ class FloraConfig:
     Rows named below are those of the quality bench (tests/bench/README.md) that set a default.
     """
 
-    rank: int | None = 8
-    """Numbers kept per block; None keeps the group dense. Row "blend, ratio 8": within 0.006 of
-    ratio 4 at half its state, clear of the control, which ratio 16 is not."""
+    rank: int | None = 16
+    """Numbers kept per block; None keeps the group dense. Row "blend, ratio 4,
+    blend_gain 1": the loss of "blend, ratio 8", whose gain is 2, without its limit on lr; rank 8 at
+    gain 1, "blend, blend_gain 1", is within the spread of the control."""
     block: int | str = 64
     """Consecutive row elements compressed together, a power of two; "full": the smaller of rows
     and columns, as in the paper. Rows "blend, block 16", "256" and "full" are within the seeds'
@@ -53,9 +54,11 @@ class FloraConfig:
     momentum: str = "blend"
     """Rule: blend, flora (the authors' code), flora_strict (Algorithm 2) or none. Rows "blend,
     ratio 8" and 4 beat none and the dense-only control by more than the spread; flora does not."""
-    blend_gain: float | None = None
-    """blend only: weight of the sketched momentum, 1 (projection) to block/rank (unbiased);
-    None: min(2, block / (2 rank)). Rows "blend, blend_gain 1" to "8", "ratio 2, blend_gain 1"."""
+    blend_gain: float | None = 1.0
+    """blend only: weight of the sketched momentum. Up to 1, the projection, it converges like plain
+    gradients; above 1 / beta1 the current gradient counts negatively inside the subspace, and lr
+    times curvature must stay below (1 - beta1) / (beta1 (gain - 1)). None, the default of older
+    runs: min(2, block / (2 rank))."""
     beta1: float = 0.9
     """Decay of the momentum per step. Rows "blend, beta1 0.8" and "0.95" are no better."""
     kappa: int = 1000
