@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted((ROOT / "flora_dist").rglob("README.md"))]
 READMES += [ROOT / folder / "README.md" for folder in ("launch", "launch/k8s", "tests", "docker")]
 READMES += [ROOT / "configs" / "README.md", ROOT / "configs" / "deepspeed" / "README.md"]
-READMES += [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "choosing.md"]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+READMES += [ROOT / "CONTRIBUTING.md", *DOCS]
 # Folders of the repository; `runs/` and the like are outputs and need not exist.
-TOP = ("flora_dist", "launch", "configs", "tests", "docker", ".ci")
+TOP = ("flora_dist", "launch", "configs", "tests", "docker", "docs", ".ci")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -54,8 +55,9 @@ def label(readme: Path) -> str:
 
 @pytest.mark.ranks(2)
 @pytest.mark.timeout(120)
-def test_the_first_python_example_runs_as_it_stands_on_two_processes(tmp_path: Path) -> None:
-    example = fenced((ROOT / "README.md").read_text(encoding="utf-8"), "python")[0]
+def test_the_fsdp2_example_runs_as_it_stands_on_two_processes(tmp_path: Path) -> None:
+    examples = fenced((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    (example,) = (code for code in examples if "init_device_mesh" in code)
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -90,7 +92,11 @@ def test_paths_and_links_are_found_where_they_stand() -> None:
 
 
 # flora_dist's own is the explanation of the whole, not a folder's label.
-LABELS = [readme.parent for readme in READMES[1:-1] if readme.parent != ROOT / "flora_dist"]
+LABELS = [
+    readme.parent
+    for readme in READMES
+    if readme.name == "README.md" and readme.parent not in {ROOT, ROOT / "flora_dist"}
+]
 
 
 @pytest.mark.parametrize("folder", LABELS, ids=label)
@@ -100,18 +106,25 @@ def test_a_folder_readme_has_at_most_sixty_lines(folder: Path) -> None:
 
 
 def is_prose(line: str) -> bool:
-    """Whether a line outside of fences is no table, no code and more than one link."""
-    is_link = re.fullmatch(r"\s*(?:[*-] )?\[[^\]]*\]\([^)]*\)[.,;:]?", line)
+    """Whether a line outside of fences is no table, no code and more than one link or picture."""
+    is_link = re.fullmatch(r"\s*(?:[*-] )?!?\[[^\]]*\]\([^)]*\)[.,;:]?", line)
     return not line.startswith(("|", "    ")) and is_link is None
 
 
 PROSE = [readme for readme in READMES if readme.is_relative_to(ROOT / "flora_dist")]
 
 
-@pytest.mark.parametrize("readme", [*PROSE, ROOT / "CONTRIBUTING.md"], ids=label)
+PROSE += [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+
+
+@pytest.mark.parametrize("readme", PROSE, ids=label)
 def test_prose_stays_within_a_hundred_columns(readme: Path) -> None:
     lines = FENCE.sub("", readme.read_text(encoding="utf-8")).splitlines()
     assert [line for line in lines if is_prose(line) and len(line) > 100] == []
+
+
+def test_the_readme_has_at_most_seven_hundred_words_beside_its_code() -> None:
+    assert len(FENCE.sub("", (ROOT / "README.md").read_text(encoding="utf-8")).split()) <= 700
 
 
 def test_tables_code_and_lone_links_may_be_wider_than_prose() -> None:
