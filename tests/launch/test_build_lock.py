@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
+from flora_dist.cluster.launch.locks import may_wait_for_locks
 from flora_dist.cluster.launch.near_end import Session
 from flora_dist.cluster.launch.worker import refuse_stale_locks
 from flora_dist.frameworks import build_lock
@@ -105,6 +106,46 @@ def test_a_rank_that_no_agent_watches_refuses_a_stale_lock(lock: Path) -> None:
         refuse_stale_locks({"TORCH_EXTENSIONS_DIR": str(lock.parents[1])})
     os.utime(lock)
     refuse_stale_locks({"TORCH_EXTENSIONS_DIR": str(lock.parents[1])})
+
+
+def test_only_a_program_that_may_compile_has_to_do_with_locks(tmp_path: Path) -> None:
+    plain, engine = tmp_path / "plain.yaml", tmp_path / "engine.yaml"
+    plain.write_text("backend: {name: fsdp2}\n")
+    engine.write_text("backend: {name: deepspeed, config: zero2.json}\n")
+    trainer = ["-m", "flora_dist.trainer"]
+    assert not may_wait_for_locks([*trainer, "--config", str(plain)])
+    assert not may_wait_for_locks([*trainer, f"--config={plain}", "--set", "backend.name=ddp"])
+    assert may_wait_for_locks([*trainer, "--config", str(engine)])
+    assert may_wait_for_locks(
+        [*trainer, "--config", str(plain), "--set", "backend={name: deepspeed, config: x}"]
+    )
+    assert may_wait_for_locks([*trainer, "--config", str(tmp_path / "none.yaml")])
+    assert may_wait_for_locks(["train.py"])
+
+
+def test_a_stale_lock_ends_a_job_before_it_starts_only_where_it_may_compile(
+    lock: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("backend: {name: ddp}\n")
+    door = [sys.executable, "-m", "flora_dist.cli", "launch", "--launcher", "torchrun"]
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(lock.parents[1])}
+
+    def say(*words: str) -> str:
+        done = subprocess.run(
+            [*door, *words], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode
+        return done.stderr
+
+    script = tmp_path / "script.py"
+    script.write_text("")
+    refused = say(str(script))
+    assert f"Remove it: rm {lock}" in refused
+    assert "ssh" not in refused
+    started = say("-m", "flora_dist.trainer", "--config", str(config))
+    assert "model is required and missing" in started
+    assert str(lock) not in started
 
 
 def test_the_agent_tells_of_a_lock_that_stays_while_its_job_runs(lock: Path) -> None:

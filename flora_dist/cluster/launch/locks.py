@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from flora_dist.frameworks.build_lock import STALE_S as STALE_S
 from flora_dist.frameworks.build_lock import owners
+
+_TRAINER = ("-m", "flora_dist.trainer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,25 @@ class Lock:
     """By a process of this host."""
     owner: str | None = None
     """That process, in words."""
+
+
+def may_wait_for_locks(program: Sequence[str]) -> bool:
+    """Whether a program may compile, and so wait for a lock; nobody reads a script of the user's.
+
+    The trainer does so on the deepspeed backend alone, which its arguments or its config names.
+    ``program``: words for Python, as a job has them.
+    """
+    if tuple(program[:2]) != _TRAINER:
+        return True
+    words = " ".join(program[2:]).replace("--config=", "--config ").split()
+    texts = list(words)
+    for option, value in pairwise(words):
+        if option == "--config":
+            try:
+                texts.append(Path(value).read_text(encoding="utf-8", errors="replace"))
+            except OSError:  # the trainer will say so; until then nothing is known
+                return True
+    return any("deepspeed" in text for text in texts)
 
 
 def locks(folder: str | None = None) -> list[Lock]:

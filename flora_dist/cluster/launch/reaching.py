@@ -14,7 +14,7 @@ from typing import Any
 from flora_dist.cluster.launch.commands import Commands, Job
 from flora_dist.cluster.launch.front import Front
 from flora_dist.cluster.launch.hosts import is_local
-from flora_dist.cluster.launch.locks import STALE_S
+from flora_dist.cluster.launch.locks import STALE_S, may_wait_for_locks
 from flora_dist.cluster.launch.near_end import GOODBYE_S, Lost, Session, answer, far_command
 from flora_dist.cluster.launch.ssh import over_ssh
 from flora_dist.cluster.launch.worker import SECRETS
@@ -66,7 +66,9 @@ def prepared(
     if not _all_done(facts.values(), deadline, is_stopped):
         return
     ordered = sorted(facts.items(), key=lambda each: not each[1].done())
-    _check_locks({host: _ready(host, told)["locks"] for host, told in ordered}, front)
+    seen = {host: _ready(host, told)["locks"] for host, told in ordered}
+    if may_wait_for_locks(job.program):
+        _check_locks(seen, front)
 
 
 def _files(commands: Commands, host: str) -> dict[str, str]:
@@ -132,7 +134,7 @@ def _check_locks(seen: Mapping[str, Sequence[Mapping[str, Any]]], front: Front) 
         if lock["path"] in held:
             continue
         words = f"{lock['path']}, {lock['age_s']:.0f} s old"
-        remedy = f"ssh {host} rm {lock['path']}"
+        remedy = f"{'' if is_local(host) else f'ssh {host} '}rm {lock['path']}"
         if lock["age_s"] >= STALE_S:
             raise ValueError(
                 "a lock that no process holds must be removed, or every later job waits for it "

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from flora_dist.cluster.launch.locks import STALE_S, locks
+from flora_dist.cluster.launch.locks import STALE_S, locks, may_wait_for_locks
 from flora_dist.cluster.launch.processes import end_with_parent
 from flora_dist.frameworks.build_lock import words
 from flora_dist.world import interface_toward, is_of_this_machine, listen_at, read_world
@@ -112,7 +112,8 @@ def main() -> None:
     words = decode(sys.argv[1:])
     try:
         environment = settled(os.environ)
-        refuse_stale_locks(environment)
+        if may_wait_for_locks(words):
+            refuse_stale_locks(environment)
         environment |= meet_here(environment)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
