@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,30 @@ def test_the_table_has_every_method_and_a_line_for_embeddings_and_head(
         f"Flora 1/{ratio}, {level}" for ratio in (4, 8, 16) for level in ("dense", "fused")
     } <= rows
     assert "attention without stored scores" in text
+
+
+def test_it_says_what_fits_and_the_largest_micro_batch_that_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = ("--model", str(MODELS / "llama_1b.json"), "--backend", "fsdp2", "--memory", "24")
+
+    def asked(*more: str) -> tuple[str, dict[str, str]]:
+        assert run(*small, *more) == 0
+        text = capsys.readouterr().out
+        rows = [line.split("  ") for line in text.splitlines() if line.endswith(("yes", "no"))]
+        return text.replace("\n  ", " "), {cells[0]: cells[-1] for cells in rows}
+
+    text, fits = asked()
+    said = {
+        word: re.search(rf"^{word} 24 GiB: (.*)\.$", text, re.MULTILINE).group(1).split("; ")
+        for word in ("Fits", "Does not fit")
+    }
+    assert said["Fits"] == [name for name, answer in fits.items() if answer == "yes"]
+    assert said["Does not fit"] == [name for name, answer in fits.items() if answer == "no"]
+    most = int(re.search(r"at most (\d+) sequences", text).group(1))
+    assert asked("--micro-batch", str(most))[1]["Flora 1/8, dense"] == "yes"
+    assert asked("--micro-batch", str(most + 1))[1]["Flora 1/8, dense"] == "no"
+    assert "takes not one sequence" in asked("--memory", "1")[0]
 
 
 def test_json_has_exact_integers_that_add_up(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ from flora_dist.cluster.planner.request import (
     check_positive,
     check_whole,
 )
-from flora_dist.cluster.planner.search import LIMIT, Found, search
+from flora_dist.cluster.planner.search import LIMIT, Found, largest_micro_batch, search
 from flora_dist.cluster.planner.table import search_table, table
 from flora_dist.cluster.planner.verdict import verdict
 from flora_dist.core.state.settings import MOMENTA, STATE_DTYPES, FloraConfig
@@ -164,7 +164,8 @@ def _answer(parsed: argparse.Namespace) -> str:
             **({"search": [_told(each) for each in found]} if found else {}),
         }
         return json.dumps(told, indent=2) + "\n"
-    text = table(request, plans, memory=memory, gigabits=parsed.bandwidth)
+    most = largest_micro_batch(request, compared, memory)
+    text = table(request, plans, memory=memory, micro_batch=most, gigabits=parsed.bandwidth)
     return text + (search_table(request, found, memory=memory) if found else "")
 
 

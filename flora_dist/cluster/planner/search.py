@@ -45,6 +45,19 @@ def search(request: Request, methods: Methods, memory: int) -> list[Found]:
     return [_first(clusters, methods, place, memory) for place in range(count)]
 
 
+def largest_micro_batch(request: Request, methods: Methods, memory: int) -> int:
+    """The most sequences of a forward with which the method asked for fits; 0: not even one."""
+
+    def too_much(sequences: int) -> bool:
+        asked = replace(request, micro_batch=sequences)
+        return plan(asked, next(methods(asked))).total > memory
+
+    limit = 1
+    while not too_much(limit) and limit < LIMIT:
+        limit *= 2
+    return bisect_left(range(1, limit + 1), 1, key=too_much)
+
+
 def _first(clusters: Sequence[Request], methods: Methods, place: int, memory: int) -> Found:
     def planned(index: int) -> Plan:
         return plan(clusters[index], [*methods(clusters[index])][place])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from flora_dist.cluster.planner.activations import STATED
@@ -18,12 +19,17 @@ MIB = 2**20
 _WIDTH = 12
 
 
-def table(request: Request, plans: Sequence[Plan], *, memory: int, gigabits: float) -> str:
-    """The answer to a request; the first plan is the one asked for."""
+def table(
+    request: Request, plans: Sequence[Plan], *, memory: int, micro_batch: int, gigabits: float
+) -> str:
+    """The answer to a request; the first plan is the one asked for.
+
+    ``micro_batch``: the most sequences of a forward with which that one fits; 0: none.
+    """
     unit, size = ("GiB", GIB) if plans[0].total >= GIB else ("MiB", MIB)
     lines = [*_question(request), "", *_detail(plans[0], unit, size), ""]
     lines += [*_comparison(plans, unit, size, memory, gigabits), "", *verdict(plans), ""]
-    lines += _notes(gigabits)
+    lines += [*_fitting(plans, memory, micro_batch), "", *_notes(gigabits)]
     return "\n".join(lines) + "\n"
 
 
@@ -69,6 +75,20 @@ def _comparison(
         cells = "".join(f"{value / size:11,.2f}" for value in values)
         fits = "yes" if plan.total <= memory else "no"
         yield f"{plan.label:{width}}{cells}{plan.seconds(gigabits):11,.3f}  {fits}"
+
+
+def _fitting(plans: Sequence[Plan], memory: int, micro_batch: int) -> Iterator[str]:
+    """What fits, in words."""
+    size = f"{memory / GIB:g} GiB"
+    for words, named in (
+        (f"Fits {size}: ", [plan.label for plan in plans if plan.total <= memory]),
+        (f"Does not fit {size}: ", [plan.label for plan in plans if plan.total > memory]),
+    ):
+        if named:
+            yield from textwrap.wrap(words + "; ".join(named) + ".", 100, subsequent_indent="  ")
+    asked = plans[0].label
+    most = f"at most {micro_batch} sequences" if micro_batch else "not one sequence"
+    yield f"{asked} takes {most} in a micro-batch there."
 
 
 def _notes(gigabits: float) -> Iterator[str]:
