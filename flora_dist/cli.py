@@ -10,15 +10,34 @@ from pathlib import Path
 
 from flora_dist import trainer
 from flora_dist.cluster import doctor, launch, planner
+from flora_dist.version import __version__
 
 _USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `flora-dist <subcommand> ...`; returns the exit code."""
+    """Run `flora-dist <subcommand> ...`; the exit code, 2 for a mistake in what was asked."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except ValueError as error:
+        return _refuse(str(error))
+    except OSError as error:  # a folder that cannot be made, a file that cannot be read
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.strerror}: {str(error.filename)!r}. Name another path.")
+
+
+def _refuse(mistake: str) -> int:
+    sys.stderr.write(f"error: {mistake}\n")
+    return _USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flora-dist", description="Sharded Flora: optimizer states as random projections."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model as a config file says")
     trainer.add_arguments(train)
@@ -33,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("source", metavar="SRC", type=Path)
     convert.add_argument("target", metavar="DST", type=Path)
     convert.set_defaults(run=lambda parsed: _convert(parsed.source, parsed.target))
+    _add_tokenize(commands.add_parser("tokenize", help="write a corpus as a file of tokens"))
+    _add_export(commands.add_parser("export", help="write a run's weights for transformers"))
+    _add_generate(commands.add_parser("generate", help="let a trained model go on from a prompt"))
     start = commands.add_parser(
         "launch",
         help="start the trainer or any script on one or several hosts, through any launcher",
@@ -57,19 +79,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     planner.add_arguments(plan)
     plan.set_defaults(run=planner.start)
-    parsed = parser.parse_args(arguments)
-    return int(parsed.run(parsed))
+    return parser
+
+
+def _add_tokenize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("corpus", metavar="CORPUS", help="as data.corpus of a config")
+    parser.add_argument("target", metavar="OUT.npy", type=Path)
+    parser.add_argument("--tokenizer", default="byte", help="as data.tokenizer (byte)")
+    parser.add_argument("--field", default="text", help="as data.field (text)")
+    parser.set_defaults(run=_tokenize)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="<output.folder>/<output.name>"
+    )
+    parser.add_argument("target", metavar="OUT", type=Path, help="a folder that is made")
+    parser.set_defaults(run=lambda parsed: _export(parsed.run_folder, parsed.target))
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", type=Path, help="a run, or an exported folder")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--tokens", type=int, default=100, help="at most so many (100)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: no sampling (0.8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_generate)
+
+
+def _tokenize(parsed: argparse.Namespace) -> int:
+    from flora_dist.trainer.token_files import tokenize
+
+    count = tokenize(parsed.corpus, parsed.target, tokenizer=parsed.tokenizer, field=parsed.field)
+    sys.stdout.write(f"wrote {count:,} tokens to {parsed.target}\n")
+    return 0
+
+
+def _export(run: Path, target: Path) -> int:
+    from flora_dist.trainer.export import export
+
+    sys.stdout.write(f"wrote {export(run, target)}\n")
+    return 0
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    from flora_dist.trainer.export import generate
+
+    numbers = {name: getattr(parsed, name) for name in ("tokens", "temperature", "seed")}
+    sys.stdout.write(f"{generate(parsed.folder, parsed.prompt, **numbers)}\n")
+    return 0
 
 
 def _convert(source: Path, target: Path) -> int:
-    """0 when it is written, 2 for a mistake in what was asked."""
     from flora_dist.checkpoint.convert.command import convert
 
-    try:
-        done = convert(source, target)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return _USER_ERROR
+    done = convert(source, target)
     sys.stdout.write(f"{done.form} checkpoint of step {done.step}: wrote {done.path}\n")
     if done.left_out:
         sys.stdout.write(f"left out, being no numbers or words: {', '.join(done.left_out)}\n")

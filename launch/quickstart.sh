@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# From a fresh clone to a trained model: make .venv, install, train llama-9m with Flora on 2 processes
+# From a fresh clone to a trained model: make .venv, install, train a small llama with Flora on 2 processes
 # with DeepSpeed ZeRO-2, or with FSDP2. Other arguments go to the trainer:
 #
 #     ./launch/quickstart.sh
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/_common.sh
 source launch/_common.sh
 
-# configs/llama_9m.yaml says the optimizer, the batches, the precision and that nothing is clipped; what the
+# configs/llama_900k.yaml says the optimizer, the batches, the precision and that nothing is clipped; what the
 # JSON has of these is for those who use it by itself.
 readonly ZERO='{name: deepspeed, config: configs/deepspeed/zero2.json, changes: {optimizer: null,
     train_micro_batch_size_per_gpu: null, bf16: null, gradient_clipping: null}}'
@@ -74,9 +74,9 @@ fsdp2)
     ;;
 esac
 
-say "training llama-9m on 2 processes with $backend"
+say "training a llama of 0.9 million parameters on 2 processes with $backend"
 started=$(date +%s)
-"${launcher[@]}" flora_dist.trainer --config configs/llama_9m.yaml --set output.overwrite=true \
+"${launcher[@]}" flora_dist.trainer --config configs/llama_900k.yaml --set output.overwrite=true \
     "${spread[@]}" "$@" || {
     code=$?
     # The launchers print lines of their own below the trainer's message.
@@ -90,3 +90,5 @@ if [[ -d runs ]]; then
         say "the picture is $picture"
     done
 fi
+say "flora-dist is in this folder's environment: source $VENV/bin/activate"
+say "then, to see what it writes: flora-dist generate runs/llama_900k --prompt 'def '"

@@ -42,6 +42,8 @@ class Start:
     """The checkpoint."""
     position: Position = field(default_factory=Position)
     """How far it is."""
+    steps: int | None = None
+    """How long the run that saved it was to be; None: it did not say."""
 
 
 class Checkpoints:
@@ -54,9 +56,12 @@ class Checkpoints:
         learner: Learner,
         identity: Mapping[str, Any],
         start: Start,
+        *,
+        steps: int,
     ) -> None:
+        """`steps`: how long the run is to be, which its schedule follows."""
         self._folder, self._config, self._learner = folder, config, learner
-        self._identity = identity
+        self._identity, self._steps = identity, steps
         self._saved, self._saved_step = start.path, start.position.step
         self._pending: Pending | None = None
 
@@ -94,6 +99,7 @@ class Checkpoints:
             step=position.step,
             extra={
                 "tokens": position.tokens,
+                "steps": self._steps,
                 "identity": dict(self._identity),
                 # Its functions come from the config.
                 "schedule": {k: v for k, v in scheduler.items() if k != "lr_lambdas"},
@@ -132,12 +138,12 @@ def find_start(
         return Start()
     with _warnings_of(world):
         if config.resume != AUTO:
-            return _start_at(folders.resolve(Path(config.resume)), identity)
+            return _start_at(folders.resolve(Path(config.resume)), identity, config)
         try:
             path = checkpoint.latest(folder)
         except ValueError as error:
-            return _fall_back(str(error), left_in(folder), folder, identity)
-    return Start() if path is None else _start_at(path, identity)
+            return _fall_back(str(error), left_in(folder), folder, identity, config)
+    return Start() if path is None else _start_at(path, identity, config)
 
 
 def resume(
@@ -157,7 +163,7 @@ def resume(
     """
     while start.path is not None:
         try:
-            load(learner, start.path)
+            load(learner, start.path, lr=identity["options"]["lr"] if config.change_lr else None)
             return start
         except ValueError:
             damage = damage_of(start.path) if config.resume == AUTO else None
@@ -165,13 +171,17 @@ def resume(
                 raise
         with _warnings_of(world):
             before = older(folder, start.position.step)
-            start = _fall_back(damage, before, folder, identity)
+            start = _fall_back(damage, before, folder, identity, config)
         check_same_start(start, world)
     return start
 
 
 def _fall_back(
-    damage: str, left: Iterator[Path], folder: Path, identity: Mapping[str, Any]
+    damage: str,
+    left: Iterator[Path],
+    folder: Path,
+    identity: Mapping[str, Any],
+    config: CheckpointConfig,
 ) -> Start:
     """The newest of what is left of a run that has lost its newest checkpoint.
 
@@ -184,7 +194,7 @@ def _fall_back(
             f"checkpoint.resume: auto goes on from a whole checkpoint, and '{folder}' has none to "
             f"fall back to: {damage} To start over, change output.name."
         )
-    start = _start_at(path, identity)
+    start = _start_at(path, identity, config)
     warnings.warn(f"{damage} Going on from the one before, '{path}'.", stacklevel=3)
     return start
 
@@ -198,12 +208,18 @@ def _warnings_of(world: World) -> Iterator[None]:
         yield
 
 
-def _start_at(path: Path, identity: Mapping[str, Any]) -> Start:
+def _start_at(path: Path, identity: Mapping[str, Any], config: CheckpointConfig) -> Start:
     manifest = folders.read_manifest(path)
     match manifest.facts.get("extra"):
-        case {"identity": dict(theirs), "tokens": int(tokens), "schedule": dict()}:
-            _compare(path, theirs, identity)
-            return Start(path=path, position=Position(step=manifest.step, tokens=tokens))
+        case {"identity": dict(theirs), "tokens": int(tokens), "schedule": dict(), **more}:
+            ours, saved = dict(identity), theirs.get("options")
+            if config.change_lr and isinstance(saved, dict):
+                ours["options"] = {**ours["options"], "lr": saved.get("lr")}
+            _compare(path, theirs, ours)
+            position = Position(step=manifest.step, tokens=tokens)
+            steps = more.get("steps")
+            known = steps if isinstance(steps, int) else None
+            return Start(path=path, position=position, steps=known)
     raise ValueError(
         f"checkpoint.resume must name what this trainer wrote; {str(path)!r} holds no run of the "
         "trainer. Name a checkpoint below <run>/checkpoints."
@@ -214,9 +230,10 @@ def _compare(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
     different = [name for name in ours if theirs.get(name) != ours[name]]
     if different:
         listed = "; ".join(_difference(name, theirs.get(name), ours[name]) for name in different)
+        also = ", or take the new lr: checkpoint.change_lr: true" if "options.lr " in listed else ""
         raise ValueError(
-            f"a checkpoint must come from the same run; {str(path)!r} differs: {listed}. "
-            "Restore the config it was written with, or start another run: change output.name."
+            f"a checkpoint must come from the same run; {str(path)!r} differs: {listed}. Restore "
+            f"the config it was written with, or start another run: change output.name{also}."
         )
 
 
@@ -237,8 +254,10 @@ def check_same_start(start: Start, world: World) -> None:
         )
 
 
-def load(learner: Learner, path: Path) -> None:
+def load(learner: Learner, path: Path, *, lr: float | None = None) -> None:
     """Put a checkpoint's weights, optimizer state and schedule in place.
+
+    `lr`: what the schedule's factors multiply from here on; None: what was saved.
 
     Raises:
         ValueError: on every process, naming file and field; nothing has changed then.
@@ -248,8 +267,15 @@ def load(learner: Learner, path: Path) -> None:
         warnings.filterwarnings("ignore", message="a learning rate scheduler goes on if both")
         loaded = learner.storage.load(path)
     scheduler: LambdaLR = learner.scheduler
-    functions = {"lr_lambdas": [None] * len(scheduler.base_lrs)}
-    scheduler.load_state_dict(loaded.extra["schedule"] | functions)
+    state = dict(loaded.extra["schedule"])
+    bases = state["base_lrs"] if lr is None else [lr] * len(state["base_lrs"])
+    # Anew, since the curve is another one where the run's length is.
+    factors = [factor(state["last_epoch"]) for factor in scheduler.lr_lambdas]
+    rates = [base * factor for base, factor in zip(bases, factors, strict=True)]
+    for group, base, rate in zip(scheduler.optimizer.param_groups, bases, rates, strict=True):
+        group["initial_lr"], group["lr"] = base, rate
+    functions = {"lr_lambdas": [None] * len(bases)}
+    scheduler.load_state_dict(state | functions | {"base_lrs": bases, "_last_lr": rates})
 
 
 def _difference(name: str, theirs: Any, ours: Any) -> str:

@@ -5,94 +5,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from flora_dist.trainer.config_data import KNOWN, DataConfig, ModelConfig, Positive, found
 from flora_dist.trainer.optional_imports import needs_train_extra
 
 with needs_train_extra():
     from pydantic import (
-        AfterValidator,
-        ConfigDict,
         Field,
         StrictBool,
         StrictFloat,
         StrictInt,
         StrictStr,
-        ValidationInfo,
     )
     from pydantic.dataclasses import dataclass
 
-STDLIB = "python-stdlib"
-BYTE = "byte"
 DENSE: Final = "dense"
 AUTO: Final = "auto"
 PURE: Final = "bfloat16-pure"
 
-_KNOWN = ConfigDict(extra="forbid", allow_inf_nan=False)
-_Positive = Annotated[StrictInt, Field(ge=1)]
 
-
-def _found(key: str, reserved: str | None = None) -> AfterValidator:
-    """Finds a path of a file's config: from the working directory, else from the file's folder."""
-
-    def find(value: str, info: ValidationInfo) -> str:
-        folder: Path | None = info.context  # None where there is no file
-        if folder is None or value == reserved:
-            return value
-        for candidate in (Path(value), folder / value):
-            if candidate.exists():
-                return str(candidate)
-        also = f" (the one built in is {reserved!r})" if reserved else ""
-        raise ValueError(
-            f"{key} must name something that exists; {value!r} does not, neither from the working "
-            f"directory nor from {str(folder)!r}. Correct the path{also}."
-        )
-
-    return AfterValidator(find)
-
-
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
-class ModelConfig:
-    """Which network is trained. The vocabulary is always the tokenizer's."""
-
-    config: Annotated[StrictStr, _found("model.config")] | None = None
-    """A transformers config (.json); its weights are drawn from `train.seed`."""
-    pretrained: Annotated[StrictStr, _found("model.pretrained")] | None = None
-    """A local folder written by `save_pretrained`; its weights are the starting point."""
-
-    def __post_init__(self) -> None:
-        if (self.config is None) == (self.pretrained is None):
-            raise ValueError(
-                "model needs exactly one of config and pretrained; "
-                f"config={self.config!r}, pretrained={self.pretrained!r}. Remove one or set one."
-            )
-
-
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
-class DataConfig:
-    """Which text is read, and how it is cut into sequences."""
-
-    corpus: Annotated[StrictStr, _found("data.corpus", STDLIB)] = STDLIB
-    """`python-stdlib` (the standard library's own sources), a file, or a folder of files."""
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """`auto` goes by the file's ending: .jsonl/.json, .parquet, everything else is text."""
-    field: StrictStr = "text"
-    """The column of jsonl and parquet files that holds the document."""
-    tokenizer: Annotated[StrictStr, _found("data.tokenizer", BYTE)] = BYTE
-    """`byte` (256 bytes and one end-of-document token) or a local Hugging Face folder."""
-    sequence_length: _Positive = 256
-    """Tokens per sequence."""
-    validation_every: Annotated[StrictInt, Field(ge=2)] = 20
-    """Every so many documents, one goes to validation and never to training."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class OptimizerConfig:
     """An optimizer by name; every other key goes to it as it stands."""
 
     name: Literal["flora", "adamw", "adafactor"]
     """`flora` is `flora_dist.Flora`, the others are `torch.optim`'s."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What `weight_decay` shrinks: `matrices` leaves out norms, biases and other vectors."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The keyword arguments, as the optimizer itself names them; `lr` is required."""
 
@@ -110,14 +50,14 @@ class OptimizerConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class GradientsConfig:
     """How Flora's gradients are kept between backward and step, as `flora_dist.attach` says it."""
 
     level: Literal["dense", "sharded", "compressed", "fused"] = DENSE
     """`sharded`: reduced whole, kept as sketches; `compressed`: kept and reduced as sketches;
     `fused`: linear layers compute the sketch and never the gradient. `compare` stays dense."""
-    rank: _Positive | None = None
+    rank: Positive | None = None
     """Numbers per block of the sketches; None: the optimizer's `rank`, or all below 16 bits."""
     bits: Literal[32, 16, 8, 4, 2, 1] | None = None
     """Of each number that is kept; None: 32."""
@@ -144,18 +84,26 @@ class GradientsConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class ScheduleConfig:
     """How the learning rate moves: linear warm-up, then the named curve."""
 
-    name: Literal["constant", "linear", "cosine"] = "cosine"
-    """The curve after warm-up, down to `final_ratio` at the last step."""
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """The curve after warm-up, down to `final_ratio` at the last step; `wsd` (warm-up, stable,
+    decay) stays at lr and falls in the last `decay_steps` alone."""
     warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
     final_ratio: StrictFloat = 0.1
     """Learning rate of the last step, as a part of `lr`; unused by `constant`."""
+    decay_steps: Positive | None = None
+    """wsd: steps of the linear fall at the end; None: a tenth of all steps."""
 
     def __post_init__(self) -> None:
+        if self.decay_steps is not None and self.name != "wsd":
+            raise ValueError(
+                "schedule.decay_steps belongs to wsd; schedule.name="
+                f"{self.name!r} has {self.decay_steps}. Remove it, or set name: wsd."
+            )
         if not 0.0 <= self.final_ratio <= 1.0:
             raise ValueError(
                 f"schedule.final_ratio must be between 0 and 1; it is {self.final_ratio!r}. "
@@ -163,15 +111,15 @@ class ScheduleConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class TrainConfig:
     """How long and in which batches."""
 
-    steps: _Positive
+    steps: Positive
     """Optimizer steps."""
-    global_batch: _Positive
+    global_batch: Positive
     """Sequences per optimizer step, over all processes; the same for every world size."""
-    micro_batch: _Positive
+    micro_batch: Positive
     """Sequences one process sends through the model at once; the rest is accumulated."""
     seed: StrictInt = 0
     """The run's one seed: weights, order of the data, dropout, and Flora's projections."""
@@ -184,7 +132,7 @@ class TrainConfig:
     """
     max_grad_norm: StrictFloat | None = None
     """Clip the gradient's global norm to this before the step; none by default."""
-    log_every: _Positive = 10
+    log_every: Positive = 10
     """Steps between two lines of metrics."""
     stop_at_nan: StrictBool = True
     """End the run with exit code 1 where a loss, a weight or a state is NaN or infinite. False: go
@@ -203,17 +151,17 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class EvaluationConfig:
     """When the validation loss is taken, and on how much."""
 
-    every: _Positive = 100
+    every: Positive = 100
     """Steps between evaluations; the last step is always evaluated."""
-    sequences: _Positive = 64
+    sequences: Positive = 64
     """Validation sequences, evenly spread over the held-out documents, always the same."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class BackendConfig:
     """How the model is spread over the processes."""
 
@@ -227,7 +175,7 @@ class BackendConfig:
     """hsdp: number of processes one copy is cut into."""
     reshard_after_forward: StrictBool = True
     """fsdp1, fsdp2, hsdp: free a layer's full weights between forward and backward."""
-    config: Annotated[StrictStr, _found("backend.config")] | None = None
+    config: Annotated[StrictStr, found("backend.config")] | None = None
     """deepspeed: its JSON config."""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """deepspeed: laid over the JSON key by key; null takes a key out."""
@@ -265,22 +213,25 @@ class BackendConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every: _Positive | None = None
+    every: Positive | None = None
     """Steps between checkpoints in `<run>/checkpoints`, the last step too; none by default."""
-    keep: _Positive | None = 2
+    keep: Positive | None = 2
     """Newest checkpoints that stay; `auto` takes the one before a damaged one. null: all."""
     asynchronous: StrictBool = False
     """Copy the state at once and write it while training goes on; not under deepspeed."""
-    resume: Annotated[StrictStr, _found("checkpoint.resume", AUTO)] | None = None
+    resume: Annotated[StrictStr, found("checkpoint.resume", AUTO)] | None = None
     """`auto`: go on from the run folder's newest checkpoint, or start where it has none, so that
     the same command starts and resumes. Where the newest is damaged, from the whole one before it,
     with a warning that names both. It removes nothing: a folder with checkpoints is gone on
     with whatever output.overwrite says, which then only allows a run that finished without saving
     to be started over. Else a checkpoint, or the folder of several: the newest."""
+
+    change_lr: StrictBool = False
+    """Go on with the config's lr where it differs from the saved one, which is refused else."""
 
     def __post_init__(self) -> None:
         if self.resume == AUTO and self.every is None:
@@ -290,7 +241,7 @@ class CheckpointConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class OutputConfig:
     """Where the results go."""
 
@@ -313,13 +264,13 @@ class OutputConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_KNOWN)
+@dataclass(frozen=True, kw_only=True, config=KNOWN)
 class Config:
     """One run. The sections of a config file, under their own names."""
 
     model: ModelConfig
     """The network."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: DataConfig
     """The text."""
     optimizer: OptimizerConfig
     """The optimizer under test."""
@@ -345,6 +296,12 @@ class Config:
             raise ValueError(
                 f"compare runs AdamW; compare.name is {self.compare.name!r}. "
                 "Set compare.name: adamw, or compare: null."
+            )
+        moving = self.schedule.warmup_steps + (self.schedule.decay_steps or 0)
+        if self.schedule.decay_steps is not None and moving > self.train.steps:
+            raise ValueError(
+                "schedule.warmup_steps and schedule.decay_steps must fit into train.steps; they "
+                f"are {moving} of {self.train.steps}. Lower one or train longer."
             )
         if self.schedule.warmup_steps >= self.train.steps and self.schedule.warmup_steps > 0:
             raise ValueError(

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.optimizers import LABELS, option_names
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Which of several mistakes is told: a key that is unknown or missing explains others.
 _FIRST = ("unexpected_keyword_argument", "invalid_key", "missing")
+_OURS = ("name", "decay")  # of an optimizer's section; the other keys go to the optimizer
 _TYPES = {
     "int_type": "int",
     "float_type": "float",
@@ -130,19 +131,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _with_options(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The optimizer's section: `name`, and the rest checked against that optimizer's names."""
-    name = tree.get("name")
+    """The optimizer's section: ours, and the rest checked against that optimizer's names."""
+    name, ours = tree.get("name"), {key: tree[key] for key in _OURS if key in tree}
     options = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in tree.items()
-        if key != "name"
+        if key not in _OURS
     }
     if name in list(LABELS):  # else it is refused as any other word would be
         known = option_names(name)
         for key in options:
             if key not in known:
-                raise ValueError(_unknown(str(key), ["name", *known], where))
-    return {"name": name, "options": options}
+                raise ValueError(_unknown(str(key), [*_OURS, *known], where))
+    return {**ours, "options": options}
 
 
 def _explained(error: ValidationError) -> str:
@@ -183,7 +184,10 @@ def _context(mistake: ErrorDetails) -> dict[str, Any]:
 
 def _unknown_of(mistake: ErrorDetails) -> str:
     *where, key = map(str, mistake["loc"])
-    kind: Any = get_type_hints(Config)[where[0]] if where else Config
+    kind: Any = Config
+    for section in where:
+        hint = get_type_hints(kind)[section]
+        kind = next(filter(dataclasses.is_dataclass, get_args(hint)), hint)
     return _unknown(key, [each.name for each in dataclasses.fields(kind)], ".".join(where))
 
 

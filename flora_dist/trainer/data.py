@@ -6,22 +6,19 @@ Everything here is a function of the config alone, never of the number of proces
 
 from __future__ import annotations
 
-import sysconfig
-import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flora_dist.trainer.config import STDLIB, DataConfig
+from flora_dist.trainer.config_data import STDLIB, DataConfig
+from flora_dist.trainer.documents import Document, documents_of, files_of
 from flora_dist.trainer.optional_imports import needs_train_extra
+from flora_dist.trainer.token_files import open_tokens
 from flora_dist.trainer.tokenizer import Tokenizer
-from flora_dist.trainer.utf8 import first_not_utf8
 
 with needs_train_extra():
     import numpy as np
@@ -30,19 +27,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IGNORED = -100  # cross_entropy's own default for a label that does not count
-_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
-_ENDINGS = {".json": "jsonl", ".jsonl": "jsonl", ".parquet": "parquet"}
-_LOADERS = {"text": "text", "jsonl": "json", "parquet": "parquet"}
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
     """A stream of tokens cut into sequences; the last one is filled up and its rest ignored."""
 
-    tokens: NDArray[np.int32]
-    """Documents one after the other, each followed by the end token."""
+    tokens: NDArray[Any]
+    """Documents one after the other, each followed by the end token; whole numbers."""
     length: int
     """Tokens per sequence."""
+    counted: NDArray[np.bool_] | None = None
+    """Which tokens are learned; None: all."""
 
     def __len__(self) -> int:
         """Number of sequences; the last may be partly filled."""
@@ -56,9 +53,11 @@ class Packed:
         """
         positions = indices[:, None] * self.length + np.arange(self.length)
         inside = (indices[:, None] >= 0) & (positions + 1 < len(self.tokens))
-        inputs = np.where(inside, self.tokens[np.where(inside, positions, 0)], 0)
-        labels = np.where(inside, self.tokens[np.where(inside, positions + 1, 0)], IGNORED)
-        return torch.from_numpy(inputs).long(), torch.from_numpy(labels).long()
+        here, after = np.where(inside, positions, 0), np.where(inside, positions + 1, 0)
+        inputs = np.where(inside, self.tokens[here].astype(np.int64), 0)
+        learned = inside if self.counted is None else inside & self.counted[after]
+        labels = np.where(learned, self.tokens[after].astype(np.int64), IGNORED)
+        return torch.from_numpy(inputs), torch.from_numpy(labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,13 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """CRC-32 of the training tokens: a resumed run must see the same ones."""
-        return f"{zlib.crc32(self.train.tokens.tobytes()):08x}"
+        tokens, counted = self.train.tokens, self.train.counted
+        value = 0
+        for begin in range(0, len(tokens), _CHUNK):  # they may be a file larger than memory
+            value = zlib.crc32(tokens[begin : begin + _CHUNK].tobytes(), value)
+        if counted is not None:
+            value = zlib.crc32(np.packbits(counted).tobytes(), value)
+        return f"{value:08x}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,108 +139,90 @@ def evenly_spread(sequences: int, wanted: int) -> NDArray[np.int64]:
 def read_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     """Read, tokenize, split and pack the corpus; nothing is written to disk.
 
-    Every `validation_every`-th document is held out. A corpus of fewer documents holds out the last
-    `1 / validation_every` of its tokens instead.
+    Without `validation`, every `validation_every`-th document is held out; of a corpus of fewer
+    documents, or of a file of tokens, the last `1 / validation_every` of the tokens.
 
     Raises:
-        ValueError: no readable document, text that is not UTF-8, an unknown column, or nothing left
-            for validation.
+        ValueError: no readable document, a broken file, an unknown column, or nothing left for
+            validation.
     """
-    documents = [np.append(tokenizer.encode(text), tokenizer.end) for text in _documents(config)]
-    every = config.validation_every
-    if not documents:
-        raise ValueError(
-            f"data.corpus must hold at least one document; {config.corpus!r} holds none. "
-            "Check the path and data.format."
-        )
-    if len(documents) >= every:
-        train = [d for i, d in enumerate(documents) if i % every != every - 1]
-        validation = documents[every - 1 :: every]
-    else:
-        stream = np.concatenate(documents)
-        cut = len(stream) - len(stream) // every
-        train, validation = [stream[:cut]], [stream[cut:]]
-    corpus = Corpus(train=_pack(train, config), validation=_pack(validation, config))
+    train, held_out = _train_and_held_out(config, tokenizer)
+    if config.validation is not None:
+        held_out = _read(config, config.validation, tokenizer)
+    corpus = Corpus(train=train, validation=held_out)
     if not len(corpus.validation):
         raise ValueError(
-            f"validation needs at least two tokens; {config.corpus!r} leaves "
-            f"{len(corpus.validation.tokens)}. Give more text or lower data.validation_every."
+            f"validation needs at least two tokens; {config.validation or config.corpus!r} leaves "
+            f"{len(held_out.tokens)}. Give more text or lower data.validation_every."
         )
+    for name, packed in (("training", train), ("validation", held_out)):
+        if packed.counted is not None and not packed.counted[1:].any():
+            raise ValueError(
+                f"some of the {name} tokens must count; {config.corpus!r} has no answer there. "
+                "Give responses or assistant's turns."
+            )
     return corpus
 
 
-def _pack(documents: list[NDArray[np.int32]], config: DataConfig) -> Packed:
-    return Packed(tokens=np.concatenate(documents).astype(np.int32), length=config.sequence_length)
+def _train_and_held_out(config: DataConfig, tokenizer: Tokenizer) -> tuple[Packed, Packed]:
+    if _is_of_tokens(config, config.corpus) or config.validation is not None:
+        whole = _read(config, config.corpus, tokenizer)
+        return (whole, whole) if config.validation is not None else _cut(whole, config)
+    documents = _documents(config, config.corpus, tokenizer)
+    every = config.validation_every
+    if len(documents) < every:
+        return _cut(_pack(documents, config), config)
+    train = [document for i, document in enumerate(documents) if i % every != every - 1]
+    return _pack(train, config), _pack(documents[every - 1 :: every], config)
 
 
-def _documents(config: DataConfig) -> Iterator[str]:
-    if config.corpus == STDLIB:
-        yield from _standard_library()
-        return
-    files, kind = _files(config)
-    with needs_train_extra():
-        import datasets
-    # Streaming with a cache folder of its own leaves nothing behind, also when a check fails later.
-    with tempfile.TemporaryDirectory() as cache, _naming_bad_bytes(config, files, kind):
-        options = {"sample_by": "document"} if kind == "text" else {}
-        column = "text" if kind == "text" else config.field
-        rows = datasets.load_dataset(
-            _LOADERS[kind],
-            data_files=[str(file) for file in files],
-            split="train",
-            streaming=True,
-            cache_dir=cache,
-            **options,
-        )
-        for row in rows:
-            if not isinstance(row.get(column), str):
-                raise ValueError(  # noqa: TRY004 - the user's mistake: one type for all config errors
-                    f"data.field must name a column of text; {column!r} is "
-                    f"{row.get(column)!r} in {config.corpus!r}, whose columns are "
-                    f"{', '.join(row)}. Correct data.field."
-                )
-            yield row[column]
+def _read(config: DataConfig, corpus: str, tokenizer: Tokenizer) -> Packed:
+    """All of one corpus."""
+    if not _is_of_tokens(config, corpus):
+        return _pack(_documents(config, corpus, tokenizer), config)
+    files, _ = files_of(corpus, config.format)
+    if len(files) != 1:
+        raise ValueError(f"tokens are read from one file; {corpus!r} has {len(files)}. Name one.")
+    tokens = open_tokens(files[0], vocabulary=tokenizer.vocabulary)
+    return Packed(tokens=tokens, length=config.sequence_length)
 
 
-@contextmanager
-def _naming_bad_bytes(config: DataConfig, files: Sequence[Path], kind: str) -> Iterator[None]:
-    """The loaders name neither the file nor its byte where text is not UTF-8.
-
-    Raises:
-        ValueError: naming both; of parquet, whose bytes are no text, the column.
-    """
-    try:
-        yield
-    except Exception as error:
-        bad = first_not_utf8(files) if kind != "parquet" else None
-        if bad is None and isinstance(error, UnicodeDecodeError):
-            bad = (
-                f"text must be UTF-8; the column {config.field!r} of {config.corpus!r} is not: "
-                f"{error}. Convert that column to UTF-8."
-            )
-        if bad is None:
-            raise
-        raise ValueError(bad) from error
+def _is_of_tokens(config: DataConfig, corpus: str) -> bool:
+    return corpus != STDLIB and files_of(corpus, config.format)[1] == "tokens"
 
 
-def _files(config: DataConfig) -> tuple[list[Path], str]:
-    """The files of the corpus in sorted order, and the one format they share."""
-    path = Path(config.corpus)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    if config.format != "auto":
-        return files, config.format
-    kinds = sorted({_ENDINGS.get(file.suffix.lower(), "text") for file in files})
-    if len(kinds) != 1:
+def _documents(config: DataConfig, corpus: str, tokenizer: Tokenizer) -> list[Document]:
+    documents = list(documents_of(config, corpus, tokenizer))
+    if not documents:
         raise ValueError(
-            f"a corpus must have one format; {config.corpus!r} has "
-            f"{', '.join(kinds) or 'no files'}. "
-            "Set data.format, or point data.corpus at the files of one format."
+            f"data.corpus must hold at least one document; {corpus!r} holds none. "
+            "Check the path and data.format."
         )
-    return files, kinds[0]
+    return documents
 
 
-def _standard_library() -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if not _SKIPPED & set(path.relative_to(root).parts):
-            yield path.read_text(encoding="utf-8", errors="replace")
+def _pack(documents: Sequence[Document], config: DataConfig) -> Packed:
+    tokens = np.concatenate([document.tokens for document in documents]).astype(np.int32)
+    counted = [document.counted for document in documents]
+    marks = [mark for mark in counted if mark is not None]
+    return Packed(
+        tokens=tokens,
+        length=config.sequence_length,
+        counted=np.concatenate(marks) if marks else None,
+    )
+
+
+def _cut(whole: Packed, config: DataConfig) -> tuple[Packed, Packed]:
+    """All but the last `1 / validation_every` of the tokens, and those."""
+    count = len(whole.tokens)
+    cut = count - count // config.validation_every
+    parts = (slice(cut), slice(cut, count))
+    first, second = (
+        Packed(
+            tokens=whole.tokens[part],
+            length=whole.length,
+            counted=None if whole.counted is None else whole.counted[part],
+        )
+        for part in parts
+    )
+    return first, second

@@ -124,6 +124,10 @@ def _spread(engine: Any, optimizer: torch.optim.Optimizer) -> Spread:
     def update(_: torch.optim.Optimizer, __: LambdaLR) -> None:
         engine.step()  # clips, steps, clears the gradients and moves the scheduler
 
+    def norm(_: torch.optim.Optimizer) -> float | None:
+        found = engine.get_global_grad_norm()  # None at stage 0 where nothing is clipped
+        return None if found is None else float(found)
+
     def weights() -> list[torch.Tensor]:
         # Stage 0 steps the model's own parameters, and bfloat16-pure their memory.
         masters = (t for t in optimizer.state if t.untyped_storage().data_ptr() not in places)
@@ -134,6 +138,8 @@ def _spread(engine: Any, optimizer: torch.optim.Optimizer) -> Spread:
         synchronising=counting,
         arithmetic=nullcontext,
         update=update,
+        norm=norm,
+        norm_comes_late=True,
         weights=weights,
         trained=lambda: list(optimizer.state),
         # The loop has divided by the tokens of the global batch: accumulation is in that already.

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import resource
 import signal
 import time
 from collections.abc import Iterable, Sequence
@@ -19,8 +21,9 @@ from flora_dist.trainer.evaluate import validation_loss
 from flora_dist.trainer.finite import Finite, tensors_in
 from flora_dist.trainer.gradients import Sketched
 from flora_dist.trainer.interrupt import StopRequest
-from flora_dist.trainer.metrics import Metrics, Progress, Record
+from flora_dist.trainer.metrics import Metrics, Record
 from flora_dist.trainer.model import sum_of_losses
+from flora_dist.trainer.progress import Progress
 from flora_dist.trainer.replicated import Spread, World
 from flora_dist.trainer.traffic import Traffic
 
@@ -29,6 +32,7 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 # The first steps differ from all others: lazy states, and DDP lays its buckets out anew in step 2.
 _SETTLING_STEPS = 2
+_LARGEST_EXPONENT = 700.0  # exp beyond it is no float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ class Measured:
     """The last validation loss in nats per token."""
     tokens_per_second: float | None
     """Over all processes; without evaluation, checkpoints and the first steps."""
+    peak_memory_bytes: int
+    """What the process that had most had at most, weights and activations included."""
     weight_bytes: int
     """Weights, an engine's masters included, on the process that holds most."""
     state_bytes: int
@@ -116,6 +122,8 @@ class _Taken:
     """Labels that counted in the global batch."""
     lr: float
     """Learning rate it was taken with."""
+    norm: float | None
+    """Of its gradient, before clipping; None where it was not taken."""
 
 
 def train(
@@ -137,11 +145,14 @@ def train(
     first_step = position.step
     # What a step sends settles after the first ones; a shorter run measures its last step.
     measured_step = min(first_step + _SETTLING_STEPS, steps - 1)
-    clock, bytes_sent, unlogged = _Clock(), None, None
+    before = metrics.records[-1].get("seconds") if metrics.records else None
+    clock, bytes_sent, unlogged = _Clock(before or 0.0), None, None
     for step in range(first_step, steps):
         began = time.perf_counter()
         with Traffic() if step == measured_step else nullcontext() as traffic:
-            taken = _take_step(job, step, stop, finite)
+            # What is counted is the step alone: a norm would send messages of its own.
+            has_norm = traffic is None and _due(step + 1, job.config.train.log_every, steps)
+            taken = _take_step(job, step, stop, finite, has_norm=has_norm)
         if taken is None:
             break
         done, unlogged = taken.step, taken
@@ -150,18 +161,18 @@ def train(
         clock.add(taken.tokens, time.perf_counter() - began, settled=step > measured_step)
         record: Record = {}
         if _due(done, job.config.train.log_every, steps):
-            record, unlogged = _training_record(taken, clock), None
-            progress.update(done, loss=f"{record['loss']:.3f}", rate=f"{clock.rate:,.0f} tokens/s")
+            record, unlogged = _training_record(job, taken, clock), None
         if _due(done, job.config.evaluation.every, steps):
-            record["validation_loss"] = _evaluate(job)
+            record |= _validation_record(_evaluate(job))
         if record:
+            progress.update(done, record)
             _keep(metrics, finite, done, record)
         if checkpoints is not None and finite.fault is None:
             checkpoints.save_if_due(position, finite, last_step=steps)
         if finite.fault is not None:
             break
     if unlogged is not None:  # stopped between two lines
-        _keep(metrics, finite, unlogged.step, _training_record(unlogged, clock))
+        _keep(metrics, finite, unlogged.step, _training_record(job, unlogged, clock))
     if checkpoints is not None and stop.agreed is not None and finite.fault is None:
         checkpoints.save(position, finite)
     return _measured(job, position, clock, bytes_sent, metrics.records, finite.fault)
@@ -172,7 +183,9 @@ def _keep(metrics: Metrics, finite: Finite, step: int, record: Record) -> None:
     finite.see(step, record)
 
 
-def _take_step(job: Job, step: int, stop: StopRequest, finite: Finite) -> _Taken | None:
+def _take_step(
+    job: Job, step: int, stop: StopRequest, finite: Finite, *, has_norm: bool
+) -> _Taken | None:
     """One optimizer step on the global batch; None if the processes have agreed to stop before."""
     config = job.config.train
     batches = _micro_batches(job, step)
@@ -183,24 +196,55 @@ def _take_step(job: Job, step: int, stop: StopRequest, finite: Finite) -> _Taken
     losses = accumulate(job.spread, batches, tokens, job.world)
     finite.note(losses)
     lr = float(job.scheduler.get_last_lr()[0])
+    late, norm = job.spread.norm_comes_late, None
+    if has_norm and not late:
+        norm = job.spread.norm(job.optimizer)
     job.spread.update(job.optimizer, job.scheduler)
-    return _Taken(step=step + 1, losses=losses, tokens=tokens, lr=lr)
+    if has_norm and late:
+        norm = job.spread.norm(job.optimizer)
+    return _Taken(step=step + 1, losses=losses, tokens=tokens, lr=lr, norm=norm)
 
 
 def _due(step: int, every: int, steps: int) -> bool:
     return step % every == 0 or step == steps
 
 
-def _training_record(taken: _Taken, clock: _Clock) -> Record:
+def _training_record(job: Job, taken: _Taken, clock: _Clock) -> Record:
     loss = float(sum_over_processes(taken.losses)) / taken.tokens
-    rate = clock.rate
-    return {"loss": loss, "lr": taken.lr, "tokens": taken.tokens, "tokens_per_second": rate}
+    rate, left = clock.rate, job.config.train.steps - taken.step
+    record: Record = {"loss": loss, "lr": taken.lr, "tokens": taken.tokens}
+    if taken.norm is not None:
+        record["gradient_norm"] = taken.norm
+    timed: Record = {
+        "seconds": clock.seconds,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_device": None if rate is None else rate / job.world.size,
+        "eta_seconds": None if rate is None else left * taken.tokens / rate,
+        "peak_memory_bytes": peak_memory(job.world.device),
+    }
+    return record | timed
+
+
+def _validation_record(loss: float) -> Record:
+    perplexity = math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
+    return {"validation_loss": loss, "validation_perplexity": perplexity}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes this process had at most: those torch had on its GPU, or all of it on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 class _Clock:
     """Tokens per second, from settled steps as soon as there are any."""
 
-    def __init__(self) -> None:
+    seconds: float
+    """Of all steps of the run, those before a resume included; without evaluation and saving."""
+
+    def __init__(self, before: float) -> None:
+        self.seconds = before
         self._settled = False
         self._tokens, self._seconds = 0, 0.0
 
@@ -209,6 +253,7 @@ class _Clock:
             self._settled, self._tokens, self._seconds = True, 0, 0.0
         self._tokens += tokens
         self._seconds += seconds
+        self.seconds += seconds
 
     @property
     def rate(self) -> float | None:
@@ -277,6 +322,7 @@ def _measured(
         loss=sum(losses) / len(losses) if losses else None,
         validation_loss=checks[-1] if checks else None,
         tokens_per_second=clock.rate,
+        peak_memory_bytes=largest_over_processes(peak_memory(device), device),
         weight_bytes=largest_over_processes(_held_bytes(job.spread.weights()), device),
         state_bytes=largest_over_processes(_held_bytes(job.optimizer.state.values()), device),
         adamw_bytes=largest_over_processes(8 * trained, device),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""metrics.jsonl, TensorBoard and the progress bar: process 0 has them, the others nothing."""
+"""metrics.jsonl and TensorBoard: process 0 has them, the others nothing."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from flora_dist.trainer.optional_imports import needs_train_extra
 from flora_dist.trainer.utf8 import read_utf8
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch.utils.tensorboard import SummaryWriter
 
 Record = dict[str, float | int | None]
 """One line of metrics.jsonl: `step`, and what was measured there; None where it was not finite."""
+
+TIMED = frozenset(
+    {
+        *("seconds", "tokens_per_second", "tokens_per_second_per_device", "eta_seconds"),
+        "peak_memory_bytes",
+    }
+)
+"""What of a record depends on the machine and its load; the rest follows from the config."""
 
 
 class Metrics:
@@ -100,37 +107,3 @@ def _read_until(path: Path, step: int) -> list[Record]:
             f"every line of {str(path)!r} must be a record; {error}. Remove that line."
         ) from error
     return [record for record in records if (record["step"] or 0) <= step]
-
-
-class Progress:
-    """A bar on the console, or silence."""
-
-    def __init__(self, bar: Any, task: Any) -> None:
-        self._bar, self._task = bar, task
-
-    def update(self, step: int, **fields: str) -> None:
-        """Move the bar to a step; fields are `loss` and `rate`."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, **fields)
-
-
-@contextmanager
-def open_progress(console: Console | None, label: str, steps: int) -> Iterator[Progress]:
-    """A progress bar of so many steps; None shows nothing."""
-    if console is None:
-        yield Progress(None, None)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with bar:
-        yield Progress(bar, bar.add_task(label, total=steps, loss="-", rate=""))

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flora_dist.trainer.config import OptimizerConfig, ScheduleConfig
 
@@ -51,31 +51,51 @@ def build_optimizer(
     if "seed" in option_names(config.name):
         options.setdefault("seed", seed)
     try:
-        return _optimizer_class(config.name)(list(named_parameters), **options)
+        return _optimizer_class(config.name)(_groups(config, named_parameters), **options)
     except TypeError as error:  # torch's optimizers compare options before they check them
         raise ValueError(
             f"{config.name} refuses its options {options}: {error}. Correct the optimizer section."
         ) from error
 
 
+def _groups(
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> list[Any]:
+    """Named parameters, those that must not shrink in a group of their own."""
+    named = list(named_parameters)
+    default = inspect.signature(_optimizer_class(config.name)).parameters["weight_decay"].default
+    if config.decay == "all" or not config.options.get("weight_decay", default):
+        return named
+    matrices = [(name, p) for name, p in named if p.ndim >= 2]
+    vectors = [(name, p) for name, p in named if p.ndim < 2]
+    groups = ({"params": matrices}, {"params": vectors, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
 def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
     """The learning rate's factor as a function of the number of steps done.
 
     Warm-up reaches 1 at step `warmup_steps`; the curve then falls from 1 to `final_ratio` at the
-    last step.
+    last step, wsd's only in the last `decay_steps` (arXiv 2404.06395, section 4).
 
     >>> factor = schedule_factor(ScheduleConfig(name="linear", warmup_steps=2, final_ratio=0.0), 6)
     >>> [round(factor(step), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.67, 0.33, 0.0]
+    >>> factor = schedule_factor(ScheduleConfig(name="wsd", decay_steps=2, final_ratio=0.0), 6)
+    >>> [round(factor(step), 2) for step in range(6)]
+    [1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
     """
     curve = _CURVES[config.name]
     warmup, final = config.warmup_steps, config.final_ratio
-    length = max(1, steps - 1 - warmup)
+    begin = warmup
+    if config.name == "wsd":
+        begin = max(warmup, steps - 1 - (config.decay_steps or max(1, steps // 10)))
+    length = max(1, steps - 1 - begin)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return curve(min(1.0, (step - warmup) / length), final)
+        return curve(min(1.0, max(0, step - begin) / length), final)
 
     return factor
 
@@ -83,5 +103,6 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
 _CURVES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda _, __: 1.0,
     "linear": lambda part, final: 1.0 - (1.0 - final) * part,
+    "wsd": lambda part, final: 1.0 - (1.0 - final) * part,
     "cosine": lambda part, final: final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * part)),
 }

@@ -18,6 +18,11 @@ def needs_deepspeed_extra() -> AbstractContextManager[None]:
     return _needs("flora-dist[train,deepspeed]")
 
 
+def needs_lora_extra() -> AbstractContextManager[None]:
+    """The same for adapters."""
+    return _needs("flora-dist[train,lora]")
+
+
 @contextmanager
 def _needs(requirement: str) -> Iterator[None]:
     try:

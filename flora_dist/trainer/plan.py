@@ -4,21 +4,24 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import check_world
 from flora_dist.trainer.checkpoint import Start, find_start
-from flora_dist.trainer.config import AUTO, DENSE, Config
+from flora_dist.trainer.config import AUTO, DENSE, Config, OptimizerConfig
 from flora_dist.trainer.data import Corpus, Order, read_corpus
 from flora_dist.trainer.engine import check_learner
 from flora_dist.trainer.gradients import check_sizes
-from flora_dist.trainer.model import read_model_config, shapes_only
+from flora_dist.trainer.model import read_model_config, shapes_only, vocabulary_in_file
 from flora_dist.trainer.optimizers import build_optimizer
 from flora_dist.trainer.replicated import World
 from flora_dist.trainer.summary import RESULTS
-from flora_dist.trainer.tokenizer import open_tokenizer
+from flora_dist.trainer.tokenizer import Tokenizer, open_tokenizer
+from flora_dist.trainer.trained import CHECKPOINTS
 from flora_dist.trainer.utf8 import read_utf8
 
 RESOLVED = "config.yaml"
@@ -39,6 +42,10 @@ class Plan:
     """The batches."""
     network: Any
     """The transformers config."""
+    vocabulary_in_file: int | None
+    """What the model's own file says of it; None where that is not replaced."""
+    tokenizer: Tokenizer
+    """The tokenizer."""
     identity: dict[str, Any]
     """What a checkpoint must share with this run."""
     start: Start
@@ -76,7 +83,7 @@ def folder_of(config: Config) -> Path:
 
 def checkpoint_folder(run: Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return run / "checkpoints"
+    return run / CHECKPOINTS
 
 
 def make_plan(config: Config, world: World) -> Plan:
@@ -98,7 +105,7 @@ def make_plan(config: Config, world: World) -> Plan:
     )
     for optimizer in filter(None, (config.optimizer, config.compare)):
         # On weights without memory: what the optimizer refuses, it refuses here.
-        shapes = shapes_only(network).named_parameters()
+        shapes = arranged(shapes_only(network), config.model).named_parameters()
         check_sizes(config, build_optimizer(optimizer, shapes, seed=config.train.seed))
     identity = _identity(config, network, corpus)
     folder = folder_of(config)
@@ -108,6 +115,8 @@ def make_plan(config: Config, world: World) -> Plan:
         corpus=corpus,
         order=order,
         network=network,
+        vocabulary_in_file=vocabulary_in_file(config.model),
+        tokenizer=tokenizer,
         identity=identity,
         start=find_start(config.checkpoint, checkpoint_folder(folder), identity, world),
     )
@@ -123,7 +132,7 @@ def _identity(config: Config, network: Any, corpus: Corpus) -> dict[str, Any]:
         "seed": config.train.seed,
         "optimizer": config.optimizer.name,
         # A checkpoint brings its own: others in the config would go unheard.
-        "options": dict(config.optimizer.options),
+        "options": _options(config.optimizer),
         # Levels of sketches may change in a resumed run; to or from dense is another algorithm.
         "gradients": DENSE if config.gradients.level == DENSE else "sketched",
         "corpus": corpus.fingerprint,
@@ -132,6 +141,11 @@ def _identity(config: Config, network: Any, corpus: Corpus) -> dict[str, Any]:
     }
     tree: dict[str, Any] = json.loads(json.dumps(facts))  # as a manifest gives it back
     return tree
+
+
+def _options(optimizer: OptimizerConfig) -> dict[str, Any]:
+    ours = {} if optimizer.decay == "matrices" else {"decay": optimizer.decay}
+    return {**optimizer.options, **ours}
 
 
 def _check_length(plan: Plan) -> None:
@@ -144,8 +158,25 @@ def _check_length(plan: Plan) -> None:
         )
 
 
+def _check_reachable(folder: Path) -> None:
+    """Refuse a folder that cannot be made."""
+    place = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not place.is_dir():
+        raise ValueError(
+            f"a run's folder must be inside folders; '{place}', of '{folder}', is none. Change "
+            "output.folder or output.name."
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"a run's folder must be writable; '{place}', where '{folder}' belongs, is not. "
+            "Change output.folder."
+        )
+
+
 def _check_folder(plan: Plan) -> None:
     folder, resume = plan.folder, plan.config.checkpoint.resume
+    if plan.world.speaks:
+        _check_reachable(folder)
     is_continued = plan.keeps_folder and plan.start.path is not None
     if is_continued or not folder.exists():
         return

@@ -47,6 +47,8 @@ class Spread:
     """Context of a forward pass that sets its precision."""
     update: Callable[[torch.optim.Optimizer, LambdaLR], None]
     """Clip the gradient if asked to, step, clear the gradient, move the learning rate."""
+    norm: Callable[[torch.optim.Optimizer], float | None]
+    """Norm of the whole gradient before clipping; every process calls it. None: nobody knows it."""
     weights: Callable[[], Sequence[torch.Tensor]]
     """Tensors of weights on this process; an engine's float32 masters too."""
     trained: Callable[[], Sequence[torch.Tensor]]
@@ -57,6 +59,8 @@ class Spread:
     """Free whole weights that a forward pass without a backward pass has left behind."""
     close: Callable[[], None] = lambda: None
     """Let go of what outlives the model."""
+    norm_comes_late: bool = False
+    """Whether `norm` is known after `update` alone, which an engine's is; else before it alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,12 @@ def over(
     most = config.train.max_grad_norm
     theirs = clip or (lambda norm: nn.utils.clip_grad_norm_(parameters, norm))
 
+    def norm(optimizer: torch.optim.Optimizer) -> float:
+        if isinstance(optimizer, Flora):
+            return float(optimizer.grad_norm())
+        found = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return float(found.full_tensor() if isinstance(found, DTensor) else found)
+
     def update(optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
         if most is not None:
             # Flora's own, which also knows the norm of sketches.
@@ -105,6 +115,7 @@ def over(
         synchronising=synchronising,
         arithmetic=arithmetic,
         update=update,
+        norm=norm,
         weights=lambda: [local_part(p) for p in parameters],
         trained=lambda: [local_part(p) for p in parameters if p.requires_grad],
         free=free,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flora_dist.core.parameters.advice import advice
 from flora_dist.flora import Flora
+from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import find_world, process_group, wait_for_all
 from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, resume
 from flora_dist.trainer.config import CheckpointConfig, Config, OptimizerConfig
@@ -19,13 +20,15 @@ from flora_dist.trainer.failure import EXIT_CODE, say
 from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import Job, Measured, train
-from flora_dist.trainer.metrics import open_metrics, open_progress
+from flora_dist.trainer.metrics import open_metrics
 from flora_dist.trainer.model import build_model, parameter_count, weight_dtype
-from flora_dist.trainer.optimizers import LABELS
+from flora_dist.trainer.optimizers import LABELS, schedule_factor
 from flora_dist.trainer.optional_imports import needs_train_extra, stay_offline
 from flora_dist.trainer.plan import RESOLVED, Plan, checkpoint_folder, make_plan
+from flora_dist.trainer.progress import open_progress
 from flora_dist.trainer.replicated import Learner
 from flora_dist.trainer.summary import Summary, summary_table, write_summary
+from flora_dist.trainer.trained import write_card
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +79,8 @@ def _train_and_tell(plan: Plan, stop: StopRequest, console: Console | None) -> b
     summary = Summary(
         run=config.output.name,
         optimizer=config.optimizer.name,
+        lr=config.optimizer.options["lr"],
+        adamw_lr=None if adamw is None or config.compare is None else config.compare.options["lr"],
         parameters=parameters,
         world_size=plan.world.size,
         measured=measured,
@@ -92,6 +97,7 @@ def _prepare_folder(plan: Plan) -> None:
         shutil.rmtree(plan.folder)
     plan.folder.mkdir(parents=True, exist_ok=True)
     (plan.folder / RESOLVED).write_text(as_yaml(plan.config), encoding="utf-8")
+    write_card(plan.folder, plan.network, plan.tokenizer, plan.config.model.lora)
 
 
 def _one(
@@ -105,11 +111,12 @@ def _one(
     """Train one fresh model with one optimizer; its measurements and the model's size."""
     config, label = plan.config, LABELS[optimizer_config.name]
     dtype = weight_dtype(config.train)
-    model = build_model(config.model, plan.network, seed=config.train.seed, dtype=dtype)
+    built = build_model(config.model, plan.network, seed=config.train.seed, dtype=dtype)
+    model = arranged(built, config.model)
     parameters = parameter_count(model)
     if console is not None and not compared:
         console.print(
-            f"{parameters:,} parameters, vocabulary {plan.network.vocab_size:,}; "
+            f"{parameters:,} parameters, vocabulary {plan.network.vocab_size:,}{_instead(plan)}; "
             f"{len(plan.corpus.train.tokens):,} training tokens; "
             f"{plan.world.size} x {plan.world.device.type}, {config.backend.name}",
             soft_wrap=True,
@@ -123,13 +130,17 @@ def _one(
     start = resume(learner, start, config.checkpoint, folder, plan.identity, plan.world)
     if console is not None and start.path is not None:
         console.print(f"going on from {start.path}", soft_wrap=True)
+        if start.steps not in {None, config.train.steps}:
+            console.print(_stretched(config, start), soft_wrap=True)
     metrics_folder, board = _metric_folders(plan, label, compared=compared)
     shown = console if config.output.progress else None
     saving = CheckpointConfig() if compared else config.checkpoint
     with (
         open_metrics(metrics_folder, board, first_step=start.position.step) as metrics,
         open_progress(shown, label, config.train.steps) as progress,
-        Checkpoints(folder, saving, learner, plan.identity, start) as checkpoints,
+        Checkpoints(
+            folder, saving, learner, plan.identity, start, steps=config.train.steps
+        ) as checkpoints,
     ):
         measured = train(
             job,
@@ -157,6 +168,14 @@ def _warn(learner: Learner, steps: int, console: Console) -> None:
         console.print(f"warning: {sentence}", soft_wrap=True, style="yellow")
 
 
+def _instead(plan: Plan) -> str:
+    """A word where the tokenizer's vocabulary has replaced that of the model's file."""
+    said = plan.vocabulary_in_file
+    if said in {None, plan.network.vocab_size}:
+        return ""
+    return f" (the tokenizer's, in place of {said:,} in {plan.config.model.config})"
+
+
 def _job(plan: Plan, learner: Learner, console: Console | None) -> Job:
     gradients = totals(learner.gradients, plan.world.device)
     if console is not None and gradients is not None:
@@ -174,6 +193,18 @@ def _job(plan: Plan, learner: Learner, console: Console | None) -> Job:
         optimizer=learner.optimizer,
         scheduler=learner.scheduler,
         gradients=gradients,
+    )
+
+
+def _stretched(config: Config, start: Start) -> str:
+    """The line that says what another number of steps does to the learning rate."""
+    before, now, step = start.steps or 0, config.train.steps, start.position.step
+    factors = [schedule_factor(config.schedule, steps)(step) for steps in (before, now)]
+    lr = config.optimizer.options["lr"]
+    return (
+        f"train.steps was {before:,} and is {now:,}: schedule {config.schedule.name} now ends at "
+        f"step {now:,}; the next step has lr {lr * factors[1]:.3g}, which would have been "
+        f"{lr * factors[0]:.3g}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,13 +20,15 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
 
+from flora_dist.flora import Flora
+from flora_dist.trainer.arrange import layers_of
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.replicated import Spread, World, over
 
 
 def fsdp1(model: nn.Module, config: Config, world: World) -> Spread:
     """FullyShardedDataParallel over all processes; Flora has to be attached."""
-    layers = set(_layers(model))
+    layers = set(layers_of(model))
     frees = config.backend.reshard_after_forward
     root = FullyShardedDataParallel(
         model,
@@ -41,7 +44,7 @@ def fsdp1(model: nn.Module, config: Config, world: World) -> Spread:
         device_id=world.device,
         use_orig_params=True,
     )
-    return over(
+    spread = over(
         root,
         config,
         module=root,
@@ -50,6 +53,11 @@ def fsdp1(model: nn.Module, config: Config, world: World) -> Spread:
         # Each process holds flat parts: torch's own function would take their norms for whole ones.
         clip=root.clip_grad_norm_,
     )
+
+    def norm(optimizer: torch.optim.Optimizer) -> float | None:
+        return float(optimizer.grad_norm()) if isinstance(optimizer, Flora) else None
+
+    return replace(spread, norm=norm)
 
 
 def fsdp2(model: nn.Module, config: Config, world: World) -> Spread:
@@ -68,7 +76,7 @@ def hsdp(model: nn.Module, config: Config, world: World) -> Spread:
 def _fully_sharded(model: nn.Module, config: Config, mesh: DeviceMesh) -> Spread:
     policy = MixedPrecisionPolicy(param_dtype=_arithmetic(config), reduce_dtype=torch.float32)
     reshard = config.backend.reshard_after_forward
-    for layer in _layers(model):
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     # The root's weights (embedding, head) are needed again at once: freeing them gains nothing.
     root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -98,15 +106,3 @@ def _fully_sharded(model: nn.Module, config: Config, mesh: DeviceMesh) -> Spread
 def _arithmetic(config: Config) -> torch.dtype | None:
     """What weights are gathered in; None: as they are. Gradients are summed in float32 always."""
     return torch.bfloat16 if config.train.precision == "bfloat16" else None
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The transformer's layers: the children of the ModuleList that holds most weights."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return []
-    return list(max(lists, key=lambda layers: sum(map(_weights, layers))))
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

@@ -30,6 +30,10 @@ class Summary:
     """Name of the run."""
     optimizer: str
     """The optimizer under test, as in the config."""
+    lr: float
+    """Its learning rate."""
+    adamw_lr: float | None
+    """AdamW's; None if it was not run."""
     parameters: int
     """Weights of the model; tied ones count once."""
     world_size: int
@@ -51,10 +55,11 @@ def summary_table(summary: Summary) -> Table:
         from rich.table import Table
     table = Table(title=f"{summary.run}: {summary.parameters:,} parameters")
     table.add_column(f"{summary.world_size} process{'es' * (summary.world_size > 1)}")
-    table.add_column(summary.label, justify="right")
+    table.add_column(f"{summary.label}, lr {summary.lr:g}", justify="right")
     ours, other = _column(summary.measured), None
     if summary.optimizer != "adamw":
-        table.add_column("AdamW", justify="right")
+        its = "" if summary.adamw_lr is None else f", lr {summary.adamw_lr:g}"
+        table.add_column(f"AdamW{its}", justify="right")
         other = _column(summary.adamw) if summary.adamw else _computed(summary.measured)
     for row, value in ours.items():
         table.add_row(row, value, *([other[row]] if other else []))
@@ -67,6 +72,7 @@ def _column(measured: Measured) -> dict[str, str]:
         "training loss (nats/token)": _shown(measured.loss, ".4f"),
         "validation loss (nats/token)": _shown(measured.validation_loss, ".4f"),
         "tokens/s": _shown(measured.tokens_per_second, ",.0f"),
+        "peak memory (bytes/process)": _shown(measured.peak_memory_bytes, ",d"),
         "optimizer state (bytes/process)": _shown(measured.state_bytes, ",d"),
         **_sketches(measured),
         "sent (bytes/step/process)": _shown(measured.bytes_sent, ",d"),
@@ -106,34 +112,40 @@ def _draw(summary: Summary, folder: Path) -> None:
     with needs_train_extra():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    figure = Figure(figsize=(11.0, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(15.5, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # no display, no global state of pyplot
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    left, middle, right = figure.subplots(1, 3, width_ratios=(2, 2, 1))
     figure.suptitle(
         f"{summary.run}: {summary.parameters:,} parameters, {summary.world_size} process"
         f"{'es' * (summary.world_size > 1)}"
     )
-    _draw_losses(left, summary)
+    _draw_losses(left, summary, "step")
+    _draw_losses(middle, summary, "seconds")
     _draw_memory(right, summary)
     partial = folder / ".summary.partial.png"
     figure.savefig(partial)
     partial.replace(folder / "summary.png")
 
 
-def _draw_losses(axes: Axes, summary: Summary) -> None:
-    runs = [(summary.label, summary.measured, "C0")]
+def _draw_losses(axes: Axes, summary: Summary, against: str) -> None:
+    """Against a number of the records: `step` or `seconds`."""
+    runs = [(f"{summary.label}, lr {summary.lr:g}", summary.measured, "C0")]
     if summary.adamw is not None:
-        runs.append(("AdamW", summary.adamw, "C1"))
+        runs.append((f"AdamW, lr {summary.adamw_lr:g}", summary.adamw, "C1"))
     for label, measured, colour in runs:
         for key, style, what in (
             ("loss", "-", "training"),
             ("validation_loss", "o--", "validation"),
         ):
-            points = [(r["step"], r[key]) for r in measured.records if r.get(key) is not None]
+            points = [
+                (r[against], r[key])
+                for r in measured.records
+                if r.get(key) is not None and r.get(against) is not None
+            ]
             if points:
                 steps, values = zip(*points, strict=True)
                 axes.plot(steps, values, style, color=colour, label=f"{label}, {what}", alpha=0.8)
-    axes.set_xlabel("step")
+    axes.set_xlabel(against)
     axes.set_ylabel("loss (nats/token)")
     axes.grid(alpha=0.3)
     if axes.has_data():
@@ -154,6 +166,11 @@ def _draw_memory(axes: Axes, summary: Summary) -> None:
     below = axes.bar(labels, weights, color="0.75")
     axes.bar_label(below, [f"weights {size:.2f} MiB" for size in weights], label_type="center")
     drawn = axes.bar(labels, states, bottom=weights, color=["C0", "C1"][: len(bars)])
-    axes.bar_label(drawn, [f"state {state:.2f} MiB" for state in states])
-    axes.margins(y=0.12)
+    measured_runs = [summary.measured, summary.adamw]
+    peaks = [run.peak_memory_bytes / mebibyte for run in measured_runs[: len(bars)] if run]
+    tops = [f"state {state:.2f} MiB" for state in states]
+    for place, peak in enumerate(peaks):
+        tops[place] += f"\npeak of the process {peak:,.0f} MiB"
+    axes.bar_label(drawn, tops)
+    axes.margins(y=0.2)
     axes.set_ylabel("MiB per process")

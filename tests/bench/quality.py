@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from flora_dist.trainer.config import STDLIB
+from flora_dist.trainer.config_data import STDLIB
 from tests.bench import quality_compressed, quality_plan, quality_table
 from tests.bench.quality_plan import (
     Row,

@@ -23,23 +23,23 @@ from flora_dist.trainer.backend import World, find_world, spread
 from flora_dist.trainer.config import (
     BackendConfig,
     Config,
-    DataConfig,
     EvaluationConfig,
     GradientsConfig,
-    ModelConfig,
     OptimizerConfig,
     OutputConfig,
     ScheduleConfig,
     TrainConfig,
 )
+from flora_dist.trainer.config_data import DataConfig, ModelConfig
 from flora_dist.trainer.data import Corpus, Order, read_corpus
 from flora_dist.trainer.gradients import keep_sketched, totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import Job, Measured, train
-from flora_dist.trainer.metrics import Metrics, Progress
+from flora_dist.trainer.metrics import Metrics
 from flora_dist.trainer.model import build_model, parameter_count, read_model_config, shapes_only
 from flora_dist.trainer.optimizers import schedule_factor
 from flora_dist.trainer.optional_imports import stay_offline
+from flora_dist.trainer.progress import Silence
 from flora_dist.trainer.tokenizer import ByteTokenizer
 from tests.bench.quality_plan import CENTRE, Row, Run, Size, lr_of
 
@@ -130,7 +130,7 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
             job,
             stop=StopRequest(),
             metrics=Metrics(None, None),
-            progress=Progress(None, None),
+            progress=Silence(),
         )
     tokens = config.train.global_batch * settings.size.sequence_length
     held = {"gradient_bytes": gradient_bytes(model, sketched)}

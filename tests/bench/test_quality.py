@@ -17,7 +17,7 @@ from rich.console import Console
 
 from flora_dist import Flora
 from flora_dist.core.state.settings import MOMENTA, SKETCHES, TRANSFERS
-from flora_dist.trainer.config import ModelConfig
+from flora_dist.trainer.config_data import ModelConfig
 from flora_dist.trainer.data import Order
 from flora_dist.trainer.gradients import keep_sketched
 from flora_dist.trainer.model import build_model, read_model_config

@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from flora_dist.trainer.metrics import TIMED
 from tests.trainer.support import ENVIRONMENT, ROOT, TINY
 
 STEPS = 30
@@ -77,7 +78,7 @@ def random_kills(number: int, seed: int) -> list[Kill]:
 
 
 def train(setup: str, folder: Path, kills: Sequence[Kill]) -> Run:
-    """Train configs/tiny.yaml under torchrun; each start of the processes meets one of the kills.
+    """Train tests/trainer/tiny.yaml under torchrun; each start meets one of the kills.
 
     Raises:
         AssertionError: it did not finish, or a kill came too late.
@@ -101,7 +102,7 @@ def train(setup: str, folder: Path, kills: Sequence[Kill]) -> Run:
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return Run(
         curve=[
-            {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
+            {key: value for key, value in json.loads(line).items() if key not in TIMED}
             for line in lines
         ],
         starts=starts,

@@ -119,7 +119,7 @@ def trainer(folder: Path, corpus: Path, backend: str, *overrides: str) -> list[s
         f"backend={backend}",
         *overrides,
     )
-    words = ["-m", "flora_dist.trainer", "--config", "configs/tiny.yaml"]
+    words = ["-m", "flora_dist.trainer", "--config", "tests/trainer/tiny.yaml"]
     return words + [word for each in settings for word in ("--set", each)]
 
 

@@ -21,8 +21,9 @@ from flora_dist.trainer.engine import build_learner, check_learner
 from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import Job, accumulate, train
-from flora_dist.trainer.metrics import Metrics, Progress
+from flora_dist.trainer.metrics import Metrics
 from flora_dist.trainer.plan import make_plan
+from flora_dist.trainer.progress import Silence
 from flora_dist.trainer.replicated import Learner, World
 from flora_dist.trainer.tokenizer import ByteTokenizer
 from tests.trainer.ragged import micro_batches, tiny_model, token_count
@@ -36,7 +37,7 @@ def _learner(config: Config, world: World) -> tuple[torch.nn.Module, Learner]:
 
 
 def trained(overrides: list[str]) -> dict[str, Any]:
-    """Train configs/tiny.yaml; the records, what was measured, and Flora's own count of its state.
+    """Train the tests' tiny.yaml; its records, what was measured, and Flora's own count of state.
 
     Not `run`: that opens and closes the process group, which the processes of a launch keep.
     """
@@ -94,7 +95,7 @@ def _quietly() -> dict[str, Any]:
     return {
         "stop": StopRequest(),
         "metrics": Metrics(None, None),
-        "progress": Progress(None, None),
+        "progress": Silence(),
     }
 
 

@@ -137,7 +137,7 @@ def _trained(*overrides: str) -> None:
         quiet = ["output.tensorboard=false", "output.progress=false"]
         where = [f"data.corpus={corpus}", f"output.folder={folder}"]
         sets = [part for o in (*where, *short, *quiet, *overrides) for part in ("--set", o)]
-        assert main(["--config", str(ROOT / "configs" / "tiny.yaml"), *sets]) == 0
+        assert main(["--config", str(ROOT / "tests" / "trainer" / "tiny.yaml"), *sets]) == 0
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {

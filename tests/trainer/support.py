@@ -15,14 +15,14 @@ from typing import Any
 from flora_dist.checkpoint.folder import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "configs" / "tiny.yaml"
+TINY = ROOT / "tests" / "trainer" / "tiny.yaml"
 
 # One thread a process: the processes of one test share the machine's cores.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def tiny_overrides(corpus: Path, folder: Path, *overrides: str) -> list[str]:
-    """Overrides for quick and quiet runs of configs/tiny.yaml."""
+    """Overrides for quick and quiet runs of tests/trainer/tiny.yaml."""
     return [
         f"data.corpus={corpus}",
         f"output.folder={folder}",

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from flora_dist import cli
-from flora_dist.trainer.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig
+from flora_dist.trainer.config import Config, OptimizerConfig, ScheduleConfig
+from flora_dist.trainer.config_data import ModelConfig
 from flora_dist.trainer.configfile import as_yaml, load_config
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
 from flora_dist.trainer.optional_imports import needs_train_extra
@@ -164,12 +165,22 @@ def test_every_field_of_the_config_is_explained() -> None:
             assert f"`{each.name}`" in explained, (kind, each.name)
 
 
+def test_wsd_stays_at_lr_and_falls_in_its_last_steps_alone() -> None:
+    schedule = ScheduleConfig(name="wsd", warmup_steps=2, decay_steps=4, final_ratio=0.2)
+    values = [schedule_factor(schedule, 20)(step) for step in range(20)]
+    assert values[:2] == [0.5, 1.0]
+    assert values[2:16] == [1.0] * 14
+    assert values[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    with pytest.raises(ValueError, match="decay_steps belongs to wsd"):
+        ScheduleConfig(name="cosine", decay_steps=4)
+
+
 def test_values_refuse_to_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig(config="x").config = "y"
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
 def test_every_schedule_warms_up_linearly_and_ends_at_its_ratio(name: Any) -> None:
     schedule = ScheduleConfig(name=name, warmup_steps=4, final_ratio=0.25)
     factor = schedule_factor(schedule, 20)

@@ -30,11 +30,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def poison(number: int) -> None:
         take_step = loop._take_step
 
-        def poisoning(job: loop.Job, step: int, *others: Any) -> Any:
+        def poisoning(job: loop.Job, step: int, *others: Any, **more: Any) -> Any:
             if step == number - 1:
                 with torch.no_grad():
                     job.spread.module.get_input_embeddings().weight[200] = torch.nan
-            return take_step(job, step, *others)
+            return take_step(job, step, *others, **more)
 
         monkeypatch.setattr(loop, "_take_step", poisoning)
 
@@ -97,7 +97,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_too(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loop, "validation_loss", lambda *_, **__: float("inf"))
-    assert run(tiny(SAVING)) == 1  # configs/tiny.yaml evaluates every 3 steps
+    assert run(tiny(SAVING)) == 1  # tests/trainer/tiny.yaml evaluates every 3 steps
     assert steps_saved(tmp_path / "tiny") == [1, 2]
     assert "the validation loss of step 3 is inf" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_dist.trainer.config import ModelConfig
+from flora_dist.trainer.config_data import ModelConfig
 from flora_dist.trainer.model import read_model_config
 from flora_dist.trainer.tokenizer import ByteTokenizer, FolderTokenizer
 

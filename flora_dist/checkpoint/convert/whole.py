@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from flora_dist.core.state.settings import completed, config_of
 from flora_dist.core.state.spec import geometry_of, state_tensors
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,6 +85,31 @@ def read_whole(path: Path) -> Whole:
     )
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Whole weights and buffers of a canonical checkpoint, or of a folder's newest, by name.
+
+    As the model has them; the files are verified, and of the state only they are read.
+
+    Raises:
+        ValueError: naming file and field.
+    """
+    found: dict[str, Tensor] = {}
+
+    def fit(manifest: Manifest) -> _Room:
+        counters = saved_counters(manifest)
+        facts = dict(_named_weights(manifest.tensors))
+        check_memory(sum(each.bytes for each in manifest.files.values()), f"'{path}'")
+        own = {name: _empty(each) for name, each in facts.items()}
+        found.update(
+            (name, tensor.view(_shape_of(counters.get(name, {}), tensor)))
+            for name, tensor in own.items()
+        )
+        return _Room(tensors={weight_key(name): _boxes(tensor) for name, tensor in own.items()})
+
+    read(path, fit)
+    return found
+
+
 def _shape_of(counters: Mapping[str, Json], tensor: Tensor) -> Shape:
     """As the model has it; the canonical one where another optimizer than Flora was saved."""
     saved = counters.get("shape")
@@ -124,7 +150,7 @@ def _boxes(tensor: Tensor) -> Boxes:
     return Boxes.of(shape, tensor.dtype, [Box(offsets=(0,) * len(shape), values=tensor)])
 
 
-def _named_weights(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+def _named_weights(tensors: Mapping[str, T]) -> Iterable[tuple[str, T]]:
     prefix = weight_key("")
     return (
         (key.removeprefix(prefix), tensor)
