@@ -15,7 +15,7 @@ source launch/_common.sh
 # shellcheck source=launch/_hosts.sh
 source launch/_hosts.sh
 
-readonly STEPS=10
+readonly STEPS=11
 step=0
 step_name='looking at the machine'
 step_started=$SECONDS
@@ -73,8 +73,11 @@ begin 'layers: import-linter'
 # Not the lint-imports script: pip writes the folder into its first line, which breaks in a clone that was moved.
 "$VENV_PYTHON" -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
-begin 'wheel: build'
-"$VENV_PYTHON" -m build --wheel --no-isolation --outdir "$elsewhere/wheel" .
+begin 'documentation: site with the API, links and anchors'
+"$VENV_PYTHON" launch/_build_site.py "$elsewhere/site"
+
+begin 'sdist: build, and the wheel from it'
+"$VENV_PYTHON" -m build --no-isolation --outdir "$elsewhere/wheel" .
 
 begin 'wheel: install in another environment, use without extras'
 # The other environment sees torch and what torch needs through links, so nothing is downloaded again;

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the Python blocks of README and docs, each in names of its own, in one process.
+
+    python -m tests.docs_blocks
+
+The names are those that a block takes for granted: a small model, a batch, an optimizer over it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ON_TWO_PROCESSES = "init_device_mesh"
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """The blocks of one language with the page and number of each."""
+    for page in PAGES:
+        found = FENCE.findall(page.read_text(encoding="utf-8"))
+        codes = [code for name, code in found if name == language]
+        for number, code in enumerate(codes, start=1):
+            yield f"{page.relative_to(ROOT)}, block {number} of {language}", code
+
+
+def names() -> dict[str, Any]:
+    """What a block finds: fresh for each, since blocks train and wrap what they are given."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    import flora_dist
+
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    )
+    row = torch.arange(16)
+    batch = {"input_ids": row[None], "labels": row[None]}
+    quiet = {"report_to": [], "use_cpu": True, "max_steps": 2, "disable_tqdm": True}
+
+    def arguments(folder: str, **more: Any) -> TrainingArguments:
+        return TrainingArguments(folder, **{**quiet, "max_grad_norm": 1.0, **more})
+
+    optimizer = flora_dist.Flora(model.named_parameters(), lr=1e-3)
+    return {
+        "flora_dist": flora_dist,
+        "torch": torch,
+        "model": model,
+        "batch": batch,
+        "optimizer": optimizer,
+        "loss": model(**batch).loss,
+        "step": 1,
+        "ddp": DistributedDataParallel(model),
+        "dataset": [{"input_ids": row, "labels": row} for _ in range(32)],
+        "Trainer": Trainer,
+        "TrainerCallback": TrainerCallback,
+        "TrainingArguments": arguments,
+        "arguments": arguments("out"),
+    }
+
+
+def run(code: str) -> dict[str, Any]:
+    """Run a block; the names afterwards."""
+    found = names()
+    if "checkpoint.load" in code:  # what a checkpoint holds, a step has made
+        found["loss"].backward()
+        found["optimizer"].step()
+    exec(code, found)
+    return found
+
+
+def main() -> None:
+    """Runs all, says each before it starts."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT="0", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+    import torch.distributed as dist
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        Path("configs").symlink_to(ROOT / "configs")
+        ((_, zero2),) = ((n, code) for n, code in blocks("json") if n.startswith("README"))
+        Path("zero2.json").write_text(json.dumps(json.loads(zero2)))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        # Those of DeepSpeed last: its import changes the process.
+        chosen = [each for each in blocks("python") if ON_TWO_PROCESSES not in each[1]]
+        for name, code in sorted(chosen, key=lambda each: "deepspeed" in each[1]):
+            sys.stdout.write(f"{name}\n")
+            sys.stdout.flush()
+            run(code)
+        sys.stdout.write(f"ran {len(chosen)} blocks\n")
+        os.chdir("/")
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README and docs show runs: every Python block, every JSON, every command."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flora_dist import cli
+from tests.docs_blocks import ON_TWO_PROCESSES, ROOT, blocks
+
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.deepspeed
+@pytest.mark.timeout(240)
+def test_every_python_block_runs_as_it_stands() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.docs_blocks"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = [name for name, code in blocks("python") if ON_TWO_PROCESSES not in code]
+    assert [line for line in done.stdout.splitlines() if line in alone] != []
+    assert f"ran {len(alone)} blocks" in done.stdout
+    assert len(alone) >= 8
+    # tests/test_readme.py runs the one on two processes.
+    assert len(list(blocks("python"))) == len(alone) + 1
+
+
+def test_every_block_has_a_language_that_is_tested() -> None:
+    languages = {
+        language
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for language in re.findall(r"^```(\w*)[^\n]*\n.*?^```$", page.read_text(), re.M | re.S)
+    }
+    assert languages <= {"python", "json", "yaml", "bash"}
+
+
+def test_no_recipe_of_the_readme_is_longer_than_twelve_lines() -> None:
+    recipes = [code for name, code in blocks("python") if name.startswith("README")]
+    assert len(recipes) == 4  # the fifth is DeepSpeed's JSON
+    assert max(len(code.splitlines()) for code in recipes) <= 12
+    assert all(len(line) <= 100 for code in recipes for line in code.splitlines())
+
+
+def test_every_json_block_is_json() -> None:
+    assert all(json.loads(code) for _, code in blocks("json"))
+
+
+def fault_of(command: str) -> str | None:
+    """What is wrong with a command of a bash block; None: its program would take it."""
+    words = shlex.split(command, comments=True)
+    match words:
+        case ["flora-dist", *arguments]:
+            try:
+                cli._parser().parse_args(arguments)
+            except SystemExit:
+                return "flora-dist does not take it"
+        case ["pip", "install", *_, what]:
+            extras = re.findall(r"\w+", what)
+            known = all(re.search(rf"^{extra} = \[", PYPROJECT, re.M) for extra in extras)
+            return None if known else "an extra that there is not"
+        case [program, *_] if program.startswith("./"):
+            return None if os.access(ROOT / program, os.X_OK) else "no such program"
+        case [python, "-m", module, *_] if python.endswith("python"):
+            return None if importlib.util.find_spec(module) else "no such module"
+        case ["source", _]:
+            return None
+        case _:
+            return "nobody tests it"
+    return None
+
+
+def commands() -> list[str]:
+    lines = [code.replace("\\\n", " ").splitlines() for _, code in blocks("bash")]
+    return [line for each in lines for line in each if line.strip()]
+
+
+def test_every_command_is_one_that_its_program_takes() -> None:
+    assert len(commands()) >= 10
+    assert {line: fault for line in commands() if (fault := fault_of(line)) is not None} == {}
+
+
+def test_a_command_that_nobody_takes_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (
+        *("flora-dist trian --config x", "pip install '.[tain]'", "./launch/no.sh", "rm -r x"),
+        "python -m tests.nothing",
+    ):
+        assert fault_of(wrong) is not None
+    capsys.readouterr()
+
+
+def planned(gpus: int, *more: str) -> dict[str, float]:
+    """GiB per GPU by method, as the planner's command in docs/clusters.md computes them."""
+    (command,) = (line for line in commands() if "llama_1b" in line)
+    words = shlex.split(command)[1:]
+    words[words.index("--gpus") + 1] = str(gpus)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert cli.main([*words, *more, "--json"]) == 0
+    plans = json.loads(told.getvalue())["plans"]
+    return {plan["method"]: plan["total_bytes"] / 2**30 for plan in plans}
+
+
+def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| llama of 1.3 billion parameters |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    shown = {
+        re.sub(r"\*| \(.*\)", "", name): [float(value.removesuffix(" GiB")) for value in values[:3]]
+        for name, *values in rows
+    }
+    sketches = ("--gradients", "compressed", "--gradient-rank", "16")
+    dense, sketched = ([planned(gpus, *how) for gpus in (1, 2, 8)] for how in ((), sketches))
+    methods = {
+        "AdamW": ("AdamW", dense),
+        "8-bit AdamW": ("AdamW, 8-bit", dense),
+        "Flora": ("Flora 1/8, dense", dense),
+        "Flora, gradients as sketches": ("Flora 1/8, compressed 1/4", sketched),
+        "GaLore, rank 512": ("GaLore, rank 512 (ddp)", dense),
+        "LoRA, rank 64": ("LoRA, rank 64", dense),
+    }
+    assert shown == {
+        name: [round(plan[label], 1) for plan in plans] for name, (label, plans) in methods.items()
+    }
+
+
+def test_the_five_minutes_of_the_readme_work_on_a_text_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
+    Path("mytext.txt").write_text("Once upon a time there was a small model. " * 400)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Your own data in five minutes")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", section, re.M | re.S)
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)[1:]
+        shorter = ["--set", "train.steps=40"] if words[0] == "train" else []
+        assert cli.main([*words, *shorter]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "\nOnce" in said
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained("mine-hf").config.vocab_size == 257
