@@ -6,8 +6,6 @@ The expected estimate is made by ``reference.py``, in float64, from each rank's 
 
 from __future__ import annotations
 
-import copy
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import flora_dist
@@ -26,7 +23,6 @@ from flora_dist.core.sketch import keys
 from flora_dist.core.sketch.keys import canonical_name
 from flora_dist.ddp import FloraState, flora_hook
 from flora_dist.frameworks import ddp_hook
-from flora_dist.trainer.traffic import Traffic
 from tests.battery import zoo
 from tests.conftest import pool_of
 from tests.gradients.oracle import GradientSketch, SketchedCase
@@ -254,144 +250,6 @@ def overlapping(lock: bool) -> int:
 def test_threads_do_not_change_the_precision_of_products_under_each_other() -> None:
     assert pool_of(2)(overlapping, True) == [1, 1]
     assert max(pool_of(2)(overlapping, False)) > 1
-
-
-# ---- what is sent
-
-
-def sent(wire_dtype: str) -> tuple[list[int], int, int]:
-    """Bytes this rank sends in each iteration, those reported, and elements of the model."""
-    model = Small()
-    wrapped, state = hooked(model, {"wire_dtype": wire_dtype})
-    counted = []
-    for _ in range(3):
-        with Traffic() as traffic:
-            wrapped(my_inputs(0)).backward()
-        counted.append(traffic.bytes_sent)
-    return counted, state.report().sent_bytes, sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize(("wire_dtype", "width"), [("float32", 4), ("bfloat16", 2)])
-def test_what_is_sent_is_what_the_report_says(wire_dtype: str, width: int) -> None:
-    for counted, reported, elements in pool_of(2)(sent, wire_dtype):
-        # An all-reduce over 2 ranks sends its own size. In the first iteration they also compare
-        # two int64; in the second DDP tells of the buckets that it has built again.
-        assert counted[0] == reported + 16
-        assert counted[2] == reported
-        matrices = 20 * 24 + 24 * 24 + 24 * 16
-        blocks = 24 * 3 + 24 * 3 + 16 * 3  # rows of 20 have a ragged third block
-        assert reported == width * (elements - matrices + blocks * RANK)
-
-
-def test_the_report_says_what_travels_as_it_is() -> None:
-    model = Small()
-    model.norm.requires_grad_(False)
-    report = FloraState(model.named_parameters(), rank=2, block=8).report()
-    assert [(row.name, row.how) for row in report.rows] == [
-        ("first.weight", "sketched, 2 per block of 8"),
-        ("first.bias", "dense: 1-D"),
-        ("extra.weight", "sketched, 2 per block of 8"),
-        ("last.weight", "sketched, 2 per block of 8"),
-    ]
-
-
-def test_parameters_without_names_are_known_by_their_places() -> None:
-    report = FloraState(Small().parameters(), rank=2, block=8).report()
-    assert [row.name for row in report.rows] == [f"#{place}" for place in range(6)]
-
-
-# ---- a run
-
-
-def resumed() -> tuple[float, str]:
-    """Distance between iteration 2 of a run and of one that was resumed before it."""
-    first, state = hooked(Small().double())
-    first(my_inputs(0).double()).backward()
-    saved = pickle.loads(pickle.dumps(state.state_dict()))
-    first.zero_grad()
-    first(my_inputs(1).double()).backward()
-    second, other = hooked(Small().double())
-    other.load_state_dict(saved)
-    second(my_inputs(1).double()).backward()
-    got, wanted = gradients_of(second), gradients_of(first)
-    different = max(float((got[name] - wanted[name]).abs().max()) for name in wanted)
-    saved["seed"] = 4
-    return different, refused(lambda: other.load_state_dict(saved), ValueError)
-
-
-def test_a_resumed_run_draws_the_same_projections() -> None:
-    for different, message in pool_of(2)(resumed):
-        assert different == 0.0
-        assert "must have seed=3; it has 4" in message
-
-
-def trained() -> tuple[float, float, bool]:
-    """First and last loss under AdamW, and whether the ranks have equal weights."""
-    model = Small()
-    wrapped, _ = hooked(model, bucket_cap_mb=1e-3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = wrapped(my_inputs(0))
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
-    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(theirs, mine)
-    return losses[0], losses[-1], all(torch.equal(mine, other) for other in theirs)
-
-
-def test_adamw_trains_on_the_estimates() -> None:
-    for first, last, are_equal in pool_of(2)(trained):
-        assert last < 0.5 * first
-        assert are_equal
-
-
-def uneven() -> tuple[int, float]:
-    """Iterations, and a sum of the weights, where rank 1 has two inputs more."""
-    model = Small()
-    wrapped, state = hooked(model, bucket_cap_mb=1e-3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    with Join([wrapped]):
-        for step in range(3 + 2 * dist.get_rank()):
-            wrapped(my_inputs(step)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return state.iteration, sum(float(p.detach().double().sum()) for p in model.parameters())
-
-
-def test_a_rank_that_has_run_out_of_inputs_counts_along() -> None:
-    one, other = pool_of(2)(uneven)
-    assert one == other
-    assert one[0] == 5
-
-
-def compiled() -> float:
-    module = torch.compile(Small().double(), backend="aot_eager")
-    wrapped = DistributedDataParallel(module)
-    state = FloraState(wrapped.named_parameters(), rank=RANK, block=BLOCK, seed=SEED)
-    wrapped.register_comm_hook(state, flora_hook)
-    wrapped(my_inputs(0).double()).backward()
-    return worst(gradients_of(wrapped), mean_gradients(0), 1)
-
-
-def test_the_prefixes_of_wrappers_change_no_projection() -> None:
-    assert max(pool_of(2)(compiled)) < ROUNDING
-
-
-def copied() -> tuple[bool, str]:
-    wrapped, state = hooked(Small())
-    twin = copy.deepcopy(wrapped)  # AveragedModel does so
-    return twin._comm_hooks[0][1] is state, refused(lambda: pickle.dumps(state), TypeError)
-
-
-def test_a_copy_of_ddp_shares_the_state_and_pickle_is_refused() -> None:
-    assert pool_of(2)(copied) == [(True, "FloraState cannot be pickled. " + SAVE)] * 2
-
-
-SAVE = "Save state_dict(), a few numbers."
 
 
 # ---- what is refused
