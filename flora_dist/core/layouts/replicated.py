@@ -63,7 +63,7 @@ class ReplicatedPart:
 
     def gradient(self) -> Tensor | None:
         gradient = self.tensor.grad
-        if gradient is not None and gradient.layout != torch.strided:
+        if gradient is not None and gradient.layout is not torch.strided:
             raise ValueError(
                 f"gradients must be dense; that of {self.name!r} is {gradient.layout}. Build the "
                 "module with sparse=False."
