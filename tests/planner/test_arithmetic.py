@@ -228,7 +228,7 @@ def test_floras_state_on_one_rank_is_what_the_optimizer_reports(
 
     config = replace(FLORA, momentum=momentum, state_dtype=state_dtype)
     named = [(p.name, nn.Parameter(torch.zeros(p.shape))) for p in TINY.parameters]
-    optimizer = Flora(named, lr=1e-3, momentum=momentum, state_dtype=state_dtype)
+    optimizer = Flora(named, lr=1e-3, rank=config.rank, momentum=momentum, state_dtype=state_dtype)
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

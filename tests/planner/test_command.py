@@ -44,7 +44,8 @@ def test_it_runs_where_torch_and_all_other_packages_are_missing(tmp_path: Path) 
 def test_the_table_has_every_method_and_a_line_for_embeddings_and_head(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(*ASKED, "--gradients", "compressed", "--gradient-rank", "4") == 0
+    asked = (*ASKED, "--rank", "8", "--gradients", "compressed", "--gradient-rank", "4")
+    assert run(*asked) == 0
     text = capsys.readouterr().out
     rows = {line.split("  ")[0] for line in text.splitlines()}
     assert "embeddings, head" in rows
