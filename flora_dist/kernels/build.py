@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from flora_dist.kernels.compiler import CannotBuildError, build, torch_at
-from flora_dist.kernels.library import cache_folder, package_folder
+from flora_dist.kernels.presence import cache_folder, package_folder
 
 
 def main() -> int:

@@ -60,13 +60,13 @@ def gradients_of(now: Moment) -> Given:
     gradients = now.gradients
     dense = [each for each in gradients if isinstance(each, Tensor)]
     if dense:
-        dtype = dense[0].dtype
-        if dtype not in DTYPES or any(each.dtype != dtype for each in dense):
+        dtypes = {each.dtype for each in dense}
+        dtype = dtypes.pop()
+        if dtypes or dtype not in DTYPES:
             dtype = torch.float32
-        dense = [
-            each if each.dtype == dtype and each.is_contiguous() else each.to(dtype).contiguous()
-            for each in dense
-        ]
+            dense = [each.to(dtype) for each in dense]
+        if not all(each.is_contiguous() for each in dense):
+            dense = [each.contiguous() for each in dense]
         numbers = [DTYPES[dtype], 0, 0]
         numbers.extend([each.data_ptr() for each in dense])
         return Given(numbers=numbers, kept=dense)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from flora_dist import Flora
-from tests.bench.step_time import ROUNDS, SHAPES
+from tests.bench.step import ROUNDS, SHAPES
 
 
 def measure(shapes: list[tuple[int, int]]) -> tuple[float, float]:

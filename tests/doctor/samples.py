@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flora_dist.cluster.doctor.facts import Build, HostFacts, Interface, Limits, Network
+from flora_dist.cluster.doctor.facts import Build, HostFacts, Interface, Kernels, Limits, Network
 from flora_dist.cluster.doctor.links import Connection
 from flora_dist.cluster.doctor.survey import Asked, Link, RankSaid, Survey
 from flora_dist.cluster.launch.hosts import Host
@@ -65,6 +65,7 @@ def facts(name: str, **changed: Any) -> HostFacts:
             ready=False,
             built_in=False,
         ),
+        kernels=Kernels(path="native", reason=""),
         locks=(),
         lines=(),
         mpi_trouble=None,

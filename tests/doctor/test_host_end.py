@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flora_dist.cluster.doctor import host_facts as look
-from flora_dist.cluster.doctor.facts import as_tree, from_tree
+from flora_dist.cluster.doctor.facts import Kernels, as_tree, from_tree
 from flora_dist.cluster.doctor.links import Listener, measure
 from flora_dist.cluster.launch.near_end import Lost, Session, far_command
 from tests.doctor.samples import facts
@@ -26,6 +26,21 @@ def test_a_host_looks_at_itself_and_its_facts_survive_json(tmp_path: Path) -> No
     assert seen.network.toward == "lo"
     assert "torch" in seen.packages
     assert from_tree(json.loads(json.dumps(as_tree(seen)))) == seen
+
+
+def test_a_host_says_which_kernels_step_there_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert look.kernels_of({}) == Kernels(path="native", reason="")
+    assert look.kernels_of({"FLORA_DIST_KERNELS": "torch"}) == Kernels(path="torch", reason="")
+    refused = look.kernels_of({"FLORA_DIST_KERNELS": "fast"})
+    assert refused.path == "none"
+    assert "got 'fast'" in refused.reason
+    monkeypatch.setattr(look.presence, "package_folder", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    without = look.kernels_of({})
+    assert without.path == "torch"
+    assert without.reason.startswith("none are installed. Compile them once: python -m")
 
 
 def test_facts_of_another_version_are_refused() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from flora_dist.cluster.doctor.facts import Build, ConfigFacts, Gpu, Interface, Line
+from flora_dist.cluster.doctor.facts import Build, ConfigFacts, Gpu, Interface, Kernels, Line
 from flora_dist.cluster.doctor.findings import ON_FACTS, ON_LINKS, ON_RANKS, apply
 from flora_dist.cluster.doctor.links import Connection
 from flora_dist.cluster.doctor.survey import LOST, Finding, Port, Survey
@@ -102,6 +102,14 @@ FAULTS: dict[str, tuple[Survey, str, tuple[str, ...], str, str]] = {
     "no compiler": (survey(b=_build(compiler=None)), "compiler", ("b",), "g++", "error"),
     "no ninja, though all is compiled": (
         survey(b=_build(ninja=None, ready=True)), "compiler", ("b",), "ninja", "error",
+    ),
+    "no kernels": (
+        survey(b={"kernels": Kernels(path="torch", reason="none are installed. Compile")}),
+        "kernels", ("b",), "by torch's operators, which are slower", "warning",
+    ),
+    "a choice of kernels that is none": (
+        survey(b={"kernels": Kernels(path="none", reason="must be torch, native or unset")}),
+        "kernels", ("b",), "no job can start on b", "error",
     ),
     "a stale lock": (survey(b={"locks": (OLD_LOCK,)}), "lock", ("b",), "/x/lock", "error"),
     "a broken line": (
@@ -281,6 +289,13 @@ HEALTHY = {
     ),
     "GPUs need no helper for CPUs": survey(
         facts=tuple(replace(host, build=replace(host.build, compiler=None)) for host in GPUS)
+    ),
+    "kernels that nobody wants": survey(b={"kernels": Kernels(path="torch", reason="")}),
+    "GPUs need no kernels for CPUs": survey(
+        facts=tuple(
+            replace(host, kernels=Kernels(path="torch", reason="none are installed"))
+            for host in GPUS
+        )
     ),
     "an interface hides the own name": survey(b={"network": network(own=None, gloo="eth0")}),
     "NCCL's forms": survey(b={"network": network(nccl="^docker,lo")}),

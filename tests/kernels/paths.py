@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_dist import Flora
-from flora_dist.kernels.library import VARIABLE
+from flora_dist.kernels.presence import VARIABLE
 
 STEPS = 4
 # Of the movement, per parameter: sums of fp32 taken in another order part by some 1e-6 of what is

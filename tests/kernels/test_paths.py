@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flora_dist import Flora
-from flora_dist.kernels import native, native_vector
-from flora_dist.kernels.library import VARIABLE, found
+from flora_dist.core.step.plan import Plan
+from flora_dist.kernels import at_once, native, native_vector
+from flora_dist.kernels.library import found
+from flora_dist.kernels.presence import VARIABLE
+from tests.kernels.mutations import MUTATIONS, ROOT, SOURCES
 from tests.kernels.paths import Case, case_of, difference, run
 
 FIXED = Case(
@@ -48,11 +52,48 @@ def test_random_runs_are_the_same_by_kernels_and_by_torch(seed: int) -> None:
     assert not difference(case_of(seed))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
+def test_a_fixed_run_is_the_same_by_kernels_and_by_torch(momentum: str, dtype: torch.dtype) -> None:
+    settings = {**FIXED.settings, "momentum": momentum}
+    assert not difference(replace(FIXED, dtype=dtype, settings=settings))
+
+
+@pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
+def test_a_step_in_one_call_has_the_bits_of_one_by_phases(
+    momentum: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = (*FIXED.shapes, (600, 512))  # of several tiles
+    settings = {**FIXED.settings, "momentum": momentum, "scale_parameter": True}
+    case = replace(FIXED, shapes=shapes, settings=settings)
+    in_one_call = run(case, "native")[1]
+    monkeypatch.setattr(Plan, "_find_at_once", lambda _: None)
+    by_phases = run(case, "native")[1]
+    assert [key for key in in_one_call if not torch.equal(in_one_call[key], by_phases[key])] == []
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_matrix_that_threads_share_has_the_bits_of_one_that_they_do_not() -> None:
+    # Of two threads' work the large one is too much for one of them; among others it is not.
+    alone = replace(FIXED, shapes=((700, 512),))
+    torch.set_num_threads(1)
+    expected = run(alone, "native")[1]
+    torch.set_num_threads(2)
+    found_now = run(alone, "native")[1]
+    assert [key for key in expected if not torch.equal(expected[key], found_now[key])] == []
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_of_the_kernels_still_finds_its_place(name: str) -> None:
+    mutation = MUTATIONS[name]
+    assert (ROOT / SOURCES / mutation.file).read_text().count(mutation.old) == 1
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_wrong_number_given_to_the_kernels_is_noticed(
     number: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (native, native_vector):
+    for module in (native, native_vector, at_once):
         right = module.numbers_of
 
         def wrong(*given: object, right: object = right) -> list[float]:

@@ -78,6 +78,16 @@ class Build:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """Which kernels step float32 and 16-bit weights on this host's CPUs."""
+
+    path: str
+    """``native``: those that were compiled; ``torch``: torch's operators."""
+    reason: str
+    """Why torch's, though nobody asked for them; empty otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """How a host sees itself and the others."""
 
@@ -119,6 +129,7 @@ class HostFacts:
     network: Network
     limits: Limits
     build: Build
+    kernels: Kernels
     locks: tuple[Lock, ...]
     lines: tuple[Line, ...]
     mpi_trouble: str | None
@@ -155,6 +166,7 @@ def from_tree(tree: Mapping[str, Any]) -> HostFacts:
             "gpus": tuple(Gpu(**each) for each in tree["gpus"]),
             "limits": Limits(**tree["limits"]),
             "build": Build(**tree["build"]),
+            "kernels": Kernels(**tree["kernels"]),
             "locks": tuple(Lock(**each) for each in tree["locks"]),
             "lines": tuple(Line(**each) for each in tree["lines"]),
             "config": None if config is None else ConfigFacts(**config),

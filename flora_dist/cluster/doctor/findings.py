@@ -17,6 +17,7 @@ ON_FACTS: tuple[Rule, ...] = (
     rules_software.torch_is_there,
     rules_software.mpi_works,
     rules_software.cpu_helper_builds,
+    rules_software.kernels_are_there,
     rules_software.locks_are_held,
     rules_software.env_file_reads,
     rules_software.configs_agree,

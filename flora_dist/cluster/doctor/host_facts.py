@@ -21,10 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import flora_dist
-from flora_dist.cluster.doctor.facts import Build, ConfigFacts, Gpu, HostFacts, Limits, Line
+from flora_dist.cluster.doctor.facts import (
+    Build,
+    ConfigFacts,
+    Gpu,
+    HostFacts,
+    Kernels,
+    Limits,
+    Line,
+)
 from flora_dist.cluster.doctor.network_facts import look_at_network
 from flora_dist.cluster.launch.locks import extensions_folder, locks
 from flora_dist.cluster.launch.variables import DEEPSPEED_FILE
+from flora_dist.kernels import presence
 
 PACKAGES = (
     *("torch", "deepspeed", "flora-dist", "mpi4py", "numpy", "triton", "transformers"),
@@ -64,11 +73,23 @@ def look(
         network=look_at_network(master, names, os.environ),
         limits=_limits(),
         build=_build(bool(gpus)),
+        kernels=kernels_of(os.environ),
         locks=tuple(locks()),
         lines=env_lines([Path.home(), Path(folder)], os.environ),
         mpi_trouble=_mpi_trouble() if mpi else None,
         config=None if config is None else read_config(Path(folder) / config),
     )
+
+
+def kernels_of(environment: Mapping[str, str]) -> Kernels:
+    """Which kernels a process with this environment would step by, and why not the compiled."""
+    try:
+        if presence.wanted(environment) == "torch":
+            return Kernels(path="torch", reason="")
+    except ValueError as error:
+        return Kernels(path="none", reason=str(error))
+    found = presence.look()
+    return Kernels(path="torch" if found.path is None else "native", reason=found.reason)
 
 
 def source_digest(package: Path) -> str:

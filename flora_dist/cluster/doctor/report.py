@@ -72,7 +72,7 @@ def all_reduce(survey: Survey) -> dict[str, float] | None:
 
 def _hosts(survey: Survey) -> str:
     head: tuple[str, ...] = ("host", "slots", "address", "interface", "MTU", "devices", "/dev/shm")
-    head += ("python", "torch", "deepspeed", "mpi4py", "flora_dist")
+    head += ("python", "torch", "deepspeed", "mpi4py", "flora_dist", "kernels")
     told = {host.name: host for host in survey.facts}
     rows = [head]
     for host in survey.asked.hosts:
@@ -89,7 +89,7 @@ def _row(facts: HostFacts) -> tuple[str, ...]:
     versions = [facts.packages.get(name, _NONE) for name in ("torch", "deepspeed", "mpi4py")]
     own = f"{facts.packages.get('flora-dist', _NONE)} {facts.source}"
     shm = f"{facts.limits.shm_bytes / _GIB:.2f} GiB"
-    return (*seen, devices, shm, facts.python, *versions, own)
+    return (*seen, devices, shm, facts.python, *versions, own, facts.kernels.path)
 
 
 def _links(survey: Survey) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from flora_dist.cluster.doctor.facts import Line
 from flora_dist.cluster.doctor.survey import Finding, Survey, error, groups, warning
 from flora_dist.cluster.launch.locks import STALE_S
+from flora_dist.kernels.presence import VARIABLE
 
 _MUST_AGREE = frozenset(
     ("torch", "deepspeed", "flora-dist", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
@@ -104,6 +105,25 @@ def cpu_helper_builds(survey: Survey) -> Iterator[Finding]:
                     "the first start and fails without it",
                     f"{remedies[name]} (on {host.name})",
                 )  # fmt: skip
+
+
+def kernels_are_there(survey: Survey) -> Iterator[Finding]:
+    """Without compiled kernels a step on CPUs takes torch's operators, and many times longer."""
+    for host in survey.facts:
+        if host.gpus or not host.kernels.reason:
+            continue
+        if host.kernels.path == "none":
+            yield error(
+                "kernels", [host.name], f"no job can start on {host.name}: {host.kernels.reason}",
+                f"unset {VARIABLE} (in the environment of the job)",
+            )  # fmt: skip
+        else:
+            yield warning(
+                "kernels", [host.name],
+                f"steps on {host.name} go by torch's operators, which are slower than compiled "
+                f"kernels: {host.kernels.reason}",
+                f"{survey.asked.python} -m flora_dist.kernels.build (on {host.name})",
+            )  # fmt: skip
 
 
 def locks_are_held(survey: Survey) -> Iterator[Finding]:

@@ -68,11 +68,7 @@ class Registry:
         signature = tuple((id(g), *map(id, g["params"])) for g in groups)
         slots = self._slots.get(signature)
         # A weight that was replaced in place by one of another shape or dtype.
-        outdated = [
-            slot.tensor
-            for slot in slots or ()
-            if slot.found != (slot.part.shape, slot.tensor.dtype)
-        ]
+        outdated = _outdated(slots or ())
         if slots is None or outdated:
             self._given.update(map(_identity, outdated))
             if outdated or len(self._slots) >= MOST_SELECTIONS:
@@ -202,6 +198,15 @@ def device_types_of(slots: Sequence[Trainable]) -> set[str]:
 def is_marked_by_fsdp1(tensor: Tensor) -> bool:
     """Whether FullyShardedDataParallel has cut a parameter, or is what it has cut them from."""
     return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
+def _outdated(slots: Sequence[Trainable]) -> list[Tensor]:
+    tensors = [slot.tensor for slot in slots]
+    seen = [slot.seen for slot in slots]
+    # A part's shape costs more, and changes only with that of its tensor.
+    if [(each.shape, each.dtype) for each in tensors] == seen:
+        return []
+    return [slot.tensor for slot in slots if slot.found != (slot.part.shape, slot.tensor.dtype)]
 
 
 def _configured(slots: list[Trainable], state: State) -> list[Trainable]:

@@ -47,7 +47,7 @@ class Trainable:
         """``position``: place among the parameters if they have no names, else None."""
         self.tensor, self.part, self.group, self.level = tensor, part, group, level
         self.layout, self.position, self.name = layout, position, part.name
-        self.found = part.shape, tensor.dtype
+        self.found, self.seen = (part.shape, tensor.dtype), (tensor.shape, tensor.dtype)
         self._name_key = name_key(part.name)
         self._config: FloraConfig | None = None
 

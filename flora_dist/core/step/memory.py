@@ -22,8 +22,12 @@ class Memory:
         self._tensors = [member.tensor for member in members]
         self._owners = [(member.layout.state_of, member.part) for member in members]
         self._states = [member.state for member in members]
-        self._places = [(m.state, name) for m in members for name in m.kept]
-        self._kept = [tensor for member in members for tensor in member.kept.values()]
+        names = dict.fromkeys(name for member in members for name in member.kept)
+        self._kept = {
+            name: ([m.state for m in own], [m.kept[name] for m in own])
+            for name in names
+            for own in ([member for member in members if name in member.kept],)
+        }
         self._local = [tensor for member in members for tensor in member.local.values()]
         self._local_addresses = [a for member in members for a in member.local_addresses]
         self._parts = [member.part for member in members]
@@ -38,7 +42,10 @@ class Memory:
         ]
         return (
             all(map(is_, owned, self._states))
-            and all(map(is_, [own.get(name) for own, name in self._places], self._kept))
+            and all(
+                all(map(is_, [own.get(name) for own in states], tensors))
+                for name, (states, tensors) in self._kept.items()
+            )
             and [tensor.data_ptr() for tensor in self._local] == self._local_addresses
             and [part.address() for part in self._parts] == self._addresses
         )

@@ -224,36 +224,5 @@ void finish(const Plan& plan, int64_t index, const Gradients& given, const Basis
   }
 }
 
-// C += G A^T.
-void accumulate(float* sums, const void* gradient, int64_t dtype, int64_t num_rows, int64_t first, int64_t last,
-                const float* columns_BP, int64_t block, int64_t rank, int64_t padded, float* scratch) {
-  const int64_t width = last - first, k_first = first / block, k_last = (last + block - 1) / block;
-  const int64_t together = chunk_blocks(block);
-  const Room room = Room::of(scratch, width, block, 0, padded);
-  Tile tile = {};
-  tile.first = first;
-  tile.last = last;
-  for (int64_t i = 0; i < num_rows; i++, sums += (k_last - k_first) * rank) {
-    const float* g = static_cast<const float*>(gradient) + i * width;
-    if (dtype != kFloat32) {
-      widen(room.lines[0], static_cast<const uint16_t*>(gradient) + i * width, dtype, width);
-      g = room.lines[0];
-    }
-    for (int64_t k = k_first; k < k_last; k += together) {
-      const Chunk chunk = chunk_at(tile, k, smaller(k_last, k + together), block);
-      const float* x = g + (chunk.lo - first);
-      if (chunk.lo != chunk.start || chunk.hi != chunk.stop) {
-        memset(room.x, 0, sizeof(float) * (chunk.stop - chunk.start));
-        memcpy(room.x + (chunk.lo - chunk.start), x, sizeof(float) * (chunk.hi - chunk.lo));
-        x = room.x;
-      }
-      compress(room.compressed, x, chunk.k1 - chunk.k0, columns_BP, block, padded);
-      float* to = sums + (chunk.k0 - k_first) * rank;
-      for (int64_t b = 0; b < chunk.k1 - chunk.k0; b++)
-        for (int64_t r = 0; r < rank; r++) to[b * rank + r] += room.compressed[b * padded + r];
-    }
-  }
-}
-
 }  // namespace
 }  // namespace flora

@@ -7,12 +7,6 @@
 #include "plan.h"
 #include "simd.h"
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define FLORA_SHUFFLE(Mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define FLORA_SHUFFLE(Mask, a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
-#endif
-
 // L: as wide as there is. A block's work hangs together, so what helps is that fewer instructions stand for it.
 #if defined(__AVX512F__)
 #define FLORA_WIDTH 16

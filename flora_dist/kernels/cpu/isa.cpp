@@ -3,7 +3,6 @@
 // newest that it has. The same file serves every architecture: the compiler makes vectors of what there is.
 #include "finish.h"
 #include "measure.h"
-#include "philox.h"
 #include "vector.h"
 
 #define FLORA_PASTE(a, b) a##b
@@ -14,8 +13,8 @@
 namespace flora {
 
 const Kernels* FLORA_NAME(FLORA_ISA)() {
-  static const Kernels kernels = {FLORA_TEXT(FLORA_ISA), measure,       couple,     finish,
-                                  measure_vector,        finish_vector, accumulate, philox};
+  static const Kernels kernels = {FLORA_TEXT(FLORA_ISA), measure,        couple, finish,
+                                  measure_vector,        finish_vector};
   return &kernels;
 }
 

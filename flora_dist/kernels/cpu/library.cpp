@@ -304,40 +304,6 @@ void step(Integers batches, Integers gradients, Numbers numbers, Integers keys) 
   LocalStep(jobs, kernels(), torch::stable::get_num_threads()).run();
 }
 
-// ---- sketching
-
-// Words of counters first, first + 1, ... of a stream, four each, for every key: (keys, counters, 4) of int32.
-void philox(Tensor keys, int64_t first, int64_t stream, Tensor words) {
-  const int64_t num_keys = keys.numel(), counters = words.numel() / 4 / std::max<int64_t>(1, num_keys);
-  const auto* key = data<const uint64_t>(keys);
-  auto* to = data<uint32_t>(words);
-  constexpr int64_t kStretch = 1 << 12;
-  const int64_t stretches = (counters + kStretch - 1) / kStretch;
-  each(num_keys * stretches, 8 * num_keys * counters, [&](int64_t index) {
-    const int64_t own = index / stretches, start = index % stretches * kStretch;
-    kernels().philox(key[own], first + start, std::min(kStretch, counters - start), static_cast<uint32_t>(stream),
-                     to + 4 * (own * counters + start));
-  });
-}
-
-// C += G A^T of a batch of matrices; rows are cut among threads.
-void accumulate(Tensor sums_ENKR, Tensor gradient_ENW, int64_t dtype, Tensor columns_EBP, int64_t rank,
-                int64_t first_column) {
-  const int64_t matrices = gradient_ENW.size(0), rows = gradient_ENW.size(1), width = gradient_ENW.size(2);
-  const int64_t block = columns_EBP.size(1), padded = columns_EBP.size(2), last = first_column + width;
-  const int64_t blocks = (last + block - 1) / block - first_column / block;
-  const int64_t some = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, width));
-  const int64_t stretches = (rows + some - 1) / some, bytes = dtype == kFloat32 ? 4 : 2;
-  const int64_t floats = scratch_floats(width, block, 0, padded);
-  each(matrices * stretches, matrices * rows * width, [&](int64_t index) {
-    const int64_t matrix = index / stretches, start = index % stretches * some, line = matrix * rows + start;
-    kernels().accumulate(data<float>(sums_ENKR) + line * blocks * rank,
-                         data<const char>(gradient_ENW) + bytes * line * width, dtype, std::min(some, rows - start),
-                         first_column, last, data<const float>(columns_EBP) + matrix * block * padded, block, rank,
-                         padded, scratch(floats));
-  });
-}
-
 std::string instruction_set() { return kernels().name; }
 
 // A digest of the sources that this was compiled from.
@@ -368,9 +334,6 @@ STABLE_TORCH_LIBRARY(flora_dist_kernels, library) {
   library.def(
       "finish_vector(Tensor table, int[] gradients, float[] now, Tensor update, Tensor? weight, int[] keys) -> ()");
   library.def("step(int[] batches, int[] gradients, float[] now, int[] keys) -> ()");
-  library.def("philox(Tensor keys, int first, int stream, Tensor(a!) words) -> ()");
-  library.def(
-      "accumulate(Tensor(a!) sums, Tensor gradient, int dtype, Tensor columns, int rank, int first_column) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora_dist_kernels, CompositeExplicitAutograd, library) {
@@ -387,6 +350,4 @@ STABLE_TORCH_LIBRARY_IMPL(flora_dist_kernels, CPU, library) {
   library.impl("finish", TORCH_BOX(&flora::finish));
   library.impl("measure_vector", TORCH_BOX(&flora::measure_vector));
   library.impl("finish_vector", TORCH_BOX(&flora::finish_vector));
-  library.impl("philox", TORCH_BOX(&flora::philox));
-  library.impl("accumulate", TORCH_BOX(&flora::accumulate));
 }

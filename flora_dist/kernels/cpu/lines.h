@@ -9,9 +9,9 @@
 namespace flora {
 namespace {
 
-// One row of the gradient; a row of fp32 is read where it lies, any other is made in the buffer.
-FLORA_CALLED const float* gradient_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
-                                        float* buffer) {
+// One row of a gradient that is not read where it lies.
+FLORA_CALLED const float* made_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
+                                    float* buffer) {
   const int64_t width = tile.last - tile.first;
   if (given.kind == kMissing) {
     memset(buffer, 0, sizeof(float) * width);
@@ -29,9 +29,15 @@ FLORA_CALLED const float* gradient_line(const Plan& plan, const Tile& tile, cons
     return buffer + (tile.first - k0 * block);
   }
   const int64_t at = tile.gradient + i * width;
-  if (given.kind == kFloat32) return reinterpret_cast<const float*>(given.addresses[tile.member]) + at;
   widen(buffer, reinterpret_cast<const uint16_t*>(given.addresses[tile.member]) + at, given.kind, width);
   return buffer;
+}
+
+// One row of the gradient; a row of fp32 is read where it lies, any other is made in the buffer.
+FLORA_INLINE const float* gradient_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
+                                        float* buffer) {
+  if (given.kind != kFloat32) return made_line(plan, tile, given, i, buffer);
+  return reinterpret_cast<const float*>(given.addresses[tile.member]) + tile.gradient + i * (tile.last - tile.first);
 }
 
 FLORA_INLINE int64_t bytes_of(const Gradients& given) {
@@ -145,6 +151,13 @@ FLORA_INLINE void each_chunk(const Header& size, const Tile& tile, const Body& b
   const int64_t together = chunk_blocks(size.block);
   for (int64_t k = first; k < last; k += together)
     body(chunk_at(tile, k, smaller(last, k + together), size.block));
+}
+
+// Whether rows are whole, in whole blocks, and their momentum is fp32 that fast products can work on as it lies.
+FLORA_INLINE bool is_plain(const Header& size, const Tile& tile, const Sketch& sketch) {
+  return !tile.is_cut && !size.is_dense && sketch.is_fast && size.momentum_dtype == kFloat32 &&
+         size.rank == sketch.padded && size.num_columns % size.block == 0 &&
+         tile.momentum_stride == size.num_columns / size.block * size.rank;
 }
 
 // A thread's buffers for a tile.

@@ -49,7 +49,7 @@ FLORA_CALLED void add_columns(float* plain, const Lines<kRows>& lines, const flo
 
 // |G_i|^2 of kRows rows side by side, each a stream of its own for the prefetcher.
 template <int kRows>
-FLORA_CALLED void add_rows(float* squares, const float* const* rows, int64_t width) {
+FLORA_INLINE void add_rows(float* squares, const float* const* rows, int64_t width) {
   const float* g[kRows];
   Vec sums[kRows][2] = {};
   for (int r = 0; r < kRows; r++) g[r] = rows[r];
@@ -98,12 +98,40 @@ FLORA_INLINE void add_products(float* to, float scale, const float* x, const flo
   for (; j < count; j++) to[j] += scale * x[j] * y[j];
 }
 
+// The same of a row of whole blocks by fast products, in registers.
+template <int kBlock>
+FLORA_CALLED float add_history_fast(float* cross, const float* momentum, const float* g, float scale, int64_t blocks,
+                                    const Hadamard& h) {
+  Long squares = {};
+  for (int64_t k = 0; k < blocks; k++, cross += kBlock, g += kBlock, momentum += h.padded) {
+    Long e[kBlock / kWidth];
+    expand_signed<kBlock>(e, momentum, h);
+    for (int v = 0; v < kBlock / kWidth; v++) {
+      squares += e[v] * e[v];
+      const Long own = scale * load_long(g + v * kWidth) * load_long(h.sign + v * kWidth);
+      store_long(cross + v * kWidth, load_long(cross + v * kWidth) + own * e[v]);
+    }
+  }
+  float parts[kWidth], sum = 0;
+  store_long(parts, squares);
+  for (int64_t l = 0; l < kWidth; l++) sum += parts[l];
+  return sum;
+}
+
 // history: |M A|^2; cross: sum_i G (M A) / sqrt(R_i), of whole rows.
 FLORA_CALLED double add_history(const Header& size, const Tile& tile, const Now& now, const Sketch& old, int64_t i,
                                 const float* g, const MeasureSums& sums, const Room& room) {
   const int64_t width = tile.last - tile.first;
   float* cross = sums.partial + tile.partial + 2 * width;
   const float scale = tile.is_cut ? 0 : now.sign / __builtin_sqrtf(sums.rows[tile.new_row + i]);
+  if (is_plain(size, tile, old)) {
+    const float* momentum = reinterpret_cast<const float*>(tile.momentum) + i * tile.momentum_stride;
+    float sum = 0;
+    by_block(size.block, [&](auto block) {
+      sum = add_history_fast<block.value>(cross, momentum, g, scale, width / block.value, old.fast);
+    });
+    return sum;
+  }
   double history = 0;
   each_chunk(size, tile, [&](const Chunk& chunk) {
     old_elements(size, tile, chunk, i, old, room);

@@ -21,7 +21,11 @@ constexpr int kWideLanes = 8;
 constexpr int kWideLanes = FLORA_LANES / 2;
 #endif
 typedef uint64_t Wide __attribute__((vector_size(8 * kWideLanes)));
-constexpr int kSets = 2;  // so that one's products hide the other's latency
+#if defined(__AVX512F__)
+constexpr int kSets = 4;  // so that one's products hide the others' latency, and all stay in registers
+#else
+constexpr int kSets = 2;
+#endif
 constexpr int kCounters = kSets * kWideLanes;
 
 // Of the low words. The only operation that compilers do not make out of the plain product.
@@ -36,6 +40,19 @@ FLORA_INLINE Wide low_product(Wide a, Wide b) {
   return (a & 0xFFFFFFFFu) * b;
 #endif
 }
+
+#if defined(__AVX512F__)
+#define FLORA_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define FLORA_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#elif FLORA_LANES == 8
+#define FLORA_LOW 0, 4, 1, 5
+#define FLORA_HIGH 2, 6, 3, 7
+#else
+#define FLORA_LOW 0, 2
+#define FLORA_HIGH 1, 3
+#endif
+FLORA_INLINE Wide interleaved_low(Wide a, Wide b) { return FLORA_SHUFFLE(Wide, a, b, FLORA_LOW); }
+FLORA_INLINE Wide interleaved_high(Wide a, Wide b) { return FLORA_SHUFFLE(Wide, a, b, FLORA_HIGH); }
 
 // Four words for each of some consecutive counters, counter after counter.
 FLORA_CALLED void philox_some(uint64_t key, uint64_t first, uint32_t stream, uint32_t* words) {
@@ -62,11 +79,7 @@ FLORA_CALLED void philox_some(uint64_t key, uint64_t first, uint32_t stream, uin
   }
   for (int s = 0; s < kSets; s++) {
     const Wide head = (x0[s] & low) | (x1[s] << 32), tail = (x2[s] & low) | (x3[s] << 32);
-    uint64_t pairs[2 * kWideLanes];
-    for (int i = 0; i < kWideLanes; i++) {
-      pairs[2 * i] = head[i];
-      pairs[2 * i + 1] = tail[i];
-    }
+    const Wide pairs[2] = {interleaved_low(head, tail), interleaved_high(head, tail)};
     memcpy(words + 4 * s * kWideLanes, pairs, sizeof pairs);
   }
 }

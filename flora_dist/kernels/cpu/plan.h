@@ -166,12 +166,6 @@ struct Kernels {
                          float* scratch);
   void (*finish_vector)(const Plan&, int64_t tile, const Gradients&, const Now&, const Settled&,
                         const FinishOptions&, float* scratch);
-  // C += G A^T of some rows of one matrix; columns as in a tile.
-  void (*accumulate)(float* sums, const void* gradient, int64_t dtype, int64_t num_rows, int64_t first,
-                     int64_t last, const float* columns_BP, int64_t block, int64_t rank, int64_t padded,
-                     float* scratch);
-  // Words of consecutive counters of a stream: 4 per counter, as they lie in memory.
-  void (*philox)(uint64_t key, uint64_t first, int64_t count, uint32_t stream, uint32_t* words);
 };
 
 // Columns that are in work at one time, so that all their buffers stay in the first-level cache.

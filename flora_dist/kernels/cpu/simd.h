@@ -18,6 +18,12 @@
 // For what works on a chunk or a row: a call costs nothing there, and copies of it minutes of compiling.
 #define FLORA_CALLED static __attribute__((noinline))
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define FLORA_SHUFFLE(Mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FLORA_SHUFFLE(Mask, a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#endif
+
 namespace flora {
 namespace {
 

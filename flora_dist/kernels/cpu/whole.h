@@ -188,9 +188,7 @@ FLORA_INLINE bool steps_whole(const Header& size, const Tile& tile, const Gradie
                               const Sketch& fresh) {
   if (tile.is_cut || given.kind != size.weight_dtype || size.weight_dtype == kFloat16) return false;
   if (size.rule == kNone) return size.num_columns % 16 == 0;
-  return !size.is_dense && fresh.is_fast && basis.move == kStays && size.momentum_dtype == kFloat32 &&
-         size.rank == basis.padded && size.num_columns % size.block == 0 &&
-         tile.momentum_stride == size.num_columns / size.block * size.rank;
+  return basis.move == kStays && is_plain(size, tile, fresh);
 }
 
 template <int kRule, class Kind>

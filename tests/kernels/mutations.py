@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks each phase of the kernels in turn, in a copy, and looks whether a test notices.
+
+    python -m tests.kernels.mutations
+    python -m tests.kernels.mutations --only "finish, whole blocks"
+
+Each one compiles the copy, some 25 s of CPU, and runs one test. The exit code is 1 where a test
+passes on broken kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCES = Path("flora_dist/kernels/cpu")
+FIXED = "tests/kernels/test_paths.py::test_a_fixed_run_is_the_same_by_kernels_and_by_torch"
+SPANS = "tests/battery/test_layouts.py::test_a_layout_equals_the_reference_in_float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutation:
+    """One change of a source, and the test that must fail then."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+    select: str = ""
+    """``-k`` of pytest."""
+
+
+MUTATIONS = {
+    "measure, sums by column": Mutation(
+        file="measure.h", old="sum += square;", new="sum += 0.99f * square;", test=FIXED
+    ),
+    "measure, rows": Mutation(
+        file="measure.h", old="now.beta2 * old + now", new="0.99f * old + now", test=FIXED
+    ),
+    "measure, old momentum": Mutation(
+        file="measure.h",
+        old="squares += e[v] * e[v];",
+        new="squares += e[v];",
+        test=FIXED,
+        select="flora",
+    ),
+    "settle": Mutation(
+        file="settle.cpp", old="root * (1 / std::sqrt", new="root * (0.99f / std::sqrt", test=FIXED
+    ),
+    "couple, cut rows": Mutation(
+        file="measure.h",
+        old="squares += square_sum(room.x + skip, count);",
+        new="squares += 0;",
+        test=SPANS,
+        select="flat",
+    ),
+    "couple, cut blocks": Mutation(
+        file="finish.h",
+        old="to[r] = whole[r] * u.factor;",
+        new="to[r] = 0;",
+        test=SPANS,
+        select="flat",
+    ),
+    "tally": Mutation(
+        file="local.h",
+        old="squares_ - own_.first_tile, 1));",
+        new="squares_ - own_.first_tile, 1) / 2);",
+        test=FIXED,
+        select="strict",
+    ),
+    "finish, whole blocks": Mutation(
+        file="whole.h",
+        old="keep * load_long(x + v * kWidth) + e[v];",
+        new="keep * load_long(x + v * kWidth) - e[v];",
+        test=FIXED,
+    ),
+    "finish, no momentum": Mutation(
+        file="whole.h",
+        old="store(weight + at, kept - w.rate * update",
+        new="store(weight + at, kept - 0.99f * w.rate * update",
+        test=FIXED,
+        select="none",
+    ),
+    "finish, any blocks": Mutation(
+        file="finish.h",
+        old="rounded(keep * load(w + j)) - rate * load(update + j)",
+        new="rounded(keep * load(w + j)) - rate",
+        test=FIXED,
+    ),
+    "finish, window": Mutation(
+        file="finish.h",
+        old="sum += from[k * padded + r] * load8(move_RP",
+        new="sum -= from[k * padded + r] * load8(move_RP",
+        test=FIXED,
+    ),
+    "vectors, measure": Mutation(
+        file="vector.h",
+        old="clipped += square_sum(x, chunk.count);",
+        new="clipped += 0;",
+        test=FIXED,
+    ),
+    "vectors, finish": Mutation(
+        file="vector.h",
+        old="x[j] = (1 - now.beta1) * (x[j] * factor)",
+        new="x[j] = now.beta1 * (x[j] * factor)",
+        test=FIXED,
+    ),
+    "rounding": Mutation(
+        file="philox.h",
+        old="k0 += 0x9E3779B9u;",
+        new="k0 += 0x9E3779B8u;",
+        test=FIXED,
+        select="bfloat16",
+    ),
+}
+
+
+def is_noticed(mutation: Mutation) -> bool:
+    """Whether the test fails on the broken kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        hidden = shutil.ignore_patterns("__pycache__", "*.so")
+        for name in ("flora_dist", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=hidden)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / SOURCES / mutation.file
+        text = path.read_text()
+        assert text.count(mutation.old) == 1, (mutation.file, mutation.old)
+        path.write_text(text.replace(mutation.old, mutation.new))
+        environment = {**os.environ, "PYTHONPATH": str(copy), "FLORA_DIST_KERNELS": "native"}
+        _run(["-m", "flora_dist.kernels.build"], copy, environment).check_returncode()
+        test = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
+        if mutation.select:
+            test += ["-k", mutation.select]
+        done = _run(test, copy, environment)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(
+                f"the test must run; it ended with {done.returncode}:\n{done.stdout}"
+            )
+        return done.returncode == 1
+
+
+def _run(
+    words: list[str], folder: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+
+
+def main() -> int:
+    """Print each mutation; the exit code is 1 if one goes unnoticed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose name holds this")
+    parsed = parser.parse_args()
+    missed = 0
+    for name, mutation in MUTATIONS.items():
+        if parsed.only not in name:
+            continue
+        noticed = is_noticed(mutation)
+        missed += not noticed
+        print(f"{name}: {'noticed' if noticed else 'NOT NOTICED'}", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
