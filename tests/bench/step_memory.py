@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flora_dist import Flora
 from flora_dist.kernels.library import found
 from tests.bench.memory import LiveBytes
-from tests.bench.step_time import RULES, SHAPES
+from tests.bench.step import RULES, SHAPES
 from tests.kernels.paths import path
 
 MODEL = "llama-60m, 75 tensors"
