@@ -13,6 +13,11 @@ from flora_dist.cluster import doctor, launch, planner
 from flora_dist.version import __version__
 
 _USER_ERROR = 2
+_CONVERT = (
+    "One process, no GPU. DST: a folder of checkpoints, or a name that ends in .pt for one file "
+    "that a plain run loads. DeepSpeed's files are read without running code of theirs; its own "
+    "loader runs what they hold: for trusted files alone."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,16 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model as a config file says")
     trainer.add_arguments(train)
     train.set_defaults(run=lambda parsed: trainer.start(parsed.config, parsed.overrides))
-    convert = commands.add_parser(
-        "convert",
-        help="rewrite a checkpoint of DeepSpeed, torch's DCP or flora_dist",
-        description="One process, no GPU. DST: a folder of checkpoints, or a name that ends in "
-        ".pt for one file that a plain run loads. DeepSpeed's files are read without running code "
-        "of theirs; its own loader runs what they hold: for trusted files alone.",
+    _add_convert(
+        commands.add_parser(
+            "convert",
+            help="rewrite a checkpoint of DeepSpeed, torch's DCP or flora_dist",
+            description=_CONVERT,
+        )
     )
-    convert.add_argument("source", metavar="SRC", type=Path)
-    convert.add_argument("target", metavar="DST", type=Path)
-    convert.set_defaults(run=lambda parsed: _convert(parsed.source, parsed.target))
     _add_tokenize(commands.add_parser("tokenize", help="write a corpus as a file of tokens"))
     _add_export(commands.add_parser("export", help="write a run's weights for transformers"))
     _add_generate(commands.add_parser("generate", help="let a trained model go on from a prompt"))
@@ -80,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_arguments(plan)
     plan.set_defaults(run=planner.start)
     return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path)
+    parser.add_argument("target", metavar="DST", type=Path)
+    parser.set_defaults(run=lambda parsed: _convert(parsed.source, parsed.target))
 
 
 def _add_tokenize(parser: argparse.ArgumentParser) -> None:

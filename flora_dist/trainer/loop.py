@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-import resource
 import signal
 import time
 from collections.abc import Iterable, Sequence
@@ -24,6 +22,13 @@ from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.metrics import Metrics, Record
 from flora_dist.trainer.model import sum_of_losses
 from flora_dist.trainer.progress import Progress
+from flora_dist.trainer.records import (
+    Clock,
+    Taken,
+    peak_memory,
+    training_record,
+    validation_record,
+)
 from flora_dist.trainer.replicated import Spread, World
 from flora_dist.trainer.traffic import Traffic
 
@@ -32,7 +37,6 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 # The first steps differ from all others: lazy states, and DDP lays its buckets out anew in step 2.
 _SETTLING_STEPS = 2
-_LARGEST_EXPONENT = 700.0  # exp beyond it is no float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +114,6 @@ def accumulate(
     return total
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Taken:
-    """One optimizer step that was taken."""
-
-    step: int
-    """Its number, from 1."""
-    losses: torch.Tensor
-    """This process's sum of losses, a float64 scalar."""
-    tokens: int
-    """Labels that counted in the global batch."""
-    lr: float
-    """Learning rate it was taken with."""
-    norm: float | None
-    """Of its gradient, before clipping; None where it was not taken."""
-
-
 def train(
     job: Job,
     *,
@@ -146,7 +134,7 @@ def train(
     # What a step sends settles after the first ones; a shorter run measures its last step.
     measured_step = min(first_step + _SETTLING_STEPS, steps - 1)
     before = metrics.records[-1].get("seconds") if metrics.records else None
-    clock, bytes_sent, unlogged = _Clock(before or 0.0), None, None
+    clock, bytes_sent, unlogged = Clock(before or 0.0), None, None
     for step in range(first_step, steps):
         began = time.perf_counter()
         with Traffic() if step == measured_step else nullcontext() as traffic:
@@ -161,18 +149,19 @@ def train(
         clock.add(taken.tokens, time.perf_counter() - began, settled=step > measured_step)
         record: Record = {}
         if _due(done, job.config.train.log_every, steps):
-            record, unlogged = _training_record(job, taken, clock), None
+            record, unlogged = training_record(taken, clock, job.world, steps=steps), None
         if _due(done, job.config.evaluation.every, steps):
-            record |= _validation_record(_evaluate(job))
+            record |= validation_record(_evaluate(job))
         if record:
             progress.update(done, record)
-            _keep(metrics, finite, done, record)
+            _keep(metrics, finite, done, record | {"seconds": clock.seconds})
         if checkpoints is not None and finite.fault is None:
             checkpoints.save_if_due(position, finite, last_step=steps)
         if finite.fault is not None:
             break
     if unlogged is not None:  # stopped between two lines
-        _keep(metrics, finite, unlogged.step, _training_record(job, unlogged, clock))
+        record = training_record(unlogged, clock, job.world, steps=steps)
+        _keep(metrics, finite, unlogged.step, record | {"seconds": clock.seconds})
     if checkpoints is not None and stop.agreed is not None and finite.fault is None:
         checkpoints.save(position, finite)
     return _measured(job, position, clock, bytes_sent, metrics.records, finite.fault)
@@ -185,7 +174,7 @@ def _keep(metrics: Metrics, finite: Finite, step: int, record: Record) -> None:
 
 def _take_step(
     job: Job, step: int, stop: StopRequest, finite: Finite, *, has_norm: bool
-) -> _Taken | None:
+) -> Taken | None:
     """One optimizer step on the global batch; None if the processes have agreed to stop before."""
     config = job.config.train
     batches = _micro_batches(job, step)
@@ -202,62 +191,11 @@ def _take_step(
     job.spread.update(job.optimizer, job.scheduler)
     if has_norm and late:
         norm = job.spread.norm(job.optimizer)
-    return _Taken(step=step + 1, losses=losses, tokens=tokens, lr=lr, norm=norm)
+    return Taken(step=step + 1, losses=losses, tokens=tokens, lr=lr, norm=norm)
 
 
 def _due(step: int, every: int, steps: int) -> bool:
     return step % every == 0 or step == steps
-
-
-def _training_record(job: Job, taken: _Taken, clock: _Clock) -> Record:
-    loss = float(sum_over_processes(taken.losses)) / taken.tokens
-    rate, left = clock.rate, job.config.train.steps - taken.step
-    record: Record = {"loss": loss, "lr": taken.lr, "tokens": taken.tokens}
-    if taken.norm is not None:
-        record["gradient_norm"] = taken.norm
-    timed: Record = {
-        "seconds": clock.seconds,
-        "tokens_per_second": rate,
-        "tokens_per_second_per_device": None if rate is None else rate / job.world.size,
-        "eta_seconds": None if rate is None else left * taken.tokens / rate,
-        "peak_memory_bytes": peak_memory(job.world.device),
-    }
-    return record | timed
-
-
-def _validation_record(loss: float) -> Record:
-    perplexity = math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
-    return {"validation_loss": loss, "validation_perplexity": perplexity}
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes this process had at most: those torch had on its GPU, or all of it on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-
-
-class _Clock:
-    """Tokens per second, from settled steps as soon as there are any."""
-
-    seconds: float
-    """Of all steps of the run, those before a resume included; without evaluation and saving."""
-
-    def __init__(self, before: float) -> None:
-        self.seconds = before
-        self._settled = False
-        self._tokens, self._seconds = 0, 0.0
-
-    def add(self, tokens: int, seconds: float, *, settled: bool) -> None:
-        if settled and not self._settled:
-            self._settled, self._tokens, self._seconds = True, 0, 0.0
-        self._tokens += tokens
-        self._seconds += seconds
-        self.seconds += seconds
-
-    @property
-    def rate(self) -> float | None:
-        return self._tokens / self._seconds if self._seconds else None
 
 
 def _micro_batches(job: Job, step: int) -> list[MicroBatch]:
@@ -305,7 +243,7 @@ def _evaluate(job: Job) -> float:
 def _measured(
     job: Job,
     position: Position,
-    clock: _Clock,
+    clock: Clock,
     bytes_sent: int | None,
     records: list[Record],
     fault: str | None,

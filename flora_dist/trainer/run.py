@@ -126,12 +126,7 @@ def _one(
         _warn(learner, config.train.steps, console)
     job = _job(plan, learner, console)
     folder = checkpoint_folder(plan.folder)
-    start = Start() if compared else plan.start
-    start = resume(learner, start, config.checkpoint, folder, plan.identity, plan.world)
-    if console is not None and start.path is not None:
-        console.print(f"going on from {start.path}", soft_wrap=True)
-        if start.steps not in {None, config.train.steps}:
-            console.print(_stretched(config, start), soft_wrap=True)
+    start = Start() if compared else _resumed(plan, learner, console)
     metrics_folder, board = _metric_folders(plan, label, compared=compared)
     shown = console if config.output.progress else None
     saving = CheckpointConfig() if compared else config.checkpoint
@@ -166,6 +161,17 @@ def _warn(learner: Learner, steps: int, console: Console) -> None:
     held = [(slot.geometry, slot.config) for slot in learner.optimizer.slots()]
     for sentence in advice(held, steps):
         console.print(f"warning: {sentence}", soft_wrap=True, style="yellow")
+
+
+def _resumed(plan: Plan, learner: Learner, console: Console | None) -> Start:
+    """Put the run's start in place and say where it is."""
+    config, folder = plan.config, checkpoint_folder(plan.folder)
+    start = resume(learner, plan.start, config.checkpoint, folder, plan.identity, plan.world)
+    if console is not None and start.path is not None:
+        console.print(f"going on from {start.path}", soft_wrap=True)
+        if start.steps not in {None, config.train.steps}:
+            console.print(_stretched(config, start), soft_wrap=True)
+    return start
 
 
 def _instead(plan: Plan) -> str:
