@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
-import deepspeed
 import torch.distributed as dist
 
 import flora_dist.deepspeed
@@ -19,6 +18,7 @@ from flora_dist.core.layouts.flat import Span
 from flora_dist.frameworks.deepspeed import attach as integration
 from flora_dist.frameworks.deepspeed.config import prepared
 from tests.zero.engines import Run, build, config_of
+from tests.zero.small import by_host
 
 Fault = Callable[[Any], AbstractContextManager[Any]]
 
@@ -28,7 +28,7 @@ def attach_with(stage: int, fault: str) -> str:
     run = Run(stage=stage, zero={} if stage == 3 else {"round_robin_gradients": True})
     model = build()
     flora = Flora([p for p in model.parameters() if p.requires_grad], **run.case.flora)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=flora, config=prepared(config_of(run)))
+    engine = by_host(model=model, optimizer=flora, config=prepared(config_of(run)))
     try:
         with FAULTS[fault](engine) if fault else nullcontext():
             flora_dist.deepspeed.attach(engine)

@@ -12,7 +12,6 @@ from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch.distributed as dist
 from deepspeed.module_inject import set_autotp_mode
@@ -25,7 +24,7 @@ import flora_dist.deepspeed
 import flora_dist.register  # noqa: F401 - for what it does
 from flora_dist.frameworks.deepspeed.config import check_features
 from tests.conftest import launched_pool_of
-from tests.zero.small import WIDTH, build, config_of, start
+from tests.zero.small import WIDTH, build, by_host, config_of, start
 
 CPU = {"device": "cpu"}
 
@@ -78,7 +77,7 @@ def test_a_feature_that_is_off_is_not_refused() -> None:
 def refused(config: dict[str, Any], feature: str, model: nn.Module | None = None) -> None:
     """An engine that has the feature, from DeepSpeed itself."""
     config = {**config, "zero_allow_untested_optimizer": True}
-    engine, *_ = deepspeed.initialize(model=model or build(), config=config)
+    engine = by_host(model=model or build(), config=config)
     with pytest.raises(ValueError, match=f"does not work with {feature}: "):
         flora_dist.deepspeed.attach(engine)
     engine.destroy()
@@ -140,9 +139,7 @@ class TwoWide:
 
 
 def unit_refused() -> None:
-    engine, *_ = deepspeed.initialize(
-        model=build(), config={**config_of(1), "zero_allow_untested_optimizer": True}
-    )
+    engine = by_host(model=build(), config={**config_of(1), "zero_allow_untested_optimizer": True})
     engine.mpu = TwoWide()
     with pytest.raises(ValueError, match="does not work with tensor parallelism of an mpu: "):
         flora_dist.deepspeed.attach(engine)

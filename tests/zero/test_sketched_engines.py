@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 from deepspeed.utils import set_z3_leaf_modules
@@ -26,6 +25,7 @@ from tests.zero.small import (
     WIDTH,
     batch,
     build,
+    by_host,
     config_of,
     start,
     train,
@@ -371,7 +371,7 @@ def refused(config: dict[str, Any], match: str, **attributes: Any) -> None:
     """An engine of DeepSpeed's own, with its attributes changed."""
     model = build()
     flora = Flora(model.parameters(), **PARAMS)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=flora, config=prepared(config))
+    engine = by_host(model=model, optimizer=flora, config=prepared(config))
     for name, value in attributes.items():
         setattr(engine, name, value)
     with pytest.raises(ValueError, match=match):

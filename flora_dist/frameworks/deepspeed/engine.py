@@ -27,6 +27,8 @@ from flora_dist.frameworks.deepspeed.config import (
 from flora_dist.frameworks.deepspeed.masters import with_states
 
 BuildOptimizer = Callable[[Any], Optimizer]
+Engine = tuple[Any, Any, Any, Any]
+"""What ``deepspeed.initialize`` returns: engine, optimizer, data loader, scheduler."""
 
 
 def initialize(
@@ -37,7 +39,7 @@ def initialize(
     config: str | dict[str, Any] | None = None,
     config_params: str | dict[str, Any] | None = None,
     **more: Any,
-) -> tuple[Any, Any, Any, Any]:
+) -> Engine:
     """``deepspeed.initialize`` with Flora: same arguments, same results.
 
     The optimizer is the one given (a Flora, or a callable that makes one), else built from the
@@ -67,7 +69,28 @@ def initialize(
     """
     if model is None:
         raise ValueError("initialize needs a model; got None. Pass model=.")
-    args, settings = _settings(args, config if config is not None else config_params)
+    args, settings = settings_of(args, config if config is not None else config_params)
+    return build(
+        deepspeed.initialize,
+        settings,
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        **more,
+    )
+
+
+def build(
+    host: Callable[..., Engine],
+    settings: dict[str, Any],
+    *,
+    model: nn.Module,
+    optimizer: Flora | BuildOptimizer | None,
+    model_parameters: Any,
+    **more: Any,
+) -> Engine:
+    """``initialize`` by ``host``, which is DeepSpeed's own, from a config that has been read."""
     check_filled_in(settings)
     check_features(settings)
     check_flora_block(settings)
@@ -86,8 +109,7 @@ def initialize(
         _check_owned(optimizer, model)
         _check_gradient_rank(optimizer, settings)
     with telling():
-        results: tuple[Any, Any, Any, Any] = deepspeed.initialize(
-            args=args,
+        results = host(
             model=model,
             optimizer=optimizer,
             model_parameters=model_parameters,
@@ -123,7 +145,7 @@ def _check_gradient_rank(optimizer: Flora, config: dict[str, Any]) -> None:
             )
 
 
-def _settings(args: Any, config: str | dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def settings_of(args: Any, config: str | dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
     """The config as a dict, and ``args`` without it: DeepSpeed takes one of the two."""
     named = getattr(args, "deepspeed_config", None)
     if (config is None) == (named is None):
