@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from flora_dist import ddp as ddp
     from flora_dist import deepspeed as deepspeed
     from flora_dist import fsdp1 as fsdp1
+    from flora_dist import torchtitan as torchtitan
+    from flora_dist import transformers as transformers
     from flora_dist.core.parameters.report import Report
     from flora_dist.flora import Flora
     from flora_dist.gradients.attach import attach as attach
@@ -26,7 +28,7 @@ _HOMES = {
     "attach": "flora_dist.gradients.attach",
 }
 # Not in __all__: import * would need DeepSpeed.
-_FRAMEWORKS = ("checkpoint", "ddp", "deepspeed", "fsdp1")
+_FRAMEWORKS = ("checkpoint", "ddp", "deepspeed", "fsdp1", "torchtitan", "transformers")
 
 
 def __getattr__(name: str) -> Any:

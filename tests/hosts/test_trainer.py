@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hugging Face Trainer with Flora: one script on every layout, and what it says before a step.
+
+One call of a pool trains many times: a launch costs more than all of its trainings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+import flora_dist.transformers
+from flora_dist import Flora
+from flora_dist.frameworks.transformers.check import FloraCheck
+from flora_dist.frameworks.transformers.optimizer import FloraFactory
+from tests.conftest import launched_pool_of
+from tests.hosts.small import LR, MODES, SETTINGS, Samples, build, distance, host_of, is_zero
+from tests.hosts.trainer_runs import SKETCHES, Ran, Way, arguments, by_hand, resumed, trained
+
+pytestmark = pytest.mark.deepspeed
+Case = tuple[str, str]
+"""A mode, and how Flora is asked for."""
+RUNS: list[Case] = [
+    *((mode, "argument") for mode in MODES),
+    ("zero3", "word"),
+    ("zero2", "json"),
+    ("plain", "sketched"),
+    ("ddp", "sketched"),
+    ("fsdp2", "sketched"),
+    ("zero2", "sketched"),
+]
+OTHERS: list[Case] = [
+    *(("word", mode) for mode in ("plain", "ddp", "fsdp2", "zero2")),
+    *(("json", mode) for mode in ("zero3", "offload")),
+    ("sketched", "zero3"),
+]
+RESUMED: list[Case] = [
+    ("plain", "argument"),
+    ("ddp", "argument"),
+    ("fsdp2", "sketched"),
+    ("zero2", "argument"),
+    ("zero3", "json"),
+]
+
+
+def all_trained(cases: list[Case], folder: str) -> dict[Case, Ran]:
+    return {case: trained(*case, f"{folder}/{'-'.join(case)}") for case in cases}
+
+
+def all_resumed(cases: list[Case], folder: str) -> dict[Case, bool]:
+    return {case: resumed(*case, f"{folder}/{'-'.join(case)}") for case in cases}
+
+
+def on_processes(body: Any, cases: list[Case], folder: Path) -> dict[Case, Any]:
+    """Of rank 0, or of this process where one is enough."""
+    single = [case for case in cases if case[0] == "plain"]
+    several = [case for case in cases if case[0] != "plain"]
+    return {
+        **launched_pool_of(2)(body, several, str(folder))[0],
+        **body(single, str(folder)),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Ran]:
+    found: dict[Case, Ran] = on_processes(all_trained, RUNS, tmp_path_factory.mktemp("runs"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain_loops() -> dict[str, Ran]:
+    # A JSON names no groups: DeepSpeed has one, in which everything decays.
+    return {
+        "argument": by_hand(),
+        "word": by_hand(),
+        "json": by_hand(kept=set()),
+        "sketched": by_hand(sketches=SKETCHES),
+    }
+
+
+def assert_same(found: Ran, expected: Ran, case: Case) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-5)
+    # fp32: the summation order of two ranks, six steps.
+    assert distance(found.weights, expected.weights) < 1e-5
+    assert found.names == set(expected.weights), case
+
+
+@pytest.mark.parametrize("case", RUNS, ids="-".join)
+def test_one_script_is_the_plain_loop_on_every_layout(
+    case: Case, runs: dict[Case, Ran], plain_loops: dict[str, Ran]
+) -> None:
+    assert_same(runs[case], plain_loops[case[1]], case)
+
+
+def test_a_run_resumes_from_the_trainers_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    """Under ZeRO the Trainer loads before any callback, and resuming needed an attached engine."""
+    found = on_processes(all_resumed, RESUMED, tmp_path)
+    assert found == dict.fromkeys(RESUMED, True)
+
+
+# ---- what is refused, and said
+
+
+def dropped(mode: str, folder: str) -> str:
+    """What a Trainer says that is given ``optimizers=``."""
+    with host_of(mode):
+        model = build()
+        flora = Flora(model.named_parameters(), lr=LR, **SETTINGS)
+        trainer = Trainer(
+            model=model,
+            args=arguments(mode, Way(), folder),
+            train_dataset=Samples(),
+            optimizers=(flora, None),
+        )
+        with pytest.raises(ValueError, match="drops optimizers=") as raised:
+            trainer.train()
+        return str(raised.value)
+
+
+def test_optimizers_that_the_trainer_drops_under_deepspeed_are_missed(tmp_path: Path) -> None:
+    """It trained AdamW, without a word."""
+    for said in launched_pool_of(2)(dropped, "zero2", str(tmp_path)):
+        assert "AdamW" in said
+        assert "optimizer_cls_and_kwargs=flora_dist.transformers.flora" in said
+
+
+@pytest.mark.parametrize("asked", ["optimizers", "argument", "word"])
+def test_a_trainer_that_would_step_another_optimizer_is_stopped(asked: str, tmp_path: Path) -> None:
+    model = build()
+    way = Way(options={"optim": "flora"} if asked == "word" else {})
+    args = arguments("plain", way, str(tmp_path))
+    given = Flora(model.named_parameters()) if asked == "optimizers" else None
+    check = FloraCheck()
+    check.on_init_end(args, None, None, model=model, optimizer=given)
+    if asked == "argument":
+        FloraFactory()(model)
+    other = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="about to train with AdamW"):
+        check.on_train_begin(args, None, None, model=model, optimizer=other)
+    mine = Flora(model.named_parameters())
+    check.on_train_begin(args, None, None, model=model, optimizer=mine)
+
+
+def test_a_trainer_with_another_optimizer_is_left_alone(tmp_path: Path) -> None:
+    args = arguments("plain", Way(options={"optim": "adafactor"}), str(tmp_path), max_steps=1)
+    Trainer(model=build(), args=args, train_dataset=Samples()).train()
+
+
+def test_rates_come_from_the_trainers_arguments_unless_given(tmp_path: Path) -> None:
+    model = build()
+    args = arguments("plain", Way(), str(tmp_path))
+    kind, settings = flora_dist.transformers.flora(rank=4, block=16)
+    Trainer(model=model, args=args, train_dataset=Samples(), optimizer_cls_and_kwargs=(kind, {}))
+    decaying, others = kind()(model, **settings).param_groups
+    assert (decaying["lr"], decaying["weight_decay"]) == (LR, 0.1)
+    assert (others["lr"], others["weight_decay"], others["rank"]) == (LR, 0.0, 4)
+    assert all("norm" in name for name in others["param_names"])
+    own, _ = kind()(model, lr=0.5, weight_decay=0.25).param_groups
+    assert (own["lr"], own["weight_decay"]) == (0.5, 0.25)
+
+
+def test_a_model_of_no_trainer_needs_its_rates() -> None:
+    with pytest.raises(ValueError, match=r"takes lr from the Trainer.*pass lr="):
+        FloraFactory()(nn.Linear(4, 4))
+
+
+def test_an_unknown_setting_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no setting 'rnak'\. Did you mean 'rank'"):
+        flora_dist.transformers.flora(rnak=8)
+    options = {"optim": "flora", "optim_args": "rank=4,blokc=16"}
+    args = arguments("plain", Way(options=options), str(tmp_path))
+    with pytest.raises(ValueError, match=r"no setting 'blokc'\. Did you mean 'block'"):
+        Trainer.get_optimizer_cls_and_kwargs(args, build())
+
+
+def test_the_word_is_known_on_a_command_line(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--optim", "flora", "--optim_args", "rank=none,lr=0.5"]
+    (args,) = HfArgumentParser([TrainingArguments]).parse_args_into_dataclasses(words)
+    _, settings = Trainer.get_optimizer_cls_and_kwargs(args, build())
+    assert settings == {"rank": None, "lr": 0.5, "weight_decay": 0.0}
+
+
+# ---- the rest of the table
+
+
+@pytest.mark.slow
+def test_every_other_way_is_the_plain_loop_too(tmp_path: Path, plain_loops: dict[str, Ran]) -> None:
+    cases = [(mode, way) for way, mode in OTHERS]
+    for case, found in on_processes(all_trained, cases, tmp_path).items():
+        assert_same(found, plain_loops[case[1]], case)
+
+
+@pytest.mark.slow
+def test_every_way_resumes_on_every_layout(tmp_path: Path) -> None:
+    cases = [case for case in [*RUNS, *((m, w) for w, m in OTHERS)] if case not in RESUMED]
+    found = on_processes(all_resumed, cases, tmp_path)
+    assert found == dict.fromkeys(cases, True)
+    assert any(is_zero(mode) for mode, _ in found)
