@@ -60,9 +60,9 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": t
 
 
 def optimizers_of(
-    parameters: list[nn.Parameter], peers: Sequence[str], rules: Sequence[str]
+    parameters: list[nn.Parameter], peers: Sequence[str], paths: Sequence[str]
 ) -> dict[str, Stepped]:
-    """By name."""
+    """By name; Flora's by each of these paths of kernels."""
     named = [(f"p{index}", parameter) for index, parameter in enumerate(parameters)]
     made: dict[str, Stepped] = {
         BASE: (torch.optim.AdamW(parameters, lr=1e-5, fused=True), "torch"),
@@ -73,9 +73,8 @@ def optimizers_of(
         peer = _peer(name, parameters)
         if peer is not None:
             made[name] = peer, "torch"
-    paths = ["native", "torch"] if found().operators is not None else ["torch"]
     for kernels in paths:
-        for rule in rules:
+        for rule in RULES:
             optimizer = Flora(named, lr=1e-5, momentum=rule, rank=8, block=64)
             made[f"Flora, {rule}, {kernels}"] = optimizer, kernels
     return made
@@ -149,7 +148,7 @@ def table(
 
 
 def run(
-    shapes: Shapes, dtype: torch.dtype, rounds: int, clock: str, peers: Sequence[str]
+    shapes: Shapes, dtype: torch.dtype, asked: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """The table of one set of shapes."""
     torch.manual_seed(0)
@@ -157,8 +156,9 @@ def run(
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     weights = sum(each.numel() * each.element_size() for each in parameters)
-    optimizers = optimizers_of(parameters, peers, RULES)
-    seconds = list(measure(optimizers, rounds, CLOCKS[clock]))
+    peers = list(PEERS) if asked.peers == "all" else [p for p in asked.peers.split(",") if p]
+    optimizers = optimizers_of(parameters, peers, asked.paths.split(","))
+    seconds = list(measure(optimizers, asked.rounds, CLOCKS[asked.clock]))
     extra = {name: extra_bytes(optimizer) for name, (optimizer, _) in optimizers.items()}
     return table(seconds, extra, weights)
 
@@ -172,9 +172,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="shapes whose title holds this")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
     parser.add_argument("--peers", default="", help="names of peers, with commas; or all")
+    parser.add_argument("--paths", default="native,torch", help="of kernels, with commas")
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
-    peers = list(PEERS) if parsed.peers == "all" else [p for p in parsed.peers.split(",") if p]
     print(f"torch {torch.__version__}, {parsed.threads} threads, kernels: {found().said}")
     print(f"{parsed.clock} clock, {parsed.rounds} rounds, load {os.getloadavg()[0]:.1f}")
     for title, shapes in SHAPES.items():
@@ -182,7 +182,7 @@ def main() -> None:
         if parsed.only not in title or (title == LAYER_7B and not parsed.only):
             continue
         for dtype in parsed.dtype or ["float32", "bfloat16"]:
-            rows = run(shapes, getattr(torch, dtype), parsed.rounds, parsed.clock, peers)
+            rows = run(shapes, getattr(torch, dtype), parsed)
             print(f"\n{title}, {dtype}")
             for name, row in rows.items():
                 spread = f"{row['low']:.2f} to {row['high']:.2f}"

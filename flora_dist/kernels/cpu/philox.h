@@ -22,11 +22,10 @@ constexpr int kWideLanes = FLORA_LANES / 2;
 #endif
 typedef uint64_t Wide __attribute__((vector_size(8 * kWideLanes)));
 #if defined(__AVX512F__)
-constexpr int kSets = 4;  // so that one's products hide the others' latency, and all stay in registers
+constexpr int kMostSets = 4;  // so that one's products hide the others' latency, and all stay in registers
 #else
-constexpr int kSets = 2;
+constexpr int kMostSets = 2;
 #endif
-constexpr int kCounters = kSets * kWideLanes;
 
 // Of the low words. The only operation that compilers do not make out of the plain product.
 FLORA_INLINE Wide low_product(Wide a, Wide b) {
@@ -55,6 +54,7 @@ FLORA_INLINE Wide interleaved_low(Wide a, Wide b) { return FLORA_SHUFFLE(Wide, a
 FLORA_INLINE Wide interleaved_high(Wide a, Wide b) { return FLORA_SHUFFLE(Wide, a, b, FLORA_HIGH); }
 
 // Four words for each of some consecutive counters, counter after counter.
+template <int kSets>
 FLORA_CALLED void philox_some(uint64_t key, uint64_t first, uint32_t stream, uint32_t* words) {
   const Wide low = Wide{} + 0xFFFFFFFFu, m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
   Wide x0[kSets], x1[kSets], x2[kSets], x3[kSets];
@@ -85,11 +85,13 @@ FLORA_CALLED void philox_some(uint64_t key, uint64_t first, uint32_t stream, uin
 }
 
 FLORA_CALLED void philox(uint64_t key, uint64_t first, int64_t count, uint32_t stream, uint32_t* words) {
+  constexpr int64_t kMany = kMostSets * kWideLanes;
   int64_t i = 0;
-  for (; i + kCounters <= count; i += kCounters) philox_some(key, first + i, stream, words + 4 * i);
+  for (; i + kMany <= count; i += kMany) philox_some<kMostSets>(key, first + i, stream, words + 4 * i);
+  for (; i + kWideLanes <= count; i += kWideLanes) philox_some<1>(key, first + i, stream, words + 4 * i);
   if (i == count) return;
-  uint32_t last[4 * kCounters];
-  philox_some(key, first + i, stream, last);
+  uint32_t last[4 * kWideLanes];
+  philox_some<1>(key, first + i, stream, last);
   memcpy(words + 4 * i, last, 16 * (count - i));
 }
 

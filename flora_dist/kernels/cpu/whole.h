@@ -168,17 +168,21 @@ FLORA_CALLED void finish_plain(const Whole& given) {
   for (int64_t i = 0; i < tile.num_rows; i++, g += width, weight += width) {
     state[i] = w.rows[i];
     const float row = w.now.sign * (1 / __builtin_sqrtf(w.rows[i])) * w.input;
-    for (int64_t start = 0; start < width; start += kChunk) {
-      const int64_t count = smaller(kChunk, width - start);
-      if (Kind::kHasBits)
-        philox(w.key, ((tile.line + i) * width + start) / kIntegersPerCounter, count / kIntegersPerCounter, 0,
-               reinterpret_cast<uint32_t*>(bits));
+    for (int64_t start = 0; start < width;) {
+      // Random bits come for so many elements at a time, whatever rows they lie in.
+      const int64_t place = (i * width + start) % kChunk, count = smaller(kChunk - place, width - start);
+      if (Kind::kHasBits && place == 0) {
+        const int64_t rest = tile.num_rows * width - (i * width + start);
+        philox(w.key, ((tile.line + i) * width + start) / kIntegersPerCounter,
+               smaller(kChunk, rest) / kIntegersPerCounter, 0, reinterpret_cast<uint32_t*>(bits));
+      }
       for (int64_t j = 0; j < count; j += kWidth) {
         const int64_t at = start + j;
         const Long update = row * Kind::load(g + at) * load_long(w.factor + at);
         const Long kept = rounded(w.now.keep * Kind::load(weight + at));
-        Kind::store(weight + at, kept - w.rate * update, bits + j);
+        Kind::store(weight + at, kept - w.rate * update, bits + place + j);
       }
+      start += count;
     }
   }
 }
