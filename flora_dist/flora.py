@@ -74,6 +74,8 @@ class Flora(torch.optim.Optimizer):
         beta2: decay of the second moment, bias-corrected as in Adam; None: 1 - t^-0.8.
         eps: added to squared gradients; 1-D parameters use at least 1e-12.
         clip: largest root mean square of an update, per matrix; None: no clipping.
+        growth: largest growth of a matrix's update from step to step, as a factor of its norm, in
+            place of ``clip``: 1.01 in Fira and APOLLO; compiled kernels do without it.
         weight_decay: decoupled, times lr.
         scale_parameter: multiply lr by max(1e-3, RMS(weight)), per matrix.
         state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
@@ -125,6 +127,7 @@ class Flora(torch.optim.Optimizer):
         beta2: float | None = None,
         eps: float = 1e-30,
         clip: float | None = 1.0,
+        growth: float | None = None,
         weight_decay: float | Tensor = 0.0,
         scale_parameter: bool = False,
         state_dtype: str = "float32",

@@ -13,7 +13,7 @@ Algorithm 2, over Adafactor (arXiv 1804.04235). Ours and not theirs: blocks, ``b
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class ReferenceSettings:
     beta2: float | None = None
     eps: float = 1e-30
     clip: float | None = 1.0
+    growth: float | None = None
     weight_decay: float = 0.0
     scale_parameter: bool = False
     state_dtype: torch.dtype | None = None
@@ -77,6 +78,12 @@ def rms(x: Tensor) -> Tensor:
 def clipped(x: Tensor, clip: float | None) -> Tensor:
     """Return x / max(1, RMS(x) / clip); None does not clip."""
     return x if clip is None else x / (rms(x) / clip).clamp(min=1.0)
+
+
+def _bounded_by(last: Tensor, like: Tensor, s: ReferenceSettings) -> ReferenceSettings:
+    """Return the settings with growth written as the clip of this step: RMS <= growth RMS_last."""
+    clip = float(s.growth * last / like.numel() ** 0.5) if s.growth and last > 0 else None
+    return replace(s, clip=clip)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
@@ -222,7 +229,7 @@ class Reference:
         """Copy "step", "window"; "second" of a vector, "row" (N,) and "column" (M,) of others.
 
         "momentum" is (N, K, R), where dense like the matrix (shape[0], rest) or vector, absent for
-        the rule none. A 3-D parameter has E in front of each.
+        the rule none; "norm" is (1,), there for growth. A 3-D parameter has E in front of each.
         """
         tensors = {key: self._own(name, x).clone() for key, x in self._state[name].items()}
         return {**tensors, **self._clock[name]}
@@ -242,6 +249,8 @@ class Reference:
         state = {"second": zeros.clone()}
         if matrix:
             state = {"row": zeros.sum(2), "column": zeros.sum(1)}
+            if s.growth is not None:
+                state["norm"] = zeros.sum((1, 2)).unsqueeze(1)
         if s.momentum != "none":
             sketch = self._sketch(name, 0, 0) if matrix else None
             momentum = zeros if sketch is None else compress(zeros, sketch)
@@ -257,11 +266,16 @@ class Reference:
         momenta = state["momentum"].to(weights.dtype, copy=True) if "momentum" in state else None
         for e, (w, g) in enumerate(zip(weights, gradients, strict=True)):
             x = _normalise_(-g if s.maximize else g, {k: v[e] for k, v in state.items()}, b2, s.eps)
+            own = _bounded_by(state["norm"][e], x, s) if "norm" in state else s
             if momenta is None:
-                update = clipped(x, s.clip)
+                update = clipped(x, own.clip)
             else:
                 bases = [self._sketch(name, e, i) if x.ndim == 2 else None for i in windows]
-                update, momenta[e] = _rule(x, momenta[e], bases, windows[0] != windows[1], s)
+                update, momenta[e] = _rule(x, momenta[e], bases, windows[0] != windows[1], own)
+            if "norm" in state:
+                # what is bounded: X before none and blend, U after the others
+                early = s.momentum in ("none", "blend")
+                state["norm"][e] = (clipped(x, own.clip) if early else update).norm()
             # W <- (1 - lr wd) W - lr scale U
             scale = rms(w).clamp(min=1e-3) if s.scale_parameter else 1.0
             w.copy_((1 - s.lr * s.weight_decay) * w - s.lr * scale * update)

@@ -104,7 +104,7 @@ def _columns(part: Part, geometry: Geometry, local: Tensor) -> Iterator[tuple[Bo
     if last == first:
         return
     dropped = _dropped(geometry.shape)
-    batch = local.view(last - first, geometry.num_columns)
+    batch = local.view(last - first, -1)
     begun = [t.matrices for t in part.tiles if t.rows[0] == 0 and t.columns[0] == 0]
     own = None
     if begun:  # of consecutive tiles, so the matrices that begin here are consecutive too

@@ -49,6 +49,8 @@ def covers(batch: Batch, gradient: Gradient) -> bool:
     size, rule = batch.geometry, rule_of(batch.config, batch.geometry)
     if rule is not None and type(rule) not in RULES:
         return False
+    if batch.config.growth is not None and not size.is_vector:
+        return False
     if batch.device.type != "cpu" or batch.dtype != torch.float32:
         return False
     if size.rank is not None and size.rank * size.block > LARGEST_SKETCH:

@@ -42,6 +42,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "none"},
     {"momentum": "flora_strict", "sketch": "gaussian", "state_bits": 8},
     {"momentum": "blend", "rank": 8, "state_bits": 4, "weight_decay": 0.1},
+    {"momentum": "none", "growth": 1.01},
+    {"momentum": "flora_strict", "growth": 1.0},
 ]
 EXACT_CASES = [Case(settings=settings) for settings in SETTINGS]
 FLOAT_CASES = [
@@ -115,6 +117,12 @@ def test_the_battery_sees_a_broken_mechanism(mutation: str, momentum: str) -> No
     # Spans are the one layout that uses every mechanism.
     _, worst = _distances("flat x3", Case(settings={"momentum": momentum}), mutation)
     assert not worst < 1e6 * EXACT  # NaN counts as seen
+
+
+def test_the_battery_sees_norms_that_are_not_summed_for_growth() -> None:
+    case = Case(settings={"momentum": "none", "growth": 1.01})
+    _, worst = _distances("flat x3", case, "rms sums")
+    assert not worst < 1e6 * EXACT
 
 
 @pytest.mark.parametrize("mutation", ["column sums", "rms sums", "window change", "keys"])

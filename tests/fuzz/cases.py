@@ -127,7 +127,7 @@ def _settings(dealer: random.Random) -> dict[str, Any]:
     sketch = "hadamard" if is_blend else dealer.choice(SKETCHES)
     block = dealer.choice([2, 4, 8, 8, 16, 32, 64, "full"])
     rank: int | None = dealer.randint(1, 3 if block == "full" else min(block - 1, 4))
-    return {
+    settings = {
         "momentum": momentum,
         "sketch": sketch,
         "transfer": dealer.choice([t for t in TRANSFERS if not (is_blend and t == "paper")]),
@@ -145,6 +145,9 @@ def _settings(dealer: random.Random) -> dict[str, Any]:
         "state_dtype": dealer.choice(["float32", "float32", "bfloat16"]),
         "stochastic_rounding": dealer.random() < 0.7,
     }
+    # Of a dealer of its own, so that the cases of a seed stay what they were.
+    growth = random.Random(repr(settings)).choice([None, None, None, 1.0, 1.01, 2.0])
+    return {**settings, "growth": growth}
 
 
 def _parameters(

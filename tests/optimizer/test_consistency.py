@@ -152,6 +152,7 @@ def _every_setting() -> dict[str, str]:
         "sketch": "gaussian",
         "momentum": "blend",
         "blend_gain": 1.5,
+        "growth": 1.5,
         "beta1": 0.8,
         "kappa": 9,
         "transfer": "reset",

@@ -28,6 +28,7 @@ _DECKS: dict[str, list[Any]] = {
     "block": [2, 4, 8, 16, 32, 64, "full"],
     "beta2": [None, 0.0, 0.9, 0.999],
     "clip": [None, 0.05, 0.3, 1.0, 10.0],
+    "growth": [None, None, 1.0, 1.01, 2.0],
     "scale_parameter": [False, True],
     "weight_decay": [0.0, 0.1],
     "kappa": [1, 2, 3, 5],

@@ -73,6 +73,9 @@ class FloraConfig:
     clip: float | None = 1.0
     """Largest root mean square of an update; None: no clipping. Rows "blend, clip None" and
     "clip 2" are within the spread; 1 is Adafactor's."""
+    growth: float | None = None
+    """Largest growth of a matrix's update from step to step, as a factor of its norm, in place of
+    ``clip``; None: ``clip``. 1.01 in Fira (arXiv 2410.01623) and APOLLO (arXiv 2412.05270)."""
     scale_parameter: bool = False
     """Multiply lr by max(1e-3, RMS(weight)), as Adafactor does."""
     state_dtype: str = "float32"
@@ -110,6 +113,8 @@ class FloraConfig:
             _check_range("clip", self.clip, 0.0, math.inf)
             if self.clip == 0.0:
                 raise ValueError("clip must be above 0; got 0. Pass None to switch clipping off.")
+        if self.growth is not None:
+            _check_range("growth", self.growth, 1.0, math.inf)
         for name in ("scale_parameter", "stochastic_rounding", "skip_nonfinite", "strict"):
             check_bool(name, getattr(self, name))
         if not _is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
@@ -117,6 +122,11 @@ class FloraConfig:
                 f"seed must be a whole number of 64 bits; got {self.seed!r}. Pass an int."
             )
         self._check_pairs()
+
+    @property
+    def bounds_matrices(self) -> bool:
+        """Whether updates of matrices are bounded, so that their norms must be known."""
+        return self.clip is not None or self.growth is not None
 
     def gain_at(self, ratio: float) -> float:
         """Weight of the sketched momentum where a block is ``ratio`` times its rank.

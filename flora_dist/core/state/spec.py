@@ -211,8 +211,9 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
     """The state of one parameter; shapes are of the whole parameter.
 
     Vectors keep ``second`` per element; matrices keep Adafactor's ``row`` and ``column`` means of
-    the squared gradient. ``momentum`` has rank numbers per block, or a record of as many bytes as
-    they take in few bits; where dense, one number per element.
+    the squared gradient, and under ``growth`` the ``norm`` of the last update. ``momentum`` has
+    rank numbers per block, or a record of as many bytes as they take in few bits; where dense, one
+    number per element.
     """
     dense = "bfloat16" if config.state_dtype == "bfloat16" else "arithmetic"
     shape = geometry.shape
@@ -250,6 +251,11 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
             ),
             StateTensor(name="column", shape=columns, dtype="arithmetic", along="columns"),
         ]
+        if config.growth is not None:
+            norm = (*batch, 1)
+            tensors.append(
+                StateTensor(name="norm", shape=norm, dtype="arithmetic", along="columns")
+            )
     return tuple(tensors)
 
 

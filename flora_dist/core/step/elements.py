@@ -83,6 +83,17 @@ def clip_factor(square_sum_H: Tensor, batch: Batch) -> Tensor:
     return 1 / (rms_H / batch.config.clip).clamp(min=1)
 
 
+def growth_factor(square_sum_H: Tensor, last_H: Tensor, growth: float) -> tuple[Tensor, Tensor]:
+    """min(1, growth last / norm) of each matrix (H,), and the norm that this leaves.
+
+    Source: the norm-growth limiter of Fira (arXiv 2410.01623, section 4.3). A matrix whose last
+    update was zero, as before the first, is not limited.
+    """
+    norm_H = square_sum_H.clamp(min=0).sqrt()
+    bound_H = torch.where(last_H > 0, growth * last_H, norm_H)
+    return (bound_H / norm_H).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1), norm_H.minimum(bound_H)
+
+
 def rate_of(now: Moment, weight_square_sum_H: Tensor | None, batch: Batch) -> float | Tensor:
     """The step size: lr, under scale_parameter times max(1e-3, RMS(weight)) of each matrix (H,)."""
     if weight_square_sum_H is None:

@@ -31,6 +31,7 @@ from flora_dist.core.step.elements import (
     Writer,
     clip_factor,
     copy_to_,
+    growth_factor,
     joined,
     rate_of,
     read_gradient,
@@ -99,7 +100,7 @@ class MatrixPhases:
             for own, member in zip(weights, batch.members, strict=True)
         )
         self._pieces = build_pieces(batch, weights)
-        clips = batch.config.clip is not None
+        clips = batch.config.bounds_matrices
         self._asks_update = clips and self._rule is not None and self._rule.asks_update
         self._knows_sums_early = clips and not self._asks_update
         self._asks_history = (
@@ -267,7 +268,7 @@ class MatrixPhases:
         settled, writer = tallied.settled, Writer(batch=self._batch, now=now)
         clips_input = self._rule is None or self._rule.clips_input
         square_sum_H = self._square_sum(tallied, totals)
-        factor_H = clip_factor(square_sum_H, self._batch)
+        factor_H = self._bound_(square_sum_H)
         rate = rate_of(now, settled.weight_H, self._batch)
         for index, piece in enumerate(self._pieces):
             here = piece.place.matrices
@@ -289,6 +290,16 @@ class MatrixPhases:
             copy_to_(piece.rows, settled.rows[index])
         self._write_copies_()
         copy_to_(self._columns, settled.column_HM)
+
+    def _bound_(self, square_sum_H: Tensor) -> Tensor:
+        """What updates are multiplied with (H,); keeps the norms that the next ones may grow by."""
+        growth = self._batch.config.growth
+        if growth is None:
+            return clip_factor(square_sum_H, self._batch)
+        norms = [member.local["norm"].view(-1) for member in self._batch.members]
+        factor_H, norm_H = growth_factor(square_sum_H, joined(norms), growth)
+        copy_to_(norms, norm_H)
+        return factor_H
 
     def _square_sum(self, tallied: Tallied, totals: Terms) -> Tensor:
         """Squared norm (H,) of what is clipped, over all ranks."""

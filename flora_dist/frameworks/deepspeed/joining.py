@@ -75,7 +75,7 @@ def _names_flora(call: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed would look Flora up by name."""
     named = getattr(call.get("args"), "deepspeed_config", None)
     given = [call.get("config"), call.get("config_params"), named]
-    config = next((each for each in given if each is not None), {})
+    config: Any = next((each for each in given if each is not None), {})
     settings = config if isinstance(config, Mapping) else load_ds_config(config)
     block = settings.get("optimizer")
     return isinstance(block, Mapping) and block.get("type") == TYPE
