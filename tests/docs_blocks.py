@@ -32,25 +32,26 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
             yield f"{page.relative_to(ROOT)}, block {number} of {language}", code
 
 
+def small_model() -> Any:
+    """A llama of one layer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
 def names() -> dict[str, Any]:
     """What a block finds: fresh for each, since blocks train and wrap what they are given."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     import flora_dist
 
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-    )
+    model = small_model()
     row = torch.arange(16)
     batch = {"input_ids": row[None], "labels": row[None]}
     quiet = {"report_to": [], "use_cpu": True, "max_steps": 2, "disable_tqdm": True}
