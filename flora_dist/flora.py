@@ -325,7 +325,7 @@ class Flora(torch.optim.Optimizer):
             level=self._roster.level,
             rows=tuple(slot.report_row() for slot in slots),
             unnamed=sum(slot.position is not None for slot in slots),
-            kernels=said_of(entry for slot in slots for entry in slot.entries),
+            kernels=said_of(slots),
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from flora_dist.core.state.spec import StateTensor
+from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.step.batch import AtOnce, Batch, Phases
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.matrix import MatrixPhases
 from flora_dist.core.step.momentum_rules import rule_of
 from flora_dist.core.step.vector import VectorPhases
 from flora_dist.kernels.at_once import NativeStep
+from flora_dist.kernels.gpu.choice import gpu_phases_of, said_on_gpu
 from flora_dist.kernels.library import found
 from flora_dist.kernels.native import NativePhases
 from flora_dist.kernels.native_vector import NativeVectorPhases
@@ -29,6 +30,8 @@ def phases_of(batch: Batch, gradient: Gradient) -> Phases:
 
     ``gradient``: of the first member; the others' are of its kind.
     """
+    if batch.device.type == "cuda" and (made := gpu_phases_of(batch, gradient)) is not None:
+        return made
     operators = found().operators
     is_vector = batch.geometry.is_vector
     if operators is None or not covers(batch, gradient):
@@ -68,9 +71,12 @@ def covers(batch: Batch, gradient: Gradient) -> bool:
     )
 
 
-def said_of(entries: Iterable[StateTensor]) -> str:
-    """What steps parameters with these state tensors, for reports."""
+def said_of(slots: Sequence[Trainable]) -> str:
+    """What steps these parameters, for reports."""
+    on_gpu = [slot for slot in slots if slot.tensor.device.type == "cuda"]
+    if on_gpu:
+        return said_on_gpu(on_gpu)
     known = found()
-    has_records = any(entry.dtype == "uint8" for entry in entries)
+    has_records = any(entry.dtype == "uint8" for slot in slots for entry in slot.entries)
     beside = "; momenta of few bits: torch's operators"
     return known.said + (beside if known.operators is not None and has_records else "")

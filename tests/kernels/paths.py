@@ -120,7 +120,13 @@ def run(case: Case, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def difference(case: Case) -> str:
     """What the two paths part in; empty where they agree."""
     start, expected = run(case, "torch")
-    _, found = run(case, "native")
+    return parted(case, start, expected, run(case, "native")[1])
+
+
+def parted(
+    case: Case, start: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor]
+) -> str:
+    """What two runs part in; empty where they agree."""
     is_rounded = case.settings.get("state_dtype") == "bfloat16"
     largest = LARGEST_BF16_DISTANCE if is_rounded else LARGEST_DISTANCE
     for key, other in expected.items():

@@ -37,7 +37,8 @@ def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state
     step of rate 0 on zeros does not count.
     """
     moments = [
-        _moment(entry.batch, [gradients[place] for place in entry.places]) for entry in plan.entries
+        moment_of(entry.batch, [gradients[place] for place in entry.places])
+        for entry in plan.entries
     ]
     may_only_create_state = may_only_create_state and _is_first_of_rate_0(moments)
     if plan.at_once is not None and not may_only_create_state:
@@ -90,7 +91,7 @@ def _count(plan: Plan, moments: Sequence[Moment]) -> None:
             state["step"], state["window"] = step, window
 
 
-def _moment(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
+def moment_of(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
     """A batch at its coming step."""
     first, config = batch.members[0], batch.config
     step, old_window = int(first.state["step"]) + 1, int(first.state["window"])

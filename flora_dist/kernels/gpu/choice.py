@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which batches on a GPU are stepped by the Triton kernels, and what a report says of it.
+
+Triton is imported where the first such batch is planned, and not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from flora_dist.core.parameters.trainable import Trainable
+from flora_dist.core.state.spec import LEVELS
+from flora_dist.core.step.batch import Batch, Phases
+from flora_dist.core.step.gradient import Gradient
+from flora_dist.kernels.gpu.cover import CUT_ROWS, why_not, why_not_of
+from flora_dist.kernels.library import VARIABLE
+
+OLDEST = (3, 6)
+"""The oldest Triton that the kernels were compiled with."""
+REMEDY = "pip install 'flora-dist[gpu]'"
+
+
+def gpu_phases_of(batch: Batch, gradient: Gradient) -> Phases | None:
+    """Kernels for a batch of CUDA tensors; None: torch's operators.
+
+    Raises:
+        RuntimeError: FLORA_DIST_KERNELS=native insists on kernels, and there is no Triton.
+    """
+    if os.environ.get(VARIABLE) == "torch":
+        return None
+    reason = without_triton()
+    if reason and os.environ.get(VARIABLE) == "native":
+        raise RuntimeError(f"{VARIABLE}=native asks for kernels on CUDA tensors too: {reason}")
+    if reason or why_not(batch, gradient):
+        return None
+    return make_phases(batch)
+
+
+def make_phases(batch: Batch) -> Phases:
+    """The kernels of a batch that they cover."""
+    # Here, since they import Triton.
+    from flora_dist.kernels.gpu.phases import GpuPhases
+    from flora_dist.kernels.gpu.vector_phases import GpuVectorPhases
+
+    return GpuVectorPhases(batch) if batch.geometry.is_vector else GpuPhases(batch)
+
+
+@functools.cache
+def without_triton() -> str:
+    """Why there are no kernels for GPUs; empty where there are."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return f"Triton is not installed. {REMEDY}"
+    numbers = tuple(int(part) for part in found.split(".")[:2])
+    if numbers < OLDEST:
+        return f"Triton must be at least 3.6; {found} is installed. {REMEDY}"
+    return ""
+
+
+def said_on_gpu(slots: Sequence[Trainable]) -> str:
+    """What steps these parameters, for reports."""
+    if os.environ.get(VARIABLE) == "torch":
+        return "torch"
+    if reason := without_triton():
+        return f"torch: {reason}"
+    left = Counter(filter(None, map(_why_not_slot, slots)))
+    name = f"triton {version('triton')}"
+    if not left:
+        return name
+    return f"{name}; torch for {', '.join(_counted(left))}"
+
+
+def _counted(left: Counter[str]) -> Iterator[str]:
+    for reason, count in left.items():
+        yield f"{reason} ({count} {'parameter' if count == 1 else 'parameters'})"
+
+
+def _why_not_slot(slot: Trainable) -> str:
+    if slot.level != LEVELS[0]:
+        return "sketched gradients"
+    size = slot.geometry
+    reason = why_not_of(size, slot.config, slot.tensor.dtype)
+    if not reason and not size.is_vector and slot.part.cuts(size.block).rows_anywhere:
+        reason = CUT_ROWS
+    return reason

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Triton kernels step. Imports no Triton: machines without it ask too."""
+
+from __future__ import annotations
+
+import torch
+
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.spec import Geometry
+from flora_dist.core.step.batch import Batch, arithmetic_dtype
+from flora_dist.core.step.gradient import Gradient
+from flora_dist.core.step.momentum_rules import rule_of
+from flora_dist.kernels.tables import DTYPES, RULES
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+"""Below, products have no instruction; above, a block does not fit in a program's registers."""
+LARGEST_RANK = 64
+MOST_MATRICES = 65535
+"""Of a batch that one launch steps: CUDA's limit."""
+
+
+def why_not(batch: Batch, gradient: Gradient) -> str:
+    """Why a batch takes torch's operators; empty where the kernels step it."""
+    if not isinstance(gradient, torch.Tensor):
+        return "no gradient here" if gradient is None else "sketched gradients"
+    first = batch.members[0]
+    reason = why_not_of(batch.geometry, batch.config, first.weight.dtype)
+    if not reason and not batch.geometry.is_vector and first.cuts.rows_anywhere:
+        reason = CUT_ROWS
+    if len(batch.members) * max(1, batch.matrices_here) > MOST_MATRICES:
+        reason = f"more than {MOST_MATRICES:,} matrices of one shape"
+    return reason or _why_not_there(batch)
+
+
+CUT_ROWS = "rows that several ranks hold pieces of"
+
+
+def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
+    """The same of a parameter's shape and settings."""
+    rule = rule_of(config, size)
+    if rule is not None and type(rule) not in RULES:
+        return f"momentum={config.momentum!r}"
+    if config.growth is not None and not size.is_vector:
+        return f"growth={config.growth}"
+    if config.state_bits is not None and rule is not None and size.rank is not None:
+        return f"state_bits={config.state_bits}"
+    if arithmetic_dtype(dtype) != torch.float32 or dtype not in DTYPES:
+        return str(dtype)
+    if rule is not None and size.rank is not None:
+        is_block = size.block.bit_count() == 1 and SMALLEST_BLOCK <= size.block <= LARGEST_BLOCK
+        if not is_block or size.rank > LARGEST_RANK:
+            return f"rank {size.rank} per block of {size.block}"
+    return ""
+
+
+def _why_not_there(batch: Batch) -> str:
+    for member in batch.members:
+        for tensor in (member.weight, *member.local.values()):
+            if tensor.dtype not in DTYPES:
+                return str(tensor.dtype)
+            if not tensor.is_contiguous():
+                return "tensors that are not contiguous"
+    return ""

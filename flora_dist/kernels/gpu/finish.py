@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the normalisation to new weights and momentum: the second look at the gradients.
+
+A program takes some rows and a few blocks of one matrix. core/step/momentum_rules.py has the
+formulas, core/step/elements.py the rounding.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flora_dist.kernels.gpu.access import (
+    BETA1,
+    BLEND,
+    ENTRY,
+    FLORA,
+    GAIN,
+    KEEP,
+    MOVES,
+    NEW,
+    NONE,
+    RESETS,
+    SIGN,
+    STAYS,
+    STRIP_LINE,
+    STRIP_MATRIX,
+    STRIP_MEMBER,
+    STRIP_MOMENTUM,
+    STRIP_NUMBERS,
+    STRIP_ROW,
+    STRIP_ROWS,
+    STRIP_SCRATCH,
+    STRIP_STRIDE,
+    STRIP_WEIGHT,
+    gradient_of,
+    loaded,
+    pointer,
+    product,
+    sketch_of,
+)
+from flora_dist.kernels.gpu.rounding import bits_at, bits_of_rows, rounded
+
+FINISH_WRITES = 0
+FINISH_TALLIES = 1
+"""What a pass is for: new weights and state, or the norms of the updates alone."""
+
+
+@triton.jit
+def finish(
+    strips,
+    given,
+    numbers,
+    old,
+    new,
+    move,
+    rows_in,
+    factors,
+    scales,
+    singles,
+    members,
+    num_columns,
+    num_blocks,
+    RULE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TALLIES: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Step some rows and blocks; TALLIES: write nothing but |U|^2 of them, into ``singles``.
+
+    ``old``, ``new``: A (matrices, RANK, WIDTH) before and after the step. ``move``: (matrices,
+    RANK, RANK), s A_old A_new^T. ``scales``: (matrices, 2), of X and of the step. ``singles``:
+    (rows, groups of blocks). ``members``: how many, for the places of the keys in ``given``.
+    """
+    strip = strips + tl.program_id(2) * STRIP_NUMBERS
+    count = tl.load(strip + STRIP_ROWS).to(tl.int32)
+    first = tl.program_id(0) * ROWS
+    if first < count:
+        matrix = tl.load(strip + STRIP_MATRIX)
+        rows = first + tl.arange(0, ROWS)
+        is_row = rows < count
+        row = tl.load(rows_in + tl.load(strip + STRIP_SCRATCH) + rows, mask=is_row, other=1.0)
+        x_scale = tl.load(scales + 2 * matrix) * tl.load(numbers + SIGN) * tl.rsqrt(row)
+        rate, keep = tl.load(scales + 2 * matrix + 1), tl.load(numbers + KEEP)
+        gradient = gradient_of(strip, given, GRADIENT, ALIGNED)
+        weight = pointer(tl.load(strip + STRIP_WEIGHT), WEIGHT, ALIGNED)
+        lines = tl.load(strip + STRIP_LINE) + rows
+        keys = given + members + tl.load(strip + STRIP_MEMBER)
+        down = tl.arange(0, ROWS)[:, None] * num_columns + tl.arange(0, WIDTH)[None, :]
+        before = first.to(tl.int64) * num_columns
+        new_a, old_a, step = _matrices(old, new, move, matrix, RULE, RANK, PADDED, WIDTH, WINDOW)
+        size = tl.zeros((ROWS,), tl.float32)
+        start = tl.program_id(1) * GROUP
+        for block in range(start, min(start + GROUP, num_blocks)):
+            columns = block * WIDTH + tl.arange(0, WIDTH)
+            is_column = columns < num_columns
+            inside = is_row[:, None] & is_column[None, :]
+            places = before + (block * WIDTH + down)
+            # X = G / sqrt(R C / mean(R)), times the clip where X is what is clipped
+            factor = tl.load(factors + matrix * num_columns + columns, mask=is_column, other=0.0)
+            u = loaded(gradient + places, inside) * x_scale[:, None] * factor[None, :]
+            if RULE != NONE and RANK == 0:
+                momentum, inside_m = (
+                    _momentum_places(strip, rows, columns, MOMENTUM, ALIGNED),
+                    inside,
+                )
+                # A = I: U = M <- b M + (1-b) X
+                made = _advanced(numbers, loaded(momentum, inside), u)
+                u, kept, per_row = made, columns, num_columns
+            elif RULE != NONE:
+                kept, per_row = block * RANK + tl.arange(0, PADDED), num_blocks * RANK
+                momentum = _momentum_places(strip, rows, kept, MOMENTUM, ALIGNED)
+                inside_m = is_row[:, None] & (tl.arange(0, PADDED) < RANK)[None, :]
+                m = loaded(momentum, inside_m)
+                u, made = _sketched(numbers, u, m, new_a, old_a, step, RULE, WINDOW)
+            if TALLIES:
+                size += tl.sum(tl.where(inside, u * u, 0.0), 1)
+            else:
+                if RULE != NONE:
+                    _store_momentum(
+                        momentum,
+                        made,
+                        inside_m,
+                        lines,
+                        kept,
+                        keys + members,
+                        per_row,
+                        MOMENTUM,
+                        ROUNDS,
+                    )
+                # W <- (1 - lr wd) W - rate U
+                w = loaded(weight + places, inside) * keep - rate * u
+                _store_weight(
+                    weight + places,
+                    w,
+                    inside,
+                    lines,
+                    block * WIDTH,
+                    keys,
+                    num_columns,
+                    WIDTH,
+                    WEIGHT,
+                    ROUNDS,
+                )
+        if TALLIES:
+            places = (tl.load(strip + STRIP_SCRATCH) + rows) * tl.num_programs(1)
+            tl.store(singles + places + tl.program_id(1), size, mask=is_row)
+        elif tl.program_id(1) == 0:
+            state = pointer(tl.load(strip + STRIP_ROW), tl.float32, False)
+            tl.store(state + rows, row, mask=is_row)
+
+
+@triton.jit
+def _matrices(
+    old,
+    new,
+    move,
+    matrix,
+    RULE: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """A_new, A_old and s A_old A_new^T; what a step does not read is whatever is at hand."""
+    if RULE == NONE or RANK == 0:
+        new_a = tl.zeros((1, 1), tl.bfloat16)
+        old_a, step = new_a, new_a
+    else:
+        new_a = sketch_of(new, matrix, RANK, PADDED, WIDTH)
+        old_a, step = new_a, new_a
+        if RULE == FLORA and WINDOW != STAYS:
+            old_a = sketch_of(old, matrix, RANK, PADDED, WIDTH)
+        if WINDOW == MOVES:
+            ranks = tl.arange(0, PADDED)
+            is_rank = (ranks < RANK)[:, None] & (ranks < RANK)[None, :]
+            places = matrix * (RANK * RANK) + ranks[:, None] * RANK + ranks[None, :]
+            step = tl.load(move + places, mask=is_rank, other=0.0)
+    return new_a, old_a, step
+
+
+@triton.jit
+def _momentum_places(strip, rows, columns, MOMENTUM: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where some numbers of the momentum lie."""
+    start = pointer(tl.load(strip + STRIP_MOMENTUM), MOMENTUM, ALIGNED)
+    stride = tl.load(strip + STRIP_STRIDE)
+    if ALIGNED:
+        stride = tl.multiple_of(stride, 4)
+    return start + rows[:, None].to(tl.int64) * stride + columns[None, :]
+
+
+@triton.jit
+def _advanced(numbers, m, x):
+    """M <- b M + (1-b) x."""
+    return tl.load(numbers + BETA1) * m + tl.load(numbers + NEW) * x
+
+
+@triton.jit
+def _sketched(numbers, x, m, new_a, old_a, step, RULE: tl.constexpr, WINDOW: tl.constexpr):
+    """U of a block from X and the stored M, and the new M."""
+    entry = tl.load(numbers + ENTRY)
+    c = entry * product(x, tl.trans(new_a))
+    moved = m
+    if WINDOW == MOVES:
+        moved = tl.dot(m, step, input_precision="tf32x3")
+    elif WINDOW == RESETS:
+        moved = m * 0.0
+    # M <- b move(M) + (1-b) c
+    made = _advanced(numbers, moved, c)
+    if RULE == BLEND:
+        # U = X + gain (rank/block) (M - c) A_new
+        u = x + product(tl.load(numbers + GAIN) * entry * (made - c), new_a)
+    elif RULE == FLORA:
+        # U = (1-b) X + b M A_old
+        u = _advanced(numbers, entry * product(m, old_a), x)
+    else:
+        # U = M A_new
+        u = entry * product(made, new_a)
+    return u, made
+
+
+@triton.jit
+def _store_weight(
+    at,
+    value,
+    inside,
+    lines,
+    first,
+    key,
+    num_columns,
+    WIDTH: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """Write a block of weights, of ``num_columns`` per row of the whole matrix."""
+    if ROUNDS and WEIGHT != tl.float32:
+        bits = bits_of_rows(tl.load(key), lines, first, (num_columns + 7) // 8, WIDTH)
+        patterns = at.to(tl.pointer_type(tl.int16), bitcast=True)
+        tl.store(patterns, rounded(value, bits, WEIGHT), mask=inside)
+    else:
+        tl.store(at, value.to(WEIGHT), mask=inside)
+
+
+@triton.jit
+def _store_momentum(
+    at,
+    value,
+    inside,
+    lines,
+    columns,
+    key,
+    num_columns,
+    MOMENTUM: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """Write a momentum, of ``num_columns`` numbers per row of the whole matrix."""
+    if ROUNDS and MOMENTUM != tl.float32:
+        bits = bits_at(tl.load(key), lines, columns, (num_columns + 7) // 8)
+        patterns = at.to(tl.pointer_type(tl.int16), bitcast=True)
+        tl.store(patterns, rounded(value, bits, MOMENTUM), mask=inside)
+    else:
+        tl.store(at, value.to(MOMENTUM), mask=inside)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What crosses to the device at a step: addresses of gradients, keys and scalars, in one copy.
+
+The copy comes from pinned memory and waits for nothing. It always goes to the same place, so that a
+step recorded in a CUDA graph reads the numbers of the step that replays it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flora_dist.core.sketch.matrices import entry_scale
+from flora_dist.core.state.spec import VECTOR_EPS
+from flora_dist.core.step.basis import Basis, SketchedBasis
+from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.kernels.gpu.access import KEEP, LR
+from flora_dist.kernels.gpu.tables import is_aligned
+from flora_dist.kernels.inputs import keys_of
+
+_SCALARS = 12
+_RESETS, _MOVES, _STAYS = 2, 1, 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """The gradients of a step, and whatever of it kernels are compiled for."""
+
+    dtype: torch.dtype
+    """Of the gradients."""
+    is_aligned: bool
+    """Whether each begins at a multiple of 16 bytes."""
+    kept: Sequence[Tensor]
+    """What must outlive the addresses."""
+
+
+class Inputs:
+    """Numbers of a batch's steps, on its device."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._members = len(batch.members)
+        count = 3 * self._members + _SCALARS // 2
+        self.addresses = torch.zeros(count, dtype=torch.int64, device=batch.device)
+        """By member: of gradients; keys of a weight's rounding bits; keys of a momentum's."""
+        self.scalars = self.addresses[3 * self._members :].view(torch.float32)
+        """As ``access.py`` numbers them."""
+
+    def write(self, now: Moment) -> Given:
+        """Send a step's numbers, behind what the device still does with the last ones."""
+        given = _gradients(now)
+        keys = keys_of(self._batch, now) or [0] * (2 * self._members)
+        host = torch.empty(
+            self.addresses.shape, dtype=torch.int64, pin_memory=self._batch.device.type == "cuda"
+        )
+        whole = [*(each.data_ptr() for each in given.kept), *keys]
+        host[: len(whole)] = torch.tensor(whole, dtype=torch.int64)
+        host[len(whole) :].view(torch.float32).copy_(torch.tensor(self._scalars(now)))
+        self.addresses.copy_(host, non_blocking=True)
+        self._write_rates(now)
+        return given
+
+    def _scalars(self, now: Moment) -> list[float]:
+        config, size = self._batch.config, self._batch.geometry
+        eps = max(config.eps, VECTOR_EPS) if size.is_vector else config.eps
+        gain, entry = 1.0, 1.0
+        if size.rank is not None:
+            entry = entry_scale(config.sketch, rank=size.rank)
+            gain = config.gain_at(size.block / size.rank) * now.basis.gain
+        lr, keep = 0.0, 1.0
+        if not isinstance(now.lr, Tensor) and not isinstance(now.weight_decay, Tensor):
+            lr, keep = now.lr, 1 - now.lr * now.weight_decay
+        return [
+            now.beta2,
+            1 - now.beta2,
+            lr,
+            keep,
+            eps,
+            config.beta1,
+            1 - config.beta1,
+            gain,
+            config.clip or 1.0,
+            self._batch.sign,
+            entry,
+            0.0,  # two to an int64
+        ]
+
+    def _write_rates(self, now: Moment) -> None:
+        """Rates that are tensors are never read by the host."""
+        if isinstance(now.lr, Tensor) or isinstance(now.weight_decay, Tensor):
+            self.scalars[LR.value].copy_(torch.as_tensor(now.lr), non_blocking=True)
+            keep = torch.as_tensor(1 - now.lr * now.weight_decay)
+            self.scalars[KEEP.value].copy_(keep, non_blocking=True)
+
+
+def _gradients(now: Moment) -> Given:
+    """What kernels cannot read as it is becomes fp32 and contiguous."""
+    found = [each for each in now.gradients if isinstance(each, Tensor)]
+    assert len(found) == len(now.gradients), "the choice leaves other gradients to torch"
+    dtype = found[0].dtype
+    if any(each.dtype != dtype for each in found) or dtype == torch.float64:
+        dtype = torch.float32
+    kept = [each.to(dtype).contiguous() for each in found]
+    return Given(dtype=dtype, is_aligned=is_aligned([g.data_ptr() for g in kept]), kept=kept)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The momentum's basis as kernels read it."""
+
+    old: Tensor
+    """A / entry scale, in bfloat16, which holds it exactly."""
+    new: Tensor
+    move: Tensor
+    """(matrices, R, R), s A_old A_new^T where the window changes."""
+    kind: int
+    """Whether it does: stays, moves or resets."""
+
+
+class Windows:
+    """Bases of a batch, converted when the window changes only."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._nothing = torch.zeros(1, device=batch.device)
+        self._entry = 1.0
+        if batch.geometry.rank is not None:
+            self._entry = entry_scale(batch.config.sketch, rank=batch.geometry.rank)
+        self._of: Tensor | None = None
+        self._new = self._nothing
+
+    def of(self, basis: Basis) -> Window:
+        """What a step reads; no matrices where the momentum is dense, or there is none."""
+        nothing = self._nothing
+        if not isinstance(basis, SketchedBasis):
+            return Window(old=nothing, new=nothing, move=nothing, kind=_STAYS)
+        if basis.new_ERB is not self._of:
+            self._of, self._new = basis.new_ERB, self._units(basis.new_ERB)
+        if basis.scale is None:
+            return Window(old=self._new, new=self._new, move=nothing, kind=_STAYS)
+        kind, move = _RESETS, nothing
+        if basis.scale != 0.0:
+            kind = _MOVES
+            move = basis.scale * torch.bmm(basis.old_ERB, basis.new_ERB.mT)
+        return Window(old=self._units(basis.old_ERB), new=self._new, move=move, kind=kind)
+
+    def _units(self, sketch_ERB: Tensor) -> Tensor:
+        return (sketch_ERB / self._entry).to(torch.bfloat16).contiguous()

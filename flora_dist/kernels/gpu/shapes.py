@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a batch's kernels are compiled for: tiles, ranks and dtypes.
+
+Numbers of rows and warps are chosen by what the compiler makes of them (registers, spills; see
+``tests/kernels/gpu/lint.py``), not by a clock: no GPU has run these kernels yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from flora_dist.core.step.batch import Batch
+from flora_dist.core.step.momentum_rules import rule_of
+from flora_dist.kernels.tables import RULES
+
+DTYPES: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+TILE_ROWS = 32
+"""Rows of a program where it takes few columns at a time."""
+MEASURED_ROWS = 64
+"""Rows of a program that keeps whole ones: its sums by column are 1/8 byte for each element."""
+LONGEST_ROW = 8192
+"""That a program keeps in registers, beside two sums by column."""
+MEASURE_OPTIONS = {"num_warps": 4}
+ROW_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+FINISH_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+"""A GPU's SM then holds two such programs."""
+_AT_ONCE = 8192
+"""Elements that a program of 256 threads reads at a time: 32 by each."""
+DENSE_WIDTH = 64
+"""Columns of a tile where no block asks for its own."""
+SMALLEST_PRODUCT = 16
+"""Least rows and columns of a matrix product inside a kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    """Constants of a batch of matrices."""
+
+    rule: int
+    rank: int
+    """0 where no sketch is read."""
+    padded_rank: int
+    """Up to a power of two that products can take."""
+    width: int
+    """Columns of a tile: those of a block."""
+    blocks: int
+    """Of a row."""
+    row_width: int
+    """Whole rows up to a power of two; 0 where they are read piece by piece."""
+    row_step: int
+    """Rows that are read at a time."""
+    group: int
+    """Blocks that one program steps."""
+    sum_tiles: int
+    sum_width: int
+    settle_width: int
+    weight: Any
+    momentum: Any
+
+
+def shapes_of(batch: Batch) -> Shapes:
+    """Choose them."""
+    rule, size = rule_of(batch.config, batch.geometry), batch.geometry
+    rank = 0 if rule is None or size.rank is None else size.rank
+    width = size.block if rank else DENSE_WIDTH
+    momentum = batch.members[0].local.get("momentum")
+    row_width = triton.next_power_of_2(size.num_columns)
+    reads_more = batch.config.scale_parameter or (rule is not None and rule.asks_history)
+    if reads_more or row_width > LONGEST_ROW:
+        row_width = 0
+    return Shapes(
+        rule=RULES[None if rule is None else type(rule)],
+        rank=rank,
+        padded_rank=max(SMALLEST_PRODUCT, triton.next_power_of_2(rank)),
+        width=width,
+        blocks=triton.cdiv(size.num_columns, width),
+        row_width=row_width,
+        row_step=row_step_of(row_width),
+        group=4,
+        sum_tiles=16,
+        sum_width=128,
+        settle_width=1024,
+        weight=DTYPES[batch.members[0].weight.dtype],
+        momentum=tl.float32 if momentum is None else DTYPES[momentum.dtype],
+    )
+
+
+def row_step_of(row_width: int) -> int:
+    """Rows of so many columns that are read at a time."""
+    return max(1, min(TILE_ROWS, _AT_ONCE // max(1, row_width)))

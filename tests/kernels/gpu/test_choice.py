@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which batches on a GPU take the kernels, and what the report says of the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+from torch import nn
+
+from flora_dist import Flora
+from flora_dist.core.parameters.trainable import Trainable
+from flora_dist.kernels.gpu import choice
+from flora_dist.kernels.library import VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    choice.without_triton.cache_clear()
+    yield
+    choice.without_triton.cache_clear()
+
+
+def slots(**settings: object) -> list[Trainable]:
+    """Three parameters as an optimizer holds them; where they lie makes no difference here."""
+    shapes = {"wide": (8, 128), "narrow": (8, 20), "bias": (8,)}
+    named = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+    return Flora(named, **settings).slots()  # type: ignore[arg-type]
+
+
+def test_the_report_names_triton_unless_torch_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = choice.said_on_gpu(slots())
+    assert said.startswith("triton 3."), said
+    assert ";" not in said
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert choice.said_on_gpu(slots()) == "torch"
+
+
+def test_blocks_that_the_kernels_have_no_product_for_are_left_to_torch() -> None:
+    said = choice.said_on_gpu(slots(block=8, rank=2))
+    assert said.endswith("; torch for rank 2 per block of 8 (2 parameters)"), said
+    assert ";" not in choice.said_on_gpu(slots(block=8, rank=2, momentum="none"))
+
+
+def test_without_triton_the_report_says_so_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(choice, "version", missing)
+    said = choice.said_on_gpu(slots())
+    assert said == "torch: Triton is not installed. pip install 'flora-dist[gpu]'"
+
+
+def test_a_triton_that_is_too_old_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "version", lambda _: "3.2.0")
+    assert "must be at least 3.6; 3.2.0 is installed" in choice.without_triton()
+
+
+def test_triton_is_not_imported_where_no_cuda_tensor_is_stepped() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = 'triton' in sys.modules\n"
+        "from flora_dist import Flora\n"
+        "weight = torch.nn.Parameter(torch.zeros(8, 64)); weight.grad = torch.ones(8, 64)\n"
+        "Flora([('w', weight)]).step()\n"
+        "assert ('triton' in sys.modules) == before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
