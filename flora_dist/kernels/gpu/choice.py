@@ -17,7 +17,7 @@ from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.batch import Batch, Phases
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.kernels.gpu.cover import CUT_ROWS, why_not, why_not_of
-from flora_dist.kernels.library import VARIABLE
+from flora_dist.kernels.presence import VARIABLE
 
 OLDEST = (3, 6)
 """The oldest Triton that the kernels were compiled with."""

@@ -42,7 +42,7 @@ def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
         return f"momentum={config.momentum!r}"
     if config.growth is not None and not size.is_vector:
         return f"growth={config.growth}"
-    if config.state_bits is not None and rule is not None and size.rank is not None:
+    if (config.state_bits or 32) < 16 and rule is not None and size.rank is not None:
         return f"state_bits={config.state_bits}"
     if arithmetic_dtype(dtype) != torch.float32 or dtype not in DTYPES:
         return str(dtype)
