@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter, eq
 from typing import Any
 
 from torch import Tensor
@@ -204,7 +205,7 @@ def _outdated(slots: Sequence[Trainable]) -> list[Tensor]:
     tensors = [slot.tensor for slot in slots]
     seen = [slot.seen for slot in slots]
     # A part's shape costs more, and changes only with that of its tensor.
-    if [(each.shape, each.dtype) for each in tensors] == seen:
+    if all(map(eq, map(attrgetter("shape", "dtype"), tensors), seen)):
         return []
     return [slot.tensor for slot in slots if slot.found != (slot.part.shape, slot.tensor.dtype)]
 

@@ -57,6 +57,7 @@ class Plan:
         self._at_once_of = at_once_of
         self.kinds = list(kinds)
         self.entries = sorted(entries, key=lambda entry: entry.sender.names[0])
+        self._states = [[m.state for m in entry.batch.members] for entry in self.entries]
         self._memory = Memory([m for entry in self.entries for m in entry.batch.members])
         self._messages: list[tuple[list[int], Message | None]] = []
         groups: dict[Reducer | None, list[int]] = {}
@@ -81,7 +82,7 @@ class Plan:
         """Whether weights, state and steps are still those that this was made for."""
         if not self._memory.is_as_it_was(state):
             return False
-        return all(_are_level(entry.batch.members) for entry in self.entries)
+        return all(map(_are_level, self._states))
 
     def without(self, absent: set[int]) -> Plan:
         """The same without some of the entries."""
@@ -98,11 +99,10 @@ class Plan:
         return totals
 
 
-def _are_level(members: Sequence[Member]) -> bool:
+def _are_level(states: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the members of a batch have come as far as each other."""
-    first = members[0].state
-    step, window = first["step"], first["window"]
-    return all(m.state["step"] == step and m.state["window"] == window for m in members)
+    steps, windows = [own["step"] for own in states], [own["window"] for own in states]
+    return steps.count(steps[0]) == len(steps) and windows.count(windows[0]) == len(windows)
 
 
 class Plans:
