@@ -19,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly PYTHON=${PYTHON:-python3}
 # Seconds of each slice; together less than nine minutes.
-declare -rA LIMITS=([bits]=40 [runs]=150 [graph]=50 [marked]=60 [step]=110 [sketch]=30 [training]=90)
+declare -rA LIMITS=([bits]=40 [runs]=130 [graph]=50 [marked]=60 [step]=140 [sketch]=30 [training]=80)
 slices=(bits runs graph marked step sketch training)
 options=()
 out=''

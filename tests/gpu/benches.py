@@ -89,10 +89,10 @@ def _steps(shapes: Shapes, dtype: torch.dtype, rounds: int) -> Mapping[str, Any]
     elements = sum(weight.numel() for weight in weights)
     size = weights[0].element_size()
     for name, row in rows.items():
-        row["ratio"] = row["ms"] / base
+        row["ratio"] = round(row["ms"] / base, 3)
         kind = "AdamW" if name.startswith("AdamW") else name.split(", ")[1]
         if (kind, size) in BYTES:
-            row["GB/s"] = BYTES[kind, size] * elements / row["ms"] / 1e6
+            row["GB/s"] = round(BYTES[kind, size] * elements / row["ms"] / 1e6, 1)
     return rows
 
 
@@ -110,10 +110,10 @@ def _row(call: Callable[[], Any], rounds: int) -> dict[str, float]:
     times = milliseconds(call, rounds)
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
     return {
-        "ms": statistics.median(times),
-        "least ms": min(times),
-        "most ms": max(times),
-        "host ms": host,
+        "ms": round(statistics.median(times), 4),
+        "least ms": round(min(times), 4),
+        "most ms": round(max(times), 4),
+        "host ms": round(host, 4),
         "extra bytes": float(peak - before),
     }
 
@@ -139,6 +139,6 @@ def sketch(is_rehearsal: bool) -> dict[str, Any]:
     return {
         "faults": faults,
         "distance": distance,
-        "kernel": _row(lambda: add_sketch_(out, x, unit, scale=scale), rounds),
-        "torch": _row(by_product, rounds),
+        "by the kernel": _row(lambda: add_sketch_(out, x, unit, scale=scale), rounds),
+        "by torch": _row(by_product, rounds),
     }

@@ -63,13 +63,13 @@ def test_a_triton_that_is_too_old_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     assert "must be at least 3.6; 3.2.0 is installed" in choice.without_triton()
 
 
-def test_triton_is_not_imported_where_no_cuda_tensor_is_stepped() -> None:
+def test_kernels_for_gpus_are_not_imported_where_no_cuda_tensor_is_stepped() -> None:
+    # torch's own optimizers import Triton where it is installed; ours decorates nothing with it.
     code = (
         "import sys, torch\n"
-        "before = 'triton' in sys.modules\n"
         "from flora_dist import Flora\n"
         "weight = torch.nn.Parameter(torch.zeros(8, 64)); weight.grad = torch.ones(8, 64)\n"
         "Flora([('w', weight)]).step()\n"
-        "assert ('triton' in sys.modules) == before\n"
+        "assert 'flora_dist.kernels.gpu.access' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
