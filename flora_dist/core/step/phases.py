@@ -26,7 +26,8 @@ def check_not_captured() -> None:
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         raise RuntimeError(
             "Flora counts steps and windows on the host; a CUDA graph would replay one step for "
-            "ever. Leave optimizer.step() out of the capture."
+            "ever. Leave optimizer.step() out of the capture; "
+            "flora_dist.kernels.gpu.graph.CapturedStep records a step by itself."
         )
 
 
