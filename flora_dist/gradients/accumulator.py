@@ -37,6 +37,9 @@ from flora_dist.core.step.views import inside, work_limit
 from flora_dist.core.tiles import Tile, split
 from flora_dist.gradients.lines import Lines
 
+MOST_ROUNDINGS = {1: 1, 2: 4, 4: 64}
+"""Micro-batches, by bits, up to which a sum's rounding errs less than 1, as half the numbers in
+twice the bits do (``python -m tests.bench.requantised``)."""
 _REPLICA_BITS = 20
 """Of a number that tells draws apart: ranks below, micro-batches above."""
 _WIRE = 1 << 40
@@ -134,7 +137,8 @@ class Accumulator:
         """Whose basis C is in; 0 before the first gradient."""
         self.replica = 0
         """This rank's place among those that have gradients of the same elements."""
-        self._added = 0
+        self.num_added = 0
+        """Gradients in C, each rounded in few bits."""
 
     def add_(self, gradient: Tensor) -> None:
         """C <- C + G A^T, in the precision of C.
@@ -171,18 +175,18 @@ class Accumulator:
                 else:
                     added = ops.compress(rows_ENW, own_ERB, first_column=first_column)
                     own_ENKR.copy_(self._records(own_ENKR, added, kept, self.code))
-        self._added += 1
+        self.num_added += 1
 
     def _records(
         self, kept_ENKR: Tensor, added_ENKR: Tensor, where: tuple[slice, slice], code: Code
     ) -> Tensor:
         """Q(C + G A^T) of some lines."""
-        if self._added == 0 and code.bits in LEVEL_BITS:
+        if self.num_added == 0 and code.bits in LEVEL_BITS:
             return level_records(added_ENKR, code)
-        if self._added:
+        if self.num_added:
             added_ENKR = added_ENKR + read_records(kept_ENKR, code, self.dtype)
         first = where[0].start * self.sums_shape[1] + where[1].start
-        bits = self._bits(first, first + added_ENKR.shape[0] * added_ENKR.shape[1], self._added)
+        bits = self._bits(first, first + added_ENKR.shape[0] * added_ENKR.shape[1], self.num_added)
         return round_records(added_ENKR, bits.view(added_ENKR.shape), code)
 
     def _bits(self, first: int, last: int, number: int) -> Tensor:
@@ -287,9 +291,16 @@ class Accumulator:
         if self.sums_ENKR is not None and self.step != self._next_step():
             raise self._stale(self.step)
 
+    @property
+    def is_worn(self) -> bool:
+        """Whether rounding after every gradient costs more than few bits save."""
+        return self.code is not None and self.num_added > MOST_ROUNDINGS.get(
+            self.code.bits, 1 << 30
+        )
+
     def drop(self) -> None:
         """Forget C, and give its memory back."""
-        self.sums_ENKR, self.step, self._added = None, 0, 0
+        self.sums_ENKR, self.step, self.num_added = None, 0, 0
 
     def _begun(self, device: torch.device) -> Tensor:
         self.check_basis()

@@ -83,7 +83,7 @@ class SketchRequest:
         self._check_together()
 
     def _check_together(self) -> None:
-        few = self.bits != FULL_BITS or self.wire_bits is not None
+        few = self.bits != FULL_BITS or self.wire_bits not in (None, FULL_BITS)
         if few and self.wire_dtype != "float32":
             raise ValueError(
                 f"wire_dtype={self.wire_dtype!r} is wire_bits=16 in other words; got it beside "
@@ -101,10 +101,11 @@ class SketchRequest:
                 f"got gradient_bits={self.gradient_bits}, wire_bits={self.wire_bits}. Leave them "
                 'out, or use gradients="compressed".'
             )
-        if self.gradients == "sharded" and self.wire_bits is not None:
+        if self.gradients == "sharded" and few:
             raise ValueError(
-                'under gradients="sharded" no sketch travels, the framework reduces whole '
-                f"gradients; got wire_bits={self.wire_bits}. Leave it out."
+                'gradients="sharded" keeps its numbers in full, and the framework reduces whole '
+                f"gradients; got gradient_bits={self.gradient_bits}, wire_bits={self.wire_bits}. "
+                'Leave them out, or use gradients="compressed".'
             )
 
     def geometry(self, name: str, shape: tuple[int, ...], config: FloraConfig) -> Geometry:

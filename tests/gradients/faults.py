@@ -119,12 +119,12 @@ def _always_levels(original: Any) -> Any:
     """Put sums at levels again and again."""
 
     def records(self: Any, kept: Tensor, added: Tensor, where: Any, code: Any) -> Tensor:
-        total = added + few_bits.read_records(kept, code, self.dtype) if self._added else added
-        before, self._added = self._added, 0
+        total = added + few_bits.read_records(kept, code, self.dtype) if self.num_added else added
+        before, self.num_added = self.num_added, 0
         try:
             return original(self, kept, total, where, code)
         finally:
-            self._added = before
+            self.num_added = before
 
     return records
 

@@ -12,7 +12,6 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 from torch.optim import Optimizer
 
-from flora_dist.core.records import FEW_BITS
 from flora_dist.flora import Flora
 from flora_dist.frameworks.build_lock import telling
 from flora_dist.frameworks.deepspeed.attach import attach
@@ -134,11 +133,10 @@ def _check_owned(optimizer: Flora, model: nn.Module) -> None:
 
 def _check_gradient_rank(optimizer: Flora, config: dict[str, Any]) -> None:
     """Refuse a rank that blocks cannot have before DeepSpeed builds anything."""
-    request = gradient_request(config)
-    rank, few = request.gradient_rank, request.bits in FEW_BITS
+    rank = gradient_request(config).gradient_rank
     for group in optimizer.param_groups:
         block = group["block"]
-        if rank is not None and block != "full" and rank >= block + few:
+        if rank is not None and block != "full" and rank >= block:
             raise ValueError(
                 f'"flora"."gradient_rank" must be below block; got {rank}, and a group with '
                 f"block={block}. Lower it, or raise block."
