@@ -37,9 +37,6 @@ from flora_dist.core.step.views import inside, work_limit
 from flora_dist.core.tiles import Tile, split
 from flora_dist.gradients.lines import Lines
 
-MOST_ROUNDINGS = {1: 1, 2: 4, 4: 64}
-"""Micro-batches, by bits, up to which a sum's rounding errs less than 1, as half the numbers in
-twice the bits do (``python -m tests.bench.requantised``)."""
 _REPLICA_BITS = 20
 """Of a number that tells draws apart: ranks below, micro-batches above."""
 _WIRE = 1 << 40
@@ -290,13 +287,6 @@ class Accumulator:
         """
         if self.sums_ENKR is not None and self.step != self._next_step():
             raise self._stale(self.step)
-
-    @property
-    def is_worn(self) -> bool:
-        """Whether rounding after every gradient costs more than few bits save."""
-        return self.code is not None and self.num_added > MOST_ROUNDINGS.get(
-            self.code.bits, 1 << 30
-        )
 
     def drop(self) -> None:
         """Forget C, and give its memory back."""

@@ -6,7 +6,7 @@ Shape suffixes: S cut blocks, N rows, K blocks of a tile, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from flora_dist.core.step.gradient import SketchedGradient
 from flora_dist.core.tiles import Cuts, Tile
 from flora_dist.gradients.flow import Flow
 
-Means = MutableMapping[str, SketchedGradient]
+Means = Mapping[str, SketchedGradient]
 
 
 class PartialSketches:
@@ -31,8 +31,6 @@ class PartialSketches:
     def complete_(self, means: Means) -> None:
         """Add up the pieces of cut blocks in these means, by one message."""
         cut = [(flow, cuts) for flow, cuts in self.flows if flow.part.name in means]
-        for flow, _ in cut:  # sums of pieces have no records
-            means[flow.part.name] = _in_numbers(means[flow.part.name])
         senders = [
             Sender(kind=flow.part.name, names=(flow.part.name,), cuts=cuts, sends_all=True)
             for flow, cuts in cut
@@ -54,10 +52,19 @@ def partial_sketches(flows: Sequence[Flow]) -> list[PartialSketches]:
     return list(found.values())
 
 
-def _in_numbers(gradient: SketchedGradient) -> SketchedGradient:
-    everything = slice(None), slice(None)
-    tiles = [t if isinstance(t, Tensor) else t[everything] for t in gradient.tiles]
-    return replace(gradient, tiles=tuple(tiles))
+def check_in_full(cut: Sequence[PartialSketches]) -> None:
+    """Refuse few bits where blocks are cut: their sketches would be sums of rounded pieces.
+
+    Raises:
+        ValueError: naming a parameter.
+    """
+    for pieces in cut:
+        name = pieces.flows[0][0].part.name
+        raise ValueError(
+            "tensor parallelism must cut no block of gradients in few bits, whose sketch would be "
+            f"a sum of rounded pieces; it cuts those of {name!r}. Pass gradient_bits=32 and "
+            "wire_bits=32, or a block that divides each rank's columns."
+        )
 
 
 def _pieces(flow: Flow, cuts: Cuts, gradient: SketchedGradient) -> Terms:

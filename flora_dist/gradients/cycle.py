@@ -8,7 +8,6 @@ Integrations say where gradients arrive and over which ranks they are averaged.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,11 +22,12 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.step.basis import Sketches, draw_together
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.gradients.average import Averaging
-from flora_dist.gradients.cut_sketches import partial_sketches
+from flora_dist.gradients.cut_sketches import check_in_full, partial_sketches
 from flora_dist.gradients.flow import Flow
 from flora_dist.gradients.placeholder import stand_in_for, stands_in
 from flora_dist.gradients.request import Wire
 from flora_dist.gradients.route import Mean
+from flora_dist.gradients.wear import warn_of_wear
 
 
 class Gradients:
@@ -68,14 +68,8 @@ class Gradients:
             wire_bits=wire.bits,
         )
         self._cut = partial_sketches(list(ordered))
-        if self._cut and any(f.accumulator.code or wire.bits for f in ordered):
-            name = self._cut[0].flows[0][0].part.name
-            raise ValueError(
-                "tensor parallelism must cut no block of gradients in few bits, whose sketch would "
-                f"be a sum of rounded pieces; it cuts those of {name!r}. Pass gradient_bits=32 and "
-                "wire_bits=32, or a block that divides each rank's columns."
-            )
-        self._has_warned = False
+        if wire.bits is not None:
+            check_in_full(self._cut)
         self._mean: dict[str, SketchedGradient] | None = None
         self._forgetting: list[Callable[[], None]] = []
 
@@ -189,7 +183,7 @@ class Gradients:
             visible = flow.source.visible
             if visible is not None and visible.grad is None:  # zero_grad() since
                 flow.accumulator.drop()
-        self._warn_of_wear()
+        warn_of_wear([flow.accumulator for flow in self.flows.values()])
         means = self._averaging.run()
         self._mean = {}
         for flow, mean, is_here in zip(self.flows.values(), means, _present(means), strict=True):
@@ -198,20 +192,6 @@ class Gradients:
                 self._show(flow)
         for partials in self._cut:
             partials.complete_(self._mean)
-
-    def _warn_of_wear(self) -> None:
-        worn = next((f.accumulator for f in self.flows.values() if f.accumulator.is_worn), None)
-        if worn is None or self._has_warned:
-            return
-        assert worn.code is not None
-        self._has_warned = True
-        warnings.warn(
-            f"sums of gradients are rounded to {worn.code.bits} bits after every micro-batch; "
-            f"those of {worn.name!r} were {worn.num_added} times in this step, which adds more "
-            "error than the bits save. Pass gradient_bits=4 and the same wire_bits, or accumulate "
-            "fewer micro-batches.",
-            stacklevel=2,
-        )
 
     def _shows_anything(self) -> bool:
         return any(map(_is_shown, self.flows.values()))

@@ -8,16 +8,19 @@ order of sums alone.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
+from flora_dist.gradients.request import SketchRequest
 from tests.battery.oracle import distances
 from tests.battery.test_layouts import EXACT
 from tests.conftest import pool_of
 from tests.gradients import layouts
 from tests.gradients.few_bits import reference_run
 from tests.gradients.oracle import MANY, SketchedCase, Weights
+from tests.gradients.small import Small, attached, inputs
 
 BLEND = {"momentum": "blend"}
 
@@ -75,3 +78,61 @@ def test_a_broken_mechanism_is_seen(layout: str, fault: str, micro_batches: int)
     weights, _ = pool_of(ranks)(layouts.run, layout, case, fault)[0]
     _, worst = distances(*_expected(str(case), ranks), weights)
     assert not worst < 1e6 * EXACT
+
+
+def test_bytes_are_those_of_records() -> None:
+    _, handle = attached(Small(), gradient_bits=4)
+    rows = {row.name: row for row in handle.report().rows if row.is_sketched}
+    # 24 rows of 20 columns: 3 blocks of 8 numbers, 4 bytes and 2 of the scale each
+    assert rows["first.weight"].held_bytes == 24 * 3 * (4 + 2)
+    assert rows["first.weight"].how == "compressed, 8 per block of 8 in 4 bits"
+    for flow in handle.gradients.flows.values():
+        row = rows[flow.part.name]
+        handle.gradients.take(flow, torch.ones(row.shape))
+        kept = flow.accumulator.sums_ENKR
+        assert kept is not None
+        assert kept.numel() * kept.itemsize == row.held_bytes
+
+
+@pytest.mark.parametrize(("bits", "micro_batches"), [(1, 2), (2, 5)])
+def test_rounding_that_costs_more_than_it_saves_is_warned_of(bits: int, micro_batches: int) -> None:
+    model = Small()
+    optimizer, _ = attached(model, gradient_bits=bits)
+    for number in range(micro_batches):
+        (model(inputs(number)) / micro_batches).backward()
+    with pytest.warns(UserWarning, match=f"rounded to {bits} bits .* {micro_batches} times"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_bits": 3}, "gradient_bits must be one of 32, 16, 8, 4, 2, 1; got 3"),
+        ({"gradient_bits": 4, "wire_bits": 8}, "wire_bits must not exceed gradient_bits"),
+        ({"gradient_bits": 4, "wire_dtype": "bfloat16"}, "wire_bits=16 in other words"),
+        ({"gradient_bits": 4, "gradient_rank": 9}, "rank=9, block=8, 4 bits"),
+        ({"gradient_rank": 8}, "rank must be below block; got rank=8, block=8, 32 bits"),
+        ({"level": "fused", "gradient_bits": 4}, '"fused" keeps its numbers in full'),
+        ({"level": "sharded", "gradient_bits": 4}, '"sharded" keeps its numbers in full'),
+        ({"settings": {"sketch": "gaussian"}, "gradient_bits": 4}, "need sketch='hadamard'"),
+    ],
+)
+def test_what_cannot_be_kept_in_few_bits_is_refused(options: dict[str, Any], message: str) -> None:
+    model = Small()
+    with pytest.raises(ValueError, match=message):
+        attached(model, **options)
+    attached(model)  # nothing has changed
+
+
+def test_bits_in_full_are_what_attach_does_without_words() -> None:
+    plain = SketchRequest(gradients="compressed")
+    assert SketchRequest(gradients="compressed", gradient_bits=32, wire_bits=32).wire == plain.wire
+    half = SketchRequest(gradients="compressed", wire_dtype="bfloat16")
+    assert SketchRequest(gradients="compressed", wire_bits=16).wire == half.wire
+
+
+@pytest.mark.ranks(4)
+def test_replicas_of_shards_are_refused() -> None:
+    case = case_of(4, None, 1)
+    with pytest.raises(Exception, match=r"averaged over one group of ranks; these have 2"):
+        pool_of(4)(layouts.run, "hsdp 2x2", case)
