@@ -80,8 +80,8 @@ class SketchRequest:
         rank = self.gradient_rank
         if rank is not None and (type(rank) is not int or rank < 1):
             raise ValueError(
-                f"gradient_rank must be a whole number of at least 1; got {rank!r}. Pass 1 or more, "
-                "or leave it out."
+                f"gradient_rank must be a whole number of at least 1; got {rank!r}. Pass 1 or "
+                "more, or leave it out."
             )
         for name in ("gradient_bits", "wire_bits"):
             if getattr(self, name) is not None:

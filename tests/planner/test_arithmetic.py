@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,15 +221,15 @@ def test_fsdp2s_chunk_is_torchs(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", [{}, {"state_dtype": "bfloat16"}, {"state_bits": 4}], ids=str)
 def test_floras_state_on_one_rank_is_what_the_optimizer_reports(
-    momentum: str, state_dtype: str
+    momentum: str, kept: dict[str, Any]
 ) -> None:
     from flora_dist import Flora
 
-    config = replace(FLORA, momentum=momentum, state_dtype=state_dtype)
+    config = replace(FLORA, momentum=momentum, **kept)
     named = [(p.name, nn.Parameter(torch.zeros(p.shape))) for p in TINY.parameters]
-    optimizer = Flora(named, lr=1e-3, rank=config.rank, momentum=momentum, state_dtype=state_dtype)
+    optimizer = Flora(named, lr=1e-3, momentum=momentum, **{"rank": config.rank, **kept})
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

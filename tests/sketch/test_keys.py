@@ -98,6 +98,8 @@ def test_the_keys_are_frozen() -> None:
         "GRADIENT": 2,
         "ROUND_WEIGHT": 3,
         "ROUND_MOMENTUM": 4,
+        "ROUND_GRADIENT": 5,
+        "ROUND_MEAN": 6,
     }
     assert name_key("layers.0.weight") == GOLDEN_NAME
     assert derive_key(**ONE) == GOLDEN_KEY

@@ -40,8 +40,9 @@ from flora_dist.cluster.planner.request import (
     Request,
 )
 from flora_dist.cluster.planner.shares import Share
+from flora_dist.core.records import FULL_BITS
 from flora_dist.core.state.settings import FloraConfig
-from flora_dist.core.state.spec import Geometry, geometry_of, state_tensors
+from flora_dist.core.state.spec import Geometry, geometry_at, state_tensors
 
 FP32 = 4
 BF16 = 2
@@ -168,12 +169,12 @@ def _published(request: Request, base: Method) -> Iterator[Method]:
 
 def blocks_of(parameter: Parameter, config: FloraConfig) -> Geometry:
     """A parameter in blocks, where only block and rank of the settings matter."""
-    return _geometry(parameter.shape, config.rank, config.block)
+    return _geometry(parameter.shape, config.rank, config.block, FULL_BITS)
 
 
 @lru_cache(maxsize=4096)
-def _geometry(shape: tuple[int, ...], rank: int | None, block: int | str) -> Geometry:
-    return geometry_of("", shape, FloraConfig(rank=rank, block=block))
+def _geometry(shape: tuple[int, ...], rank: int | None, block: int | str, bits: int) -> Geometry:
+    return geometry_at("", shape, FloraConfig(rank=None, block=block), rank=rank, bits=bits)
 
 
 # ---- state
@@ -181,10 +182,11 @@ def _geometry(shape: tuple[int, ...], rank: int | None, block: int | str) -> Geo
 
 def flora_state(share: Share, *, config: FloraConfig) -> int:
     """Bytes of the tensors of ``state_tensors`` that a rank keeps for its tiles."""
-    geometry = blocks_of(share.parameter, config)
+    shape, bits = share.parameter.shape, config.sketch_bits
+    geometry = _geometry(shape, config.rank, config.block, bits)
     return sum(
         _numbers(share, entry.along, entry.block, entry.shape, entry.name)
-        * (2 if entry.dtype == "bfloat16" else FP32)
+        * {"bfloat16": 2, "uint8": 1}.get(entry.dtype, FP32)
         for entry in state_tensors(geometry, config)
     )
 

@@ -225,7 +225,7 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
             tensors.append(StateTensor(name="momentum", shape=shape, dtype=dense, along="elements"))
         else:
             sketch = (*lines, geometry.blocks_per_row, geometry.width)
-            low = "bfloat16" if geometry.bits == 16 else "arithmetic"
+            low = "bfloat16" if config.sketch_bits == 16 else "arithmetic"
             tensors.append(
                 StateTensor(
                     name="momentum",
