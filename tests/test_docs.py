@@ -42,7 +42,7 @@ def test_every_python_block_runs_as_it_stands() -> None:
 def test_every_block_has_a_language_that_is_tested() -> None:
     languages = {
         language
-        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
         for language in re.findall(r"^```(\w*)[^\n]*\n.*?^```$", page.read_text(), re.M | re.S)
     }
     assert languages <= {"python", "json", "yaml", "bash"}

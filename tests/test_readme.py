@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted((ROOT / "flora_dist").rglob("README.md"))]
 READMES += [ROOT / folder / "README.md" for folder in ("launch", "launch/k8s", "tests", "docker")]
 READMES += [ROOT / "configs" / "README.md", ROOT / "configs" / "deepspeed" / "README.md"]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 READMES += [ROOT / "CONTRIBUTING.md", *DOCS]
 # Folders of the repository; `runs/` and the like are outputs and need not exist.
 TOP = ("flora_dist", "launch", "configs", "tests", "docker", "docs", ".ci")

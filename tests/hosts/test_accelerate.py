@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accelerate's own loop with Flora: prepare, accumulate, clip, save and load, on every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import flora_dist
+import flora_dist.register  # noqa: F401 - for what it does
+from flora_dist import Flora
+from flora_dist.frameworks.transformers.check import unwrapped
+from tests.conftest import launched_pool_of
+from tests.hosts.small import (
+    DECAY,
+    LR,
+    MAX_NORM,
+    SAMPLES,
+    SETTINGS,
+    STEPS,
+    Samples,
+    build,
+    distance,
+    host_of,
+    is_zero,
+    whole_weights,
+    zero_config,
+)
+from tests.hosts.trainer_runs import SKETCHES, by_hand
+
+pytestmark = pytest.mark.deepspeed
+MICRO_BATCHES = 2
+Case = tuple[str, bool]
+"""A mode, and whether gradients are sketched."""
+CASES: list[Case] = [
+    *((mode, False) for mode in ("plain", "ddp", "fsdp2", "zero2", "zero3", "offload")),
+    *((mode, True) for mode in ("plain", "ddp", "fsdp2", "zero2")),
+]
+
+
+def accelerator_of(mode: str, blocks: dict[str, Any]) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+    given: dict[str, Any] = {"gradient_accumulation_steps": MICRO_BATCHES}
+    if is_zero(mode):
+        config = zero_config(mode, **blocks) | {"gradient_clipping": MAX_NORM}
+        config["gradient_accumulation_steps"] = MICRO_BATCHES
+        given["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
+    if mode == "fsdp2":
+        given["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="FULL_STATE_DICT",
+        )
+    return Accelerator(**given)
+
+
+class Loop:
+    """A user's script."""
+
+    def __init__(self, mode: str, *, sketched: bool) -> None:
+        blocks: dict[str, Any] = {"zero_force_ds_cpu_optimizer": False}
+        if sketched:
+            blocks["flora"] = SKETCHES
+        self.accelerator = accelerator_of(mode, blocks)
+        model = build()
+        optimizer = Flora(model.named_parameters(), lr=LR, weight_decay=DECAY, **SETTINGS)
+        size = SAMPLES // MICRO_BATCHES // self.accelerator.num_processes
+        loader = DataLoader(Samples(), batch_size=size)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.clips_itself = sketched and not is_zero(mode)
+        if self.clips_itself:
+            flora_dist.attach(self.model, unwrapped(self.optimizer), **SKETCHES)
+
+    def run(self, steps: int) -> dict[str, Tensor]:
+        for _ in range(steps):
+            for batch in self.loader:
+                with self.accelerator.accumulate(self.model):
+                    self.accelerator.backward(self.model(**batch).loss)
+                    if self.accelerator.sync_gradients:
+                        self.clip()
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+        return whole_weights(self.model)
+
+    def clip(self) -> None:
+        if self.clips_itself:
+            unwrapped(self.optimizer).clip_grad_norm_(MAX_NORM)
+        else:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+
+
+def trained_and_resumed(case: Case, folder: str) -> tuple[dict[str, Tensor], bool]:
+    """Weights at the end, and whether a run that goes on from a saved state has the same bits."""
+    mode, sketched = case
+    with host_of(mode):
+        loop = Loop(mode, sketched=sketched)
+        loop.run(STEPS // 2)
+        loop.accelerator.save_state(folder)
+        weights = loop.run(STEPS - STEPS // 2)
+    with host_of(mode):
+        again = Loop(mode, sketched=sketched)
+        again.accelerator.load_state(folder)
+        resumed = again.run(STEPS - STEPS // 2)
+    return weights, all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def all_cases(cases: list[Case], folder: str) -> dict[Case, Any]:
+    return {case: trained_and_resumed(case, f"{folder}/{case[0]}-{case[1]}") for case in cases}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Any]:
+    folder = str(tmp_path_factory.mktemp("accelerate"))
+    several = [case for case in CASES if case[0] != "plain"]
+    single = [case for case in CASES if case[0] == "plain"]
+    return {**launched_pool_of(2)(all_cases, several, folder)[0], **all_cases(single, folder)}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[bool, dict[str, Tensor]]:
+    return {
+        False: by_hand(kept=set()).weights,
+        True: by_hand(kept=set(), sketches=SKETCHES).weights,
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{'-sketched' * case[1]}")
+def test_accelerates_loop_is_the_plain_one_and_resumes_bit_for_bit(
+    case: Case, runs: dict[Case, Any], expected: dict[bool, dict[str, Tensor]]
+) -> None:
+    weights, is_equal = runs[case]
+    assert distance(weights, expected[case[1]]) < 1e-5
+    assert is_equal
+
+
+def swapped() -> str:
+    with host_of("offload"):
+        accelerator = accelerator_of("offload", {})
+        model = build()
+        optimizer = Flora(model.named_parameters(), lr=LR, **SETTINGS)
+        loader = DataLoader(Samples(), batch_size=SAMPLES // dist.get_world_size())
+        with pytest.raises(ValueError, match="accelerate puts in place") as raised:
+            accelerator.prepare(model, optimizer, loader)
+        return str(raised.value)
+
+
+def test_an_optimizer_that_accelerate_swaps_for_adam_is_missed() -> None:
+    """It trained DeepSpeedCPUAdam, without a word."""
+    for said in launched_pool_of(2)(swapped):
+        assert "DeepSpeedCPUAdam" in said
+        assert '"zero_force_ds_cpu_optimizer": false' in said
+
+
+def clipped_by_accelerate(mode: str) -> str:
+    with host_of(mode):
+        loop = Loop(mode, sketched=True)
+        loop.clips_itself = False
+        with pytest.raises(RuntimeError, match="kept as sketches") as raised:
+            loop.run(1)
+        return str(raised.value)
+
+
+def test_accelerates_clipping_of_sketches_is_refused_by_the_hosts_own_words() -> None:
+    for said in launched_pool_of(2)(clipped_by_accelerate, "ddp"):
+        for word in ("accelerator.clip_grad_norm_", "optimizer.clip_grad_norm_", "FloraTrainer"):
+            assert word in said
