@@ -46,7 +46,6 @@ def small_model() -> Any:
 def names() -> dict[str, Any]:
     """What a block finds: fresh for each, since blocks train and wrap what they are given."""
     import torch
-    from torch.nn.parallel import DistributedDataParallel
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     import flora_dist
@@ -68,7 +67,6 @@ def names() -> dict[str, Any]:
         "optimizer": optimizer,
         "loss": model(**batch).loss,
         "step": 1,
-        "ddp": DistributedDataParallel(model),
         "dataset": [{"input_ids": row, "labels": row} for _ in range(32)],
         "Trainer": Trainer,
         "TrainerCallback": TrainerCallback,
@@ -79,7 +77,11 @@ def names() -> dict[str, Any]:
 
 def run(code: str) -> dict[str, Any]:
     """Run a block; the names afterwards."""
+    from torch.nn.parallel import DistributedDataParallel
+
     found = names()
+    if "ddp." in code:  # only there: its reducer would take the gradients
+        found["ddp"] = DistributedDataParallel(found["model"])
     if "checkpoint.load" in code:  # what a checkpoint holds, a step has made
         found["loss"].backward()
         found["optimizer"].step()
