@@ -79,8 +79,11 @@ def build_learner(
 
 
 def _plain(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:
+    vectors = {name for name, p in model.named_parameters() if p.ndim < 2}
     model_spread = spread(model, config, world)
-    built = build_optimizer(optimizer, model.named_parameters(), seed=config.train.seed)
+    built = build_optimizer(
+        optimizer, model.named_parameters(), seed=config.train.seed, vectors=vectors
+    )
     handle = keep_sketched(model_spread.module, built, config.gradients)
     if handle is not None:
         # Hooks on tensors outside the model hold it, where no collector sees them.

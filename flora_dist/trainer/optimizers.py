@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_FSDP1 = "_fsdp_wrapped_module."  # what it puts into names
 LABELS = {"flora": "Flora", "adamw": "AdamW", "adafactor": "Adafactor"}
 
 
@@ -40,9 +41,16 @@ def option_names(name: str) -> tuple[str, ...]:
 
 
 def build_optimizer(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], *, seed: int
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    seed: int,
+    vectors: Container[str] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer over named parameters; the run's seed reaches those that take one.
+
+    `vectors`: names of the parameters that are no matrices, where FSDP1 has made all of them flat;
+    None: those of fewer than two dimensions.
 
     Raises:
         ValueError: an option the optimizer refuses, in the optimizer's own words.
@@ -51,7 +59,7 @@ def build_optimizer(
     if "seed" in option_names(config.name):
         options.setdefault("seed", seed)
     try:
-        return _optimizer_class(config.name)(_groups(config, named_parameters), **options)
+        return _optimizer_class(config.name)(_groups(config, named_parameters, vectors), **options)
     except TypeError as error:  # torch's optimizers compare options before they check them
         raise ValueError(
             f"{config.name} refuses its options {options}: {error}. Correct the optimizer section."
@@ -59,16 +67,23 @@ def build_optimizer(
 
 
 def _groups(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    known: Container[str] | None,
 ) -> list[Any]:
     """Named parameters, those that must not shrink in a group of their own."""
     named = list(named_parameters)
     default = inspect.signature(_optimizer_class(config.name)).parameters["weight_decay"].default
     if config.decay == "all" or not config.options.get("weight_decay", default):
         return named
-    matrices = [(name, p) for name, p in named if p.ndim >= 2]
-    vectors = [(name, p) for name, p in named if p.ndim < 2]
-    groups = ({"params": matrices}, {"params": vectors, "weight_decay": 0.0})
+    matrices, vectors = [], []
+    for name, p in named:
+        is_vector = p.ndim < 2 if known is None else name.replace(_FSDP1, "") in known
+        (vectors if is_vector else matrices).append((name, p))
+    groups: tuple[dict[str, Any], ...] = (
+        {"params": matrices},
+        {"params": vectors, "weight_decay": 0.0},
+    )
     return [group for group in groups if group["params"]]
 
 

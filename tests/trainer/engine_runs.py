@@ -63,7 +63,9 @@ def saved_and_resumed(overrides: list[str], folder: str) -> list[tuple[list[Any]
         if start.path is not None:
             load(learner, start.path)
         place = Path(folder) / name
-        with Checkpoints(place, saving, learner, identity, start) as checkpoints:
+        with Checkpoints(
+            place, saving, learner, identity, start, steps=config.train.steps
+        ) as checkpoints:
             measured = train(
                 _job(config, world, learner),
                 **_quietly(),
