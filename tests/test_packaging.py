@@ -71,6 +71,11 @@ def test_the_versions_of_pyproject_the_package_and_its_metadata_agree() -> None:
     assert importlib.metadata.version("flora-dist") == PROJECT["version"]
 
 
+def test_the_citation_names_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {PROJECT['version']}\n" in citation
+
+
 def test_the_changelog_has_a_section_for_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{PROJECT['version']}]" in changelog
