@@ -145,7 +145,7 @@ def _state(optimizer: Flora) -> Iterator[Tensor]:
 
 def _activations(case: Case) -> int:
     """Of one forward of the model alone."""
-    how = case.gradients if case.gradients == "fused" else case.precision
+    how = case.gradients if case.gradients == "fused" else case.precision.removesuffix("-pure")
     size = (case.micro_batch, case.sequence_length)
     kept = kept_by_autograd(MODELS / f"{case.model}.json", size, how, rank=case.rank)
     return bytes_of(kept)

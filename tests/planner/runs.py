@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flora_dist
 from flora_dist import Flora
+from flora_dist.cluster.planner.request import PURE
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
 BLOCK = 64
@@ -46,13 +47,18 @@ class Case:
     def __str__(self) -> str:
         words = [self.model, self.backend, f"1/{self.ratio} {self.gradients}"]
         words += [f"{self.accumulate} micro-batches"] if self.accumulate > 1 else []
-        words += ["bf16"] if self.is_low else []
+        words += ["bf16 alone"] if self.is_pure else ["bf16"] if self.is_low else []
         return ", ".join(words)
 
     @property
     def is_low(self) -> bool:
         """Whether forward and backward are in bfloat16."""
-        return self.precision == "bfloat16"
+        return self.precision != "float32"
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether the weights themselves are, and there are no others."""
+        return self.precision == PURE
 
     @property
     def rank(self) -> int:
@@ -65,7 +71,11 @@ class Case:
 
     def build(self) -> nn.Module:
         """The network, equal on all ranks."""
-        return build(MODELS / f"{self.model}.json")
+        model = build(MODELS / f"{self.model}.json")
+        if self.is_pure:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
+        return model
 
 
 def build(path: Path) -> nn.Module:
@@ -106,9 +116,8 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 def _fsdp2(case: Case) -> Run:
     """As the trainer shards: each layer a unit, the root keeps what it gathered for forward."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy()
-    if case.is_low:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    low = torch.bfloat16 if case.is_low and not case.is_pure else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     model = case.build()
     for layer in model.model.layers:  # type: ignore[union-attr]
         fully_shard(layer, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
@@ -161,7 +170,7 @@ def _engine(case: Case, stage: int) -> Run:
         "gradient_accumulation_steps": case.accumulate,
         "optimizer": {"type": "Flora", "params": case.settings()},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET},
-        "bf16": {"enabled": case.is_low},
+        "bf16": {"enabled": case.is_low, "bf16_master_weights_and_grads": case.is_pure},
         "steps_per_print": 10**9,
     }
     if case.gradients != "dense":

@@ -24,7 +24,19 @@ DENSE_ZERO2 = Case(model="llama_9m", backend="zero2", ratio=8, accumulate=2)
 SKETCHED_ZERO2 = Case(model="llama_9m", backend="zero2", ratio=16, gradients="compressed")
 UNEVEN = Case(model="llama_tiny", backend="fsdp2", ratio=8)
 """257 rows of embeddings on two ranks."""
-QUICK = (DENSE_FSDP2, SKETCHED_FSDP2, DENSE_ZERO2, SKETCHED_ZERO2, UNEVEN)
+ALONE_ZERO2 = Case(
+    model="llama_9m",
+    backend="zero2",
+    ratio=16,
+    gradients="compressed",
+    accumulate=2,
+    precision="bfloat16-pure",
+)
+ALONE_FSDP2 = replace(ALONE_ZERO2, backend="fsdp2", gradients="dense")
+QUICK = (
+    *(DENSE_FSDP2, SKETCHED_FSDP2, DENSE_ZERO2, SKETCHED_ZERO2, UNEVEN),
+    *(ALONE_ZERO2, ALONE_FSDP2),
+)
 ALL = [
     Case(model=model, backend=backend, ratio=ratio, gradients=level)
     for model in ("llama_9m", "llama_60m")
@@ -101,13 +113,22 @@ def forget_masters(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def forget_that_deepspeed_makes_zeros(patch: pytest.MonkeyPatch) -> None:
-    part = memory._part_of_line
+def think_that_deepspeed_makes_zeros(patch: pytest.MonkeyPatch) -> None:
+    whole = memory._whole_bytes
+    patch.setattr(
+        memory,
+        "_whole_bytes",
+        lambda element, _, share: whole(element, frozenset({share.parameter.name}), share),
+    )
 
-    def without(element: int, shares: Any, dense: frozenset[str]) -> Any:
-        return part(element, [s for s in shares if s.parameter.name in dense], dense)
 
-    patch.setattr(memory, "_part_of_line", without)
+def think_that_there_are_masters(patch: pytest.MonkeyPatch) -> None:
+    line = memory._line_weights
+    patch.setattr(
+        memory,
+        "_line_weights",
+        lambda request, method, ranks: line(request, replace(method, precision="bfloat16"), ranks),
+    )
 
 
 def cut_sketches_before_they_are_sent(patch: pytest.MonkeyPatch) -> None:
@@ -139,7 +160,8 @@ MISTAKES: list[tuple[Callable[[pytest.MonkeyPatch], None], Case, str]] = [
     (forget_the_embedding, SKETCHED_FSDP2, "weights"),
     (leave_the_line_uncut, DENSE_ZERO2, "state"),
     (forget_masters, DENSE_ZERO2, "weights"),
-    (forget_that_deepspeed_makes_zeros, SKETCHED_ZERO2, "gradients"),
+    (think_that_deepspeed_makes_zeros, SKETCHED_ZERO2, "gradients"),
+    (think_that_there_are_masters, ALONE_ZERO2, "weights"),
     (cut_sketches_before_they_are_sent, SKETCHED_FSDP2, "accumulators"),
     (forget_the_logits, DENSE_FSDP2, "activations"),
     (gather_once_per_step, DENSE_FSDP2, "wire"),

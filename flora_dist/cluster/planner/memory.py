@@ -12,10 +12,9 @@ gradients     elements held after a backward, at the most: between micro-batches
               synchronised; at level sharded all shards of a unit that has a dense one, since they
               are views of one buffer. ZeRO 1, 2 keep every parameter of which the rank owns a
               piece, whole (stage_1_and_2.py, get_all_grad_tensors); ZeRO 1 all, between
-              micro-batches, and the bucket that they are views of. Where gradients are sketched,
-              DeepSpeed makes the same in zeros, and once more the buffer that 1-D gradients are
-              copied into (copy_grads_in_partition). ZeRO 3: its permanent buffer of a chunk of
-              each, and its bucket.
+              micro-batches, and the bucket that they are views of. ZeRO 3: its permanent buffer of
+              a chunk of each, and its bucket. Where gradients are sketched, of the dense ones
+              alone, and no bucket is larger than all of these (frameworks/deepspeed/lean.py).
 accumulators  sketches C of what is sketched in fp32, of whole parameters (``compressed``,
               ``fused``) or of shards (``sharded``), and the matrices A of this step and the last.
 state         methods.py.
@@ -25,7 +24,8 @@ temporary     not exact: the most of what comes and goes beside all these. FSDP2
               (two with overlap_comm), a flat copy of what is reduced from it, and a micro-batch's
               gradients beside their sum; or in the step the flat copy of the part's gradients, or
               fp64 of the largest for its norm. ZeRO 0: a flat copy likewise. ZeRO 3: that, and
-              gathered weights. DDP: the largest gradient. All: instead, the gradient of the logits.
+              gathered weights. DDP: the largest gradient. All: instead, the gradient of the logits;
+              or a sketched gradient in low precision and its fp32 copy.
 
 The total is all of them at once: gradients grow while activations go, so a real peak is lower.
 """
@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from flora_dist.cluster.planner.activations import activation_bytes, logits_gradient_bytes
 from flora_dist.cluster.planner.methods import FP32, Method
@@ -144,16 +145,19 @@ def _gradients(request: Request, method: Method, ranks: Ranks) -> Held:
         return Held(total=element * _largest(method.trained))
     dense = frozenset(p.name for p in method.trained if method.sketch_of(p) is None)
     unsynchronised = request.accumulate > 1 and method.level != "sharded"
+    bucket = element * _bucket(request, method)
     if backend.cut == "each":
-        flat = _sum(ranks[0], lambda share: element * share.stored)
-        return Held(total=flat.total + element * request.bucket, tables=flat.tables)
+        flat = _sum(
+            ranks[0], lambda share: element * share.stored * (share.parameter.name in dense)
+        )
+        return Held(total=flat.total + bucket, tables=flat.tables)
     if backend.cut == "line":
-        parts = _most(_part_of_line(element, shares, dense) for shares in ranks)
+        parts = _most(_sum(shares, partial(_whole_bytes, element, dense)) for shares in ranks)
         is_kept = backend.stage == 1 and unsynchronised
         if not is_kept:
             return parts
         between = _whole(method, dense, element)
-        return _most([parts, replace(between, total=between.total + element * request.bucket)])
+        return _most([parts, replace(between, total=between.total + bucket)])
     if backend.cut == "rows" and unsynchronised:
         return _whole(method, dense, FP32)  # as they are reduced
     if backend.stage is None:
@@ -183,11 +187,25 @@ def _alive_with(method: Method, dense: frozenset[str]) -> frozenset[str]:
     return frozenset(p.name for p in method.trained if p.layer in units)
 
 
-def _part_of_line(element: int, shares: Sequence[Share], dense: frozenset[str]) -> Held:
-    """Every parameter of which a piece is in the part, whole; see the module's docstring."""
-    zeros = [share for share in shares if share.parameter.name not in dense]
-    copied = shares if len(zeros) < len(shares) else []
-    return _sum([*copied, *zeros], lambda share: element * share.parameter.numel)
+def _whole_bytes(element: int, dense: frozenset[str], share: Share) -> int:
+    """A parameter of which a piece is in the part has a whole gradient there."""
+    return element * share.parameter.numel * (share.parameter.name in dense)
+
+
+def _bucket(request: Request, method: Method) -> int:
+    """Elements of ZeRO's reduction buffer."""
+    if method.level == DENSE:
+        return request.bucket
+    return min(request.bucket, max(1, _numel(_dense(method))))
+
+
+def _dense(method: Method) -> list[Parameter]:
+    """Parameters whose gradients are not sketched."""
+    return [p for p in method.trained if method.sketch_of(p) is None]
+
+
+def _numel(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.numel for parameter in parameters)
 
 
 # ---- accumulators
@@ -241,7 +259,10 @@ def _adapter_numbers(method: Method) -> int:
 
 def _temporary(request: Request, method: Method) -> int:
     logits = logits_gradient_bytes(request.model, request.batch)
-    return _TEMPORARY[method.backend.cut](request, method, logits)
+    found = _TEMPORARY[method.backend.cut](request, method, logits)
+    if method.level == DENSE or method.element == FP32:
+        return found
+    return max(found, (method.element + FP32) * _largest(method.trained))
 
 
 def _of_replicas(request: Request, method: Method, logits: int) -> int:
@@ -266,16 +287,19 @@ def _of_units(request: Request, method: Method, logits: int) -> int:
 def _of_line(request: Request, method: Method, logits: int) -> int:
     element, largest = method.element, _largest(method.trained)
     part = line_length(method.trained, request.shards) // request.shards
-    again = part + largest if request.accumulate > 1 else 0
-    backward = request.bucket + _flat_copy(request, method) + again
+    widest = largest
+    if method.level != DENSE:
+        part = min(part, _numel(_dense(method)))
+        widest = _largest(_dense(method))
+    again = part + widest if request.accumulate > 1 else 0
+    backward = _bucket(request, method) + _flat_copy(request, method) + again
     master = element if method.is_pure else FP32
-    return max(element * backward + max(logits, element * largest), master * part, FP64 * largest)
+    return max(element * backward + max(logits, element * largest), master * part, FP64 * widest)
 
 
 def _flat_copy(request: Request, method: Method) -> int:
     """Elements that DeepSpeed copies together to reduce them, a bucket at most."""
-    dense = sum(p.numel for p in method.trained if method.sketch_of(p) is None)
-    return min(dense, request.bucket)
+    return min(_numel(_dense(method)), request.bucket)
 
 
 def _of_chunks(request: Request, method: Method, logits: int) -> int:
@@ -286,7 +310,7 @@ def _of_chunks(request: Request, method: Method, logits: int) -> int:
 
 
 def _largest(parameters: Iterable[Parameter]) -> int:
-    return max(parameter.numel for parameter in parameters)
+    return max((parameter.numel for parameter in parameters), default=0)
 
 
 def _units(parameters: Iterable[Parameter]) -> dict[int, int]:

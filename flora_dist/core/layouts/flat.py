@@ -51,6 +51,8 @@ class FlatPart:
     num_elements: int
     reducer: Reducer | None
     """None: the group has one rank, which owns everything."""
+    apart: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Gradients, by parameter, that the host keeps outside of the flat tensor's own."""
 
     @property
     def name(self) -> str:
@@ -87,7 +89,10 @@ class FlatPart:
         return self.flat.data_ptr()
 
     def gradient(self) -> Tensor | None:
-        return None if self.flat.grad is None else self._own(self.flat.grad)
+        if self.flat.grad is None:
+            return None
+        apart = self.apart.get(self.name)
+        return self._own(self.flat.grad) if apart is None else apart
 
     def _own(self, flat: Tensor) -> Tensor:
         own = flat[self.span.offset : self.span.offset + self.num_elements]

@@ -36,7 +36,7 @@ from flora_dist.core.state.spec import matrix_sizes
 from flora_dist.core.tiles import tiles_of_span
 from flora_dist.flora import Flora
 from flora_dist.frameworks.deepspeed.attach import attach
-from flora_dist.frameworks.deepspeed.steps import TESTED
+from flora_dist.frameworks.deepspeed.config import TESTED
 
 
 def save_checkpoint(

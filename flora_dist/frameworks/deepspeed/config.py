@@ -14,6 +14,8 @@ from flora_dist.core.state.spec import LEVELS
 from flora_dist.gradients.request import WIRE_DTYPES, SketchRequest
 
 TYPE = "Flora"
+TESTED = "0.19.8"
+"""The DeepSpeed whose private names are known."""
 ALONE = "bf16_master_weights_and_grads"
 """Of the "bf16" block: weights in bfloat16 and no others."""
 _SETTINGS = ("lr", "weight_decay", "maximize", "check_every", *KNOBS)

@@ -33,8 +33,10 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import LEVELS, Geometry, matrix_sizes
 from flora_dist.core.tiles import Tile, tiles_of_span
 from flora_dist.flora import Flora
-from flora_dist.frameworks.deepspeed.config import gradient_request, refusal
-from flora_dist.frameworks.deepspeed.steps import TESTED, Sketched, join
+from flora_dist.frameworks.deepspeed import lean as lean_buffers
+from flora_dist.frameworks.deepspeed.config import TESTED, gradient_request, refusal
+from flora_dist.frameworks.deepspeed.lean import make_lean
+from flora_dist.frameworks.deepspeed.steps import Sketched, join
 from flora_dist.frameworks.deepspeed.zero_grad import drop_with_zero_grad, names_needed
 from flora_dist.gradients.attach import Handle
 from flora_dist.gradients.flow import Adapter, Source, geometry_for
@@ -101,7 +103,8 @@ def _names_needed(engine: DeepSpeedEngine) -> tuple[str, ...]:
     is_third = type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3
     norm = "_get_norm_groups" if is_third else "scaled_global_norm"
     steps = (norm, "unscale_and_clip_grads", "register_grad_acc_post_hook")
-    return (*steps, *names_needed(engine.optimizer))
+    buffers = lean_buffers.names_needed(engine.optimizer)
+    return (*steps, *buffers, *names_needed(engine.optimizer))
 
 
 def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, str]) -> None:
@@ -123,8 +126,14 @@ def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, 
     )
     handle = _handles[flora] = Handle(engine.module, flora, slots, sizes, adapter, request)
     if engine.optimizer is not flora:
+        lean = make_lean(
+            engine.optimizer,
+            slots,
+            sketched=[parameters[name] for name, size in sizes.items() if size.rank is not None],
+            every=[parameters[slot.part.name] for slot in slots],
+        )
         sketched = Sketched(handle.gradients, slots)
-        join(engine.optimizer, sketched)
+        join(engine.optimizer, sketched, lean)
         drop_with_zero_grad(engine, flora, sketched)
     # What had come in before is of another run.
     flora.register_load_state_dict_post_hook(lambda _: handle.gradients.forget())

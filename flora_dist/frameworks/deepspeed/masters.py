@@ -19,9 +19,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from flora_dist.frameworks.deepspeed.config import ALONE, refusal
+from flora_dist.frameworks.deepspeed.config import ALONE, TESTED, refusal
 
-_TESTED = "0.19.8"
 _STATES = "bf16_optimizer_states"
 _NAMES: dict[type, tuple[str, ...]] = {
     DeepSpeedZeroOptimizer: (
@@ -105,6 +104,6 @@ def _pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _another_version(what: str) -> RuntimeError:
     return RuntimeError(
-        f"weights in bfloat16 alone need DeepSpeed's partitions of {_TESTED}; "
-        f"{deepspeed.__version__} {what}. Use DeepSpeed {_TESTED}, or leave {ALONE} out."
+        f"weights in bfloat16 alone need DeepSpeed's partitions of {TESTED}; "
+        f"{deepspeed.__version__} {what}. Use DeepSpeed {TESTED}, or leave {ALONE} out."
     )

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from flora_dist.core.parameters.norms import global_norm
 from flora_dist.core.parameters.trainable import Trainable
+from flora_dist.frameworks.deepspeed.config import TESTED
+from flora_dist.frameworks.deepspeed.lean import Lean
 from flora_dist.gradients.cycle import Gradients
-
-TESTED = "0.19.8"
 
 
 class Sketched:
@@ -89,19 +89,24 @@ def _another_version() -> RuntimeError:
     )
 
 
-def join(optimizer: Any, sketched: Sketched) -> None:
-    """Put sketched gradients into the steps of an engine's optimizer."""
+def join(optimizer: Any, sketched: Sketched, lean: Lean | None) -> None:
+    """Put sketched gradients into the steps of an engine's optimizer.
+
+    ``lean``: where its dense gradients are, unless in DeepSpeed's own buffers.
+    """
     if type(optimizer) is FP16_UnfusedOptimizer:
         _join_copies(optimizer, sketched)
     else:
         _join_norm(optimizer, sketched)
-        _join_scale(optimizer, sketched)
+        _join_scale(optimizer, sketched, lean)
     step = optimizer.step
 
     def step_and_forget(*arguments: Any, **more: Any) -> Any:
         sketched.begin()
         with sketched.stepping():
             result = step(*arguments, **more)
+        if lean is not None:
+            lean.end()
         sketched.end(optimizer)
         return result
 
@@ -128,12 +133,16 @@ def _join_norm(optimizer: Any, sketched: Sketched) -> None:
     optimizer.scaled_global_norm = scaled_global_norm
 
 
-def _join_scale(optimizer: Any, sketched: Sketched) -> None:
+def _join_scale(optimizer: Any, sketched: Sketched, lean: Lean | None) -> None:
     unscale_and_clip = optimizer.unscale_and_clip_grads
 
     def unscale_and_clip_grads(gradients: Any, norm: Tensor) -> None:
-        sketched.scale_(_factor(optimizer, norm))
-        unscale_and_clip(gradients, norm)
+        factor = _factor(optimizer, norm)
+        sketched.scale_(factor)
+        if lean is None:
+            unscale_and_clip(gradients, norm)
+        else:
+            lean.scale_(factor)
 
     optimizer.unscale_and_clip_grads = unscale_and_clip_grads
 
