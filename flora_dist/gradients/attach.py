@@ -31,7 +31,7 @@ from flora_dist.gradients.flow import (
 )
 from flora_dist.gradients.fused import FusedWeight, fuse
 from flora_dist.gradients.on_ddp import adapter_of_ddp
-from flora_dist.gradients.on_fsdp2 import adapter_of_unsharded
+from flora_dist.gradients.on_fsdp2 import adapter_of_shards, adapter_of_unsharded
 from flora_dist.gradients.on_plain import adapter_of_plain
 from flora_dist.gradients.report import GradientReport, row_of
 from flora_dist.gradients.request import SketchRequest
@@ -163,7 +163,8 @@ def _adapter(model: nn.Module, slots: Sequence[Trainable], level: str) -> Adapte
         )
     if any(issubclass(kind, FSDPModule) for kind in kinds):
         # At "sharded" FSDP2 reduces as ever; what is taken is this rank's shard of the mean.
-        return adapter_of_plain(slots) if level == "sharded" else adapter_of_unsharded(model, slots)
+        make = adapter_of_shards if level == "sharded" else adapter_of_unsharded
+        return make(model, slots)
     if isinstance(model, DistributedDataParallel):
         if level == "sharded":
             raise ValueError(

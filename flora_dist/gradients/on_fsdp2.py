@@ -22,9 +22,20 @@ from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.flow import Adapter, Source
 from flora_dist.gradients.on_plain import source_at_parameter
+from flora_dist.gradients.own_memory import OwnMemory
 from flora_dist.gradients.route import Route
 
 _TESTED = "2.13.0"
+
+
+def adapter_of_shards(model: nn.Module, slots: Sequence[Trainable]) -> Adapter:
+    """FSDP2 reduces full gradients; what is taken is this rank's shard of the mean."""
+    own = OwnMemory(model)
+    return Adapter(
+        sources=[source_at_parameter(slot) for slot in slots],
+        install=own.install,
+        restore=own.restore,
+    )
 
 
 def adapter_of_unsharded(model: nn.Module, slots: Sequence[Trainable]) -> Adapter:

@@ -76,7 +76,8 @@ def _groups(
     default = inspect.signature(_optimizer_class(config.name)).parameters["weight_decay"].default
     if config.decay == "all" or not config.options.get("weight_decay", default):
         return named
-    matrices, vectors = [], []
+    matrices: list[tuple[str, nn.Parameter]] = []
+    vectors: list[tuple[str, nn.Parameter]] = []
     for name, p in named:
         is_vector = p.ndim < 2 if known is None else name.replace(_FSDP1, "") in known
         (vectors if is_vector else matrices).append((name, p))

@@ -22,6 +22,7 @@ DENSE_FSDP2 = Case(model="llama_9m", backend="fsdp2", ratio=16, accumulate=2)
 SKETCHED_FSDP2 = Case(model="llama_9m", backend="fsdp2", ratio=8, gradients="compressed")
 DENSE_ZERO2 = Case(model="llama_9m", backend="zero2", ratio=8, accumulate=2)
 SKETCHED_ZERO2 = Case(model="llama_9m", backend="zero2", ratio=16, gradients="compressed")
+SHARDED = replace(SKETCHED_FSDP2, gradients="sharded", accumulate=2)
 UNEVEN = Case(model="llama_tiny", backend="fsdp2", ratio=8)
 """257 rows of embeddings on two ranks."""
 ALONE_ZERO2 = Case(
@@ -35,7 +36,7 @@ ALONE_ZERO2 = Case(
 ALONE_FSDP2 = replace(ALONE_ZERO2, backend="fsdp2", gradients="dense")
 QUICK = (
     *(DENSE_FSDP2, SKETCHED_FSDP2, DENSE_ZERO2, SKETCHED_ZERO2, UNEVEN),
-    *(ALONE_ZERO2, ALONE_FSDP2),
+    *(ALONE_ZERO2, ALONE_FSDP2, SHARDED),
 )
 ALL = [
     Case(model=model, backend=backend, ratio=ratio, gradients=level)
@@ -144,6 +145,15 @@ def forget_the_logits(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(activations, "_rest", lambda *_: 0)
 
 
+def think_that_norms_hold_the_reduced_buffer(patch: pytest.MonkeyPatch) -> None:
+    method = memory.Method.sketch_of
+    patch.setattr(
+        memory.Method,
+        "sketch_of",
+        lambda self, p: None if self.level == "sharded" else method(self, p),
+    )
+
+
 def gather_once_per_step(patch: pytest.MonkeyPatch) -> None:
     weights = wire._of_weights
     patch.setattr(
@@ -165,6 +175,7 @@ MISTAKES: list[tuple[Callable[[pytest.MonkeyPatch], None], Case, str]] = [
     (cut_sketches_before_they_are_sent, SKETCHED_FSDP2, "accumulators"),
     (forget_the_logits, DENSE_FSDP2, "activations"),
     (gather_once_per_step, DENSE_FSDP2, "wire"),
+    (think_that_norms_hold_the_reduced_buffer, SHARDED, "gradients"),
     (reduce_scatter_where_deepspeed_all_reduces, DENSE_ZERO2, "wire"),
 ]
 

@@ -9,8 +9,7 @@ weights       parameters at rest between steps, with the fp32 masters that ZeRO 
               master; parameters below 100,000 elements whole besides.
 gradients     elements held after a backward, at the most: between micro-batches or before the step.
               FSDP2: shards in fp32, or whole fp32 gradients while micro-batches are not
-              synchronised; at level sharded all shards of a unit that has a dense one, since they
-              are views of one buffer. ZeRO 1, 2 keep every parameter of which the rank owns a
+              synchronised. ZeRO 1, 2 keep every parameter of which the rank owns a
               piece, whole (stage_1_and_2.py, get_all_grad_tensors); ZeRO 1 all, between
               micro-batches, and the bucket that they are views of. ZeRO 3: its permanent buffer of
               a chunk of each, and its bucket. Where gradients are sketched, of the dense ones
@@ -164,8 +163,7 @@ def _gradients(request: Request, method: Method, ranks: Ranks) -> Held:
         element = _own_element(method)
     if backend.cut == "whole":
         return _whole(method, dense, element)
-    alive = _alive_with(method, dense)
-    return _sum(ranks[0], lambda share: element * share.stored * (share.parameter.name in alive))
+    return _sum(ranks[0], lambda share: element * share.stored * (share.parameter.name in dense))
 
 
 def _own_element(method: Method) -> int:
@@ -177,14 +175,6 @@ def _whole(method: Method, dense: frozenset[str], element: int) -> Held:
     return _held(
         [(p.kind in TABLES, element * p.numel * (p.name in dense)) for p in method.trained]
     )
-
-
-def _alive_with(method: Method, dense: frozenset[str]) -> frozenset[str]:
-    """Parameters of which FSDP2 keeps the reduced shard: at level sharded, of a unit's all."""
-    if method.level != "sharded":
-        return dense
-    units = {p.layer for p in method.trained if p.name in dense}
-    return frozenset(p.name for p in method.trained if p.layer in units)
 
 
 def _whole_bytes(element: int, dense: frozenset[str], share: Share) -> int:
