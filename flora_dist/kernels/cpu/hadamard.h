@@ -7,7 +7,7 @@
 #include "plan.h"
 #include "simd.h"
 
-// L: as wide as there is. A block's work hangs together, so what helps is that fewer instructions stand for it.
+// L: as wide as there is. On Zen 4, whose 512 bits are two times 256, it is neither faster nor slower than AVX2.
 #if defined(__AVX512F__)
 #define FLORA_WIDTH 16
 #else
