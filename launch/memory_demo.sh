@@ -13,7 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/_common.sh
 
 # What a process may allocate, libraries' files not counted: 85 million parameters in float32 are
-# 326 MiB; gradients are as many again, and AdamW's two moments twice as many.
+# 326 MiB; gradients are as many again, and AdamW's two moments twice as many. The default is a
+# first guess: it was not measured yet.
 readonly LIMIT_MIB=${LIMIT_MIB:-1600}
 [[ $LIMIT_MIB =~ ^[1-9][0-9]*$ ]] ||
     refuse "LIMIT_MIB must be a whole number of MiB; it is '$LIMIT_MIB'. Give one."
