@@ -50,6 +50,8 @@ while (($#)); do
     shift
 done
 
+export FLORA_DIST_GPU_KERNELS=triton
+
 "$PYTHON" -c 'import torch, triton' ||
     refuse "'$PYTHON' must have torch and triton; the line above says what it lacks. Name another: PYTHON=... $0"
 

@@ -127,8 +127,8 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
     methods = {
         "AdamW": ("AdamW", dense),
         "8-bit AdamW": ("AdamW, 8-bit", dense),
-        "Flora": ("Flora 1/8, dense", dense),
-        "Flora, gradients as sketches": ("Flora 1/8, compressed 1/4", sketched),
+        "Flora": ("Flora 1/4, dense", dense),
+        "Flora, gradients as sketches": ("Flora 1/4, compressed 1/4", sketched),
         "GaLore, rank 512": ("GaLore, rank 512 (ddp)", dense),
         "LoRA, rank 64": ("LoRA, rank 64", dense),
     }

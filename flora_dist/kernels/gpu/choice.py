@@ -17,8 +17,9 @@ from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.batch import Batch, Phases
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.kernels.gpu.cover import CUT_ROWS, why_not, why_not_of
-from flora_dist.kernels.presence import VARIABLE
 
+VARIABLE = "FLORA_DIST_GPU_KERNELS"
+"""`triton` asks for the kernels of this folder; unset or `torch`: torch's operators."""
 OLDEST = (3, 6)
 """The oldest Triton that the kernels were compiled with."""
 REMEDY = "pip install 'flora-dist[gpu]'"
@@ -28,16 +29,23 @@ def gpu_phases_of(batch: Batch, gradient: Gradient) -> Phases | None:
     """Kernels for a batch of CUDA tensors; None: torch's operators.
 
     Raises:
-        RuntimeError: FLORA_DIST_KERNELS=native insists on kernels, and there is no Triton.
+        RuntimeError: the variable asks for Triton, and there is none.
     """
-    if os.environ.get(VARIABLE) == "torch":
+    if not _is_wanted():
         return None
-    reason = without_triton()
-    if reason and os.environ.get(VARIABLE) == "native":
-        raise RuntimeError(f"{VARIABLE}=native asks for kernels on CUDA tensors too: {reason}")
-    if reason or why_not(batch, gradient):
-        return None
-    return make_phases(batch)
+    if reason := without_triton():
+        raise RuntimeError(f"{VARIABLE}=triton asks for kernels on CUDA tensors: {reason}")
+    return None if why_not(batch, gradient) else make_phases(batch)
+
+
+def _is_wanted() -> bool:
+    """Asked for: no GPU has run the kernels yet, and a training run is no place to find out."""
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in {"", "torch", "triton"}:
+        raise ValueError(
+            f"{VARIABLE} must be torch, triton or unset; got {asked!r}. Correct it, or unset it."
+        )
+    return asked == "triton"
 
 
 def make_phases(batch: Batch) -> Phases:
@@ -64,8 +72,8 @@ def without_triton() -> str:
 
 def said_on_gpu(slots: Sequence[Trainable]) -> str:
     """What steps these parameters, for reports."""
-    if os.environ.get(VARIABLE) == "torch":
-        return "torch"
+    if not _is_wanted():
+        return f"torch; {VARIABLE}=triton asks for kernels, which no GPU has run yet"
     if reason := without_triton():
         return f"torch: {reason}"
     left = Counter(filter(None, map(_why_not_slot, slots)))

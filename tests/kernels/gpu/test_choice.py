@@ -15,12 +15,11 @@ from torch import nn
 from flora_dist import Flora
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.kernels.gpu import choice
-from flora_dist.kernels.library import VARIABLE
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(choice.VARIABLE, "triton")
     choice.without_triton.cache_clear()
     yield
     choice.without_triton.cache_clear()
@@ -33,14 +32,18 @@ def slots(**settings: object) -> list[Trainable]:
     return Flora(named, **settings).slots()  # type: ignore[arg-type]
 
 
-def test_the_report_names_triton_unless_torch_is_asked_for(
+def test_the_report_names_triton_where_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said = choice.said_on_gpu(slots())
     assert said.startswith("triton 3."), said
     assert ";" not in said
-    monkeypatch.setenv(VARIABLE, "torch")
-    assert choice.said_on_gpu(slots()) == "torch"
+    for other in ("torch", ""):
+        monkeypatch.setenv(choice.VARIABLE, other)
+        assert choice.said_on_gpu(slots()).startswith("torch; FLORA_DIST_GPU_KERNELS=triton asks")
+    monkeypatch.setenv(choice.VARIABLE, "tritn")
+    with pytest.raises(ValueError, match="must be torch, triton or unset; got 'tritn'"):
+        choice.said_on_gpu(slots())
 
 
 def test_blocks_that_the_kernels_have_no_product_for_are_left_to_torch() -> None:

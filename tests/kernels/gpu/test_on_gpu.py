@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flora_dist import Flora
+from flora_dist.kernels.gpu.choice import VARIABLE
 from tests.kernels.gpu import runs
 from tests.kernels.gpu.bits import wrong_bits
 from tests.kernels.gpu.cuda_bits import other_bits
@@ -19,6 +20,11 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "triton")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -43,7 +49,7 @@ def test_a_step_waits_for_nothing_on_the_device() -> None:
     assert runs.synchronisations() == []
 
 
-def test_the_optimizer_takes_the_kernels_by_itself_and_its_report_says_so() -> None:
+def test_the_optimizer_takes_the_kernels_and_its_report_says_so() -> None:
     weight = torch.nn.Parameter(torch.zeros(64, 64, device="cuda"))
     assert "kernels: triton 3." in Flora([("w", weight)]).report().summary()
 
