@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from flora_dist import transformers as transformers
     from flora_dist.core.parameters.report import Report
     from flora_dist.flora import Flora
+    from flora_dist.flora import by_position as by_position
     from flora_dist.gradients.attach import attach as attach
     from flora_dist.version import __version__
 
-__all__ = ["Flora", "Report", "__version__", "attach"]
+__all__ = ["Flora", "Report", "__version__", "attach", "by_position"]
 
 _HOMES = {
     "Flora": "flora_dist.flora",
     "Report": "flora_dist.core.parameters.report",
     "__version__": "flora_dist.version",
     "attach": "flora_dist.gradients.attach",
+    "by_position": "flora_dist.flora",
 }
 # Not in __all__: import * would need DeepSpeed.
 _FRAMEWORKS = ("checkpoint", "ddp", "deepspeed", "fsdp1", "torchtitan", "transformers")

@@ -10,18 +10,21 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flora_dist.core.comm.groups import Peers, process_rank
 from flora_dist.core.consistency import compare as consistency
 from flora_dist.core.parameters import loading
 from flora_dist.core.parameters import names as naming
 from flora_dist.core.parameters.checks import (
+    check_as_torch_has_it,
     check_group,
     check_keys,
     check_levels,
+    check_named,
     check_not_in_turns,
     create_states,
+    defaults_from,
 )
 from flora_dist.core.parameters.first_step import Beginning
 from flora_dist.core.parameters.norms import clip_factor, global_norm, scale_
@@ -33,7 +36,7 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.parameters.turns import Player, take_turn
 from flora_dist.core.protocols import Layout
 from flora_dist.core.sketch.ops import exact_products
-from flora_dist.core.state.settings import KNOBS, PAPER, config_of
+from flora_dist.core.state.settings import BETA1, PAPER, from_betas
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.phases import check_not_captured, run_step
@@ -95,6 +98,9 @@ class Flora(torch.optim.Optimizer):
             attention's, "other") or whose name fits a pattern: {"head": {"rank": None}, "*.A_log":
             {"rank": None}, "embedding": {"momentum": "none"}}. Patterns come before roles, settings
             that a group names itself before both. Needs names; a tied weight has one.
+        betas: (beta1, beta2) as frameworks pass them, in place of these two.
+        foreach, fused: how torch's optimizers loop; taken and ignored.
+        capturable, differentiable: only False.
 
     Each setting may stand in a parameter group. A parameter without a gradient is skipped. If only
     some ranks have a gradient, those of the others count as zero. A frozen parameter is skipped
@@ -121,7 +127,7 @@ class Flora(torch.optim.Optimizer):
         sketch: str = "hadamard",
         momentum: str = "blend",
         blend_gain: float | None = 1.0,
-        beta1: float = 0.9,
+        beta1: float = BETA1,
         kappa: int = 1000,
         transfer: str = "shrink",
         beta2: float | None = None,
@@ -139,10 +145,13 @@ class Flora(torch.optim.Optimizer):
         maximize: bool = False,
         check_every: int | None = None,
         roles: Mapping[str, Mapping[str, Any]] | None = None,
+        betas: tuple[float, float | None] | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
-        given = locals()
-        defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
-        config_of(defaults)
+        defaults = defaults_from(locals())
         self._rhythm = consistency.Rhythm(check_every)
         self._roster = Registry(phases_of, at_once_of)
         self._announced = False
@@ -166,13 +175,27 @@ class Flora(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with any settings of their own; their steps count from 1."""
-        group = naming.tidy_group(param_group)
+        group = from_betas(naming.tidy_group(param_group))
         check_keys(group, self.defaults)
+        check_as_torch_has_it(group)
         merged = {**self.defaults, **group}
         check_group(merged)
         naming.check_unique(naming.names_of([*self.param_groups, group]))
         super().add_param_group(group)
         self._roster.enter(self.param_groups[-1]["params"])
+
+    def take_names(self, model: nn.Module) -> None:
+        """Give parameters the model's names, before the first step; names they have stay.
+
+        For optimizers that a host has built from ``model.parameters()``. Call it on every rank,
+        after sharding.
+
+        Raises:
+            ValueError: a parameter is not the model's, or a step was taken without names.
+        """
+        if not naming.are_named(self.param_groups):
+            naming.give_names(self.param_groups, model, self.state)
+            self._roster.forget()
 
     def attach_layout(
         self, layout: Layout, tensors: Sequence[Sequence[Tensor]] | None = None
@@ -216,8 +239,10 @@ class Flora(torch.optim.Optimizer):
         return loss
 
     def _step(self, slots: Sequence[Trainable]) -> None:
-        if any(slot.position is not None for slot in slots):  # no names of their own
+        if not naming.are_named(self.param_groups):
             take_turn(self._player, slots)
+            if not self._beginning.is_over:
+                check_named(slots)
         ordered = sorted(slots, key=attrgetter("name"))
         kept = self._roster.kept_plan(ordered, self.state)
         if kept is None:
@@ -367,3 +392,13 @@ class Flora(torch.optim.Optimizer):
         if not self._announced and process_rank() == 0:
             sys.stderr.write(self.report().summary() + "\n")
         self._announced = True
+
+
+def by_position(params: Any, **settings: Any) -> Flora:
+    """A Flora whose parameters are named by their places: "#0", "#1" and so on.
+
+    For hosts that hand over ``model.parameters()`` and let nobody else near the optimizer. The run
+    is equal on every layout on which that host gives the same parameters in the same order; a host
+    that has names trains another run of the same seed.
+    """
+    return Flora(naming.by_positions(params), **settings)

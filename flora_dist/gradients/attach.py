@@ -102,6 +102,8 @@ def attach(
             "an optimizer can keep gradients in one way only; this one is attached as "
             f"{known.request}; it is asked for {request}. Call remove() on its handle first."
         )
+    if not optimizer.state:
+        optimizer.take_names(model)
     peers = _peers(model)
     if peers is not None:  # first of all: what follows talks to others, by level and names
         check(optimizer, peers, asked=request.words())

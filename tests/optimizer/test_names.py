@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 
-from flora_dist import Flora
+from flora_dist import Flora, by_position
+from tests.conftest import pool_of
 from tests.optimizer import runs
 
 
@@ -70,6 +73,103 @@ def test_names_that_do_not_fit_are_refused(
         words, lambda: optimizer.add_param_group(_beside(parameters, **changes)), kind
     )
     runs.assert_equal(runs.everything(optimizer), before)
+
+
+# ---- names of a model
+
+
+class _Tied(nn.Module):
+    """Its first name is not the smallest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zzz = nn.Linear(16, 16, bias=False)
+        self.head = nn.Linear(16, 16, bias=False)
+        self.head.weight = self.zzz.weight
+        self.up = nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.head(self.zzz(x))).square().mean()
+
+
+def test_names_taken_from_the_model_are_the_run_of_names_given() -> None:
+    torch.manual_seed(0)
+    model = _Tied()
+    twin = copy.deepcopy(model)
+    named = Flora(model.named_parameters(remove_duplicate=False), **runs.SETTINGS)
+    taken = Flora(twin.parameters(), **runs.SETTINGS)
+    taken.take_names(nn.ModuleDict({"module": twin}))  # as a wrapper has them
+    assert [row.name for row in taken.report().rows] == [row.name for row in named.report().rows]
+    for optimizer, each in ((named, model), (taken, twin)):
+        for _ in range(4):
+            each(torch.ones(2, 16)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for found, expected in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_parameters_by_position_are_the_run_without_names_and_no_warning() -> None:
+    parameters, others = runs.build(), runs.build()
+    first, *rest = others.values()
+    groups = [{"params": [first]}, {"params": rest, "lr": runs.SETTINGS["lr"]}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs.train(by_position(groups, **runs.SETTINGS), others, range(4))
+    with pytest.warns(UserWarning, match="have no names"):
+        runs.train(Flora(parameters.values(), **runs.SETTINGS), parameters, range(4))
+    runs.assert_equal(runs.values(others), runs.values(parameters))
+
+
+def test_names_that_were_given_stay() -> None:
+    layer = nn.Linear(16, 16)
+    optimizer = Flora([("own", layer.weight), ("other", layer.bias)], **runs.SETTINGS)
+    optimizer.take_names(layer)
+    assert [row.name for row in optimizer.report().rows] == ["own", "other"]
+
+
+def test_names_are_not_taken_late_or_from_another_model() -> None:
+    layer = nn.Linear(16, 16)
+    optimizer = Flora(layer.parameters(), **runs.SETTINGS)
+    words = ["must belong to the model", "(16, 16)", "after sharding"]
+    runs.assert_refused(words, lambda: optimizer.take_names(nn.Linear(16, 16)))
+    assert "param_names" not in optimizer.param_groups[0]
+    with pytest.warns(UserWarning, match=r"2 parameters have no names.*take_names"):
+        _step(optimizer, layer.weight)
+    words = ["before the first step", "model.named_parameters()"]
+    runs.assert_refused(words, lambda: optimizer.take_names(layer))
+
+
+def test_one_process_is_warned_once_of_parameters_without_names() -> None:
+    layer = nn.Linear(16, 16)
+    optimizer = Flora(layer.parameters(), **runs.SETTINGS)
+    with pytest.warns(UserWarning, match="have no names") as caught:
+        _step(optimizer, layer.weight)
+    assert [Path(each.filename).name for each in caught] == ["test_names.py"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _step(optimizer, layer.weight)
+
+
+def _nameless() -> str:
+    layer = nn.Linear(16, 16)
+    optimizer = Flora(layer.parameters(), **runs.SETTINGS)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="with several processes") as raised:
+        _step(optimizer, layer.weight)
+    assert torch.equal(layer.weight, before)
+    assert not optimizer.state
+    optimizer.take_names(layer)
+    _step(optimizer, layer.weight)
+    _step(by_position(layer.parameters(), **runs.SETTINGS), layer.weight)
+    return str(raised.value)
+
+
+@pytest.mark.ranks(2)
+def test_several_processes_refuse_parameters_without_names() -> None:
+    """They trained another run on DDP than on ZeRO, which has the model's names."""
+    for said in pool_of(2)(_nameless):
+        assert "call optimizer.take_names(model)" in said
 
 
 # ---- optimizers that take turns

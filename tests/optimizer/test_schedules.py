@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,55 @@ def test_every_scheduler_of_torch_drives_the_rate(name: str, *, as_tensor: bool)
     for parameter, expected in zip(parameters.values(), by_hand.values(), strict=True):
         # a 0-dim tensor as lr multiplies in another order than a number: a few roundings
         torch.testing.assert_close(parameter, expected, rtol=1e-13, atol=1e-15)
+
+
+CYCLES: dict[str, Callable[[Any], Any]] = {
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1e-2, 8),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-2, 2),
+}
+
+
+@pytest.mark.parametrize("name", CYCLES)
+def test_a_scheduler_that_cycles_momentum_cycles_beta1(name: str) -> None:
+    """It wrote a number into "momentum", which names a rule, and the next step was refused."""
+    parameters, by_hand = runs.build(), runs.build()
+    optimizer = Flora(parameters.items(), **runs.SETTINGS)
+    manual = Flora(by_hand.items(), **runs.SETTINGS)
+    adam = torch.optim.Adam(runs.build().values(), lr=1e-2)
+    scheduler, theirs = CYCLES[name](optimizer), CYCLES[name](adam)
+    wanted = []
+    for step in range(6):
+        group = adam.param_groups[0]
+        wanted.append(group["betas"][0])
+        manual.param_groups[0] |= {"lr": group["lr"], "beta1": group["betas"][0]}
+        runs.set_gradients(parameters, step)
+        runs.set_gradients(by_hand, step)
+        for each in (optimizer, manual, adam, scheduler, theirs):
+            each.step()
+        assert optimizer.param_groups[0]["beta1"] == wanted[-1]
+        assert optimizer.param_groups[0]["beta2"] is None
+    assert len(set(wanted)) > 2
+    runs.assert_equal(runs.values(parameters), runs.values(by_hand))
+
+
+def test_a_state_saved_between_scheduler_and_step_goes_on_with_the_cycle() -> None:
+    finals = []
+    for stops in (False, True):
+        parameters = runs.build()
+        optimizer = Flora(parameters.items(), **runs.SETTINGS)
+        scheduler: Any = CYCLES["OneCycleLR"](optimizer)
+        for step in range(6):
+            if stops and step == 3:
+                saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+                optimizer = Flora(parameters.items(), **runs.SETTINGS)
+                scheduler = CYCLES["OneCycleLR"](optimizer)
+                optimizer.load_state_dict(saved[0])
+                scheduler.load_state_dict(saved[1])
+            runs.set_gradients(parameters, step)
+            optimizer.step()
+            scheduler.step()
+        finals.append(runs.values(parameters))
+    runs.assert_equal(finals[0], finals[1])
 
 
 @pytest.mark.parametrize("kernels", ["torch", ""])

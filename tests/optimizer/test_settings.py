@@ -34,7 +34,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"transfer": "shrnk"}, ["transfer", "reset", "'shrnk'", "Did you mean 'shrink'"]),
     ({"state_dtype": "bfloat"}, ["state_dtype", "'bfloat'", "Did you mean 'bfloat16'"]),
     ({"state_dtype": torch.bfloat16}, ["state_dtype", "float32", "got torch.bfloat16"]),
-    ({"momentum": 0.9}, ["momentum", "one of", "got 0.9", "cycle_momentum=False"]),
+    ({"momentum": 0.9}, ["momentum", "one of", "got 0.9", "beta1"]),
     ({"kappa": 0}, ["kappa", "at least 1", "got 0", "Pass 1"]),
     ({"kappa": 10.0}, ["kappa", "whole number", "got 10.0", "Pass 1"]),
     ({"lr": NAN}, ["lr", "[0, inf)", "got nan", "Pass a finite number"]),
@@ -73,7 +73,9 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
 BAD_KEYS: list[tuple[dict[str, Any], list[str]]] = [
     ({"kapa": 5}, ["parameter group", "unknown key", "'kapa'", "Did you mean 'kappa'"]),
     ({"weight_decy": 0.1}, ["unknown key", "'weight_decy'", "Did you mean 'weight_decay'"]),
-    ({"betas": (0.9, 0.99)}, ["unknown key", "'betas'", "Did you mean 'beta"]),
+    ({"betas": (0.9,)}, ["betas must be (beta1, beta2)", "got (0.9,)", "Pass two numbers"]),
+    ({"betas": (0.9, 0.99), "beta1": 0.8}, ["betas says", "beta1=0.8", "Leave one"]),
+    ({"capturable": True}, ["cannot be capturable", "capturable=False"]),
     ({"rnak": 4}, ["unknown key", "'rnak'", "Did you mean 'rank'"]),
 ]
 
@@ -262,18 +264,39 @@ def test_a_sparse_gradient_at_the_first_step_leaves_no_state() -> None:
     runs.assert_equal(before, runs.everything(optimizer))
 
 
-@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
-def test_schedulers_that_write_a_number_into_momentum_are_refused(scheduler: str) -> None:
-    parameters, optimizer = runs.trained(2)
-    if scheduler == "OneCycleLR":
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
-    else:
-        torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=1e-3, max_lr=1e-2)
-    before = runs.everything(optimizer)
-    runs.set_gradients(parameters, 2)
-    words = ["momentum names a rule", "one of flora", "OneCycleLR", "cycle_momentum=False"]
-    runs.assert_refused(words, optimizer.step)
-    runs.assert_equal(before, runs.everything(optimizer))
+@pytest.mark.parametrize("name", ["capturable", "differentiable"])
+def test_what_a_step_cannot_do_is_refused_by_name(name: str) -> None:
+    words = [f"cannot be {name}", f"pass {name}=False"]
+    runs.assert_refused(words, lambda: Flora(runs.build().items(), **{name: True}))
+
+
+def test_the_constructor_takes_what_frameworks_pass_to_torchs_optimizers() -> None:
+    parameters = runs.build()
+    passed = {"foreach": True, "fused": False, "capturable": False, "differentiable": False}
+    optimizer = Flora(parameters.items(), **runs.SETTINGS, **passed)
+    runs.train(optimizer, parameters, range(4))
+    runs.assert_equal(runs.values(parameters), runs.expected_run(range(4)))
+
+
+def test_betas_are_beta1_and_beta2() -> None:
+    finals = []
+    for given in ({"betas": (0.8, 0.95)}, {"betas": [0.8, 0.95]}, {"beta1": 0.8, "beta2": 0.95}):
+        for place in ("constructor", "group"):
+            parameters = runs.build()
+            first, *rest = parameters.items()
+            if place == "constructor":
+                optimizer = Flora([first, *rest], **runs.SETTINGS, **given)
+            else:
+                optimizer = Flora([{"params": [first], **given}], **runs.SETTINGS)
+                optimizer.add_param_group({"params": rest, **given})
+            runs.train(optimizer, parameters, range(4))
+            finals.append(runs.values(parameters))
+    for final in finals[1:]:
+        runs.assert_equal(final, finals[0])
+    words = ["betas says", "beta1=0.7", "Leave one"]
+    runs.assert_refused(words, lambda: Flora(parameters.items(), betas=(0.8, 0.95), beta1=0.7))
+    words = ["betas must be (beta1, beta2)", "got 0.9"]
+    runs.assert_refused(words, lambda: Flora(parameters.items(), betas=0.9))  # type: ignore[arg-type]
 
 
 def test_strict_refuses_a_matrix_that_would_silently_be_dense() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,12 @@ def start(config: Config, **arguments: Any) -> tuple[Any, Flora]:
     model = arguments.pop("model", None) or build()
     engine, *_ = flora_dist.deepspeed.initialize(model=model, config=config, **arguments)
     return engine, flora_dist.deepspeed.attach(engine)
+
+
+def by_host(**arguments: Any) -> Any:
+    """An engine of DeepSpeed's own, which nobody has attached, whatever has been imported."""
+    engine, *_ = inspect.unwrap(deepspeed.initialize)(**arguments)
+    return engine
 
 
 def batch(step: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 
@@ -13,7 +12,17 @@ import flora_dist.deepspeed
 import flora_dist.register  # noqa: F401 - for what it does
 from flora_dist import Flora
 from tests.conftest import launched_pool_of
-from tests.zero.small import PARAMS, STAGES, build, config_of, counts, start, train, weights
+from tests.zero.small import (
+    PARAMS,
+    STAGES,
+    build,
+    by_host,
+    config_of,
+    counts,
+    start,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.deepspeed
 UNTESTED = {"zero_allow_untested_optimizer": True}
@@ -21,9 +30,8 @@ BF16 = {"bf16": {"enabled": True}}
 
 
 def by_deepspeed(stage: int, **blocks: Any) -> Any:
-    """An engine from ``deepspeed.initialize``, which knows the type since it is registered."""
-    engine, *_ = deepspeed.initialize(model=build(), config=config_of(stage, **UNTESTED, **blocks))
-    return engine
+    """An engine of DeepSpeed's own, which knows the type since it is registered."""
+    return by_host(model=build(), config=config_of(stage, **UNTESTED, **blocks))
 
 
 def registered(stage: int) -> None:
@@ -99,7 +107,13 @@ def test_the_first_step_names_attach_where_nobody_attached(
 
 
 def needs_no_attach() -> None:
-    engine = by_deepspeed(0)
+    nameless = by_deepspeed(0)
+    with pytest.raises(ValueError, match=r"several processes every parameter must have a name"):
+        train(nameless, range(1))
+    model = build()
+    flora = Flora(model.named_parameters(), **PARAMS)
+    config = {key: value for key, value in config_of(0).items() if key != "optimizer"}
+    engine = by_host(model=model, optimizer=flora, config=config)
     train(engine, range(2))
     assert counts(engine.optimizer) == {2}
     with pytest.raises(ValueError, match="before the first step"):
@@ -139,7 +153,7 @@ def test_an_optimizer_that_has_stepped_is_not_attached_to_another_engine() -> No
 
 def with_adamw(stage: int) -> None:
     adamw = {"type": "AdamW", "params": {"torch_adam": True}}
-    engine, *_ = deepspeed.initialize(model=build(), config=config_of(stage, optimizer=adamw))
+    engine = by_host(model=build(), config=config_of(stage, optimizer=adamw))
     with pytest.raises(TypeError, match="this one has AdamW"):
         flora_dist.deepspeed.attach(engine)
 
@@ -152,7 +166,7 @@ def test_an_engine_with_another_optimizer_is_a_type_error(stage: int) -> None:
 def without_optimizer(stage: int) -> None:
     config = config_of(stage)
     del config["optimizer"]
-    engine, *_ = deepspeed.initialize(model=build(), config=config)
+    engine = by_host(model=build(), config=config)
     with pytest.raises(TypeError, match="needs an engine whose optimizer is Flora"):
         flora_dist.deepspeed.attach(engine)
 

@@ -217,3 +217,8 @@ def has_peers() -> bool:
 def process_rank() -> int:
     """This process's rank in the default group; 0 where there is none."""
     return dist.get_rank() if has_peers() else 0
+
+
+def process_count() -> int:
+    """How many processes the default group has; 1 where there is none."""
+    return dist.get_world_size() if has_peers() else 1

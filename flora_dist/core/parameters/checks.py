@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flora_dist.core.comm.groups import process_count
 from flora_dist.core.parameters import names as naming
 from flora_dist.core.parameters.registry import Registry
 from flora_dist.core.parameters.trainable import Group, Trainable, check_compressed, check_level
 from flora_dist.core.sketch.matrices import smallest_stable_kappa
-from flora_dist.core.state.settings import check_group_keys, check_settings
+from flora_dist.core.state.settings import (
+    BETA1,
+    KNOBS,
+    check_group_keys,
+    check_settings,
+    config_of,
+    from_betas,
+)
 from flora_dist.core.state.spec import geometry_of
 
 # Keys that torch itself and its schedulers write into groups.
@@ -54,6 +62,54 @@ def create_states(slots: Sequence[Trainable], state: Mapping[Tensor, dict[str, A
     for slot in slots:
         if not slot.has_state(state[slot.tensor]):
             slot.create_state(state[slot.tensor])
+
+
+def check_named(slots: Sequence[Trainable]) -> None:
+    """Refuse, or in one process warn of, parameters that are known by their positions alone.
+
+    Positions depend on who walks the model: DDP and ZeRO, and a host that splits its groups by
+    weight decay, would each train another run of the same seed.
+
+    Raises:
+        ValueError: there are several processes.
+    """
+    unnamed = sum(slot.position is not None for slot in slots)
+    if not unnamed:
+        return
+    what = (
+        f"{unnamed} parameters have no names, so random matrices depend on their positions, and "
+        "another host or layout trains another run. Pass model.named_parameters(), or call "
+        "optimizer.take_names(model) before the first step; if positions are meant, build it with "
+        "flora_dist.by_position"
+    )
+    if process_count() > 1:
+        raise ValueError(f"with several processes every parameter must have a name; {what}.")
+    warnings.warn(f"{what}.", UserWarning, stacklevel=_depth_of_caller())
+
+
+def defaults_from(given: Mapping[str, Any]) -> Group:
+    """A constructor's arguments as what a group has unless it says otherwise, checked."""
+    check_as_torch_has_it(given)
+    if given["betas"] is not None:
+        beta1 = None if given["beta1"] == BETA1 else given["beta1"]
+        given = from_betas({**given, "beta1": beta1})
+    defaults = {name: given[name] for name in (*KNOBS, "lr", "weight_decay", "maximize")}
+    config_of(defaults)
+    return {**defaults, "betas": ()}  # where schedulers that cycle a momentum leave it
+
+
+def check_as_torch_has_it(settings: Mapping[str, Any]) -> None:
+    """Refuse what torch's own optimizers can do and this one cannot; how they loop does not matter.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    for name in ("capturable", "differentiable"):
+        if settings.get(name):
+            raise ValueError(
+                f"Flora cannot be {name}: a step draws matrices from numbers that Python counts, "
+                f"and works in place. Leave {name} out, or pass {name}=False."
+            )
 
 
 def check_keys(group: Group, defaults: Group) -> None:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flora_dist.core.sketch.keys import canonical_name
 
@@ -85,6 +85,57 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
             "model.named_parameters() anew."
         )
     return [tidy_group({"params": entries})]
+
+
+def by_positions(params: Any) -> list[dict[str, Any]]:
+    """Groups whose parameters are named by their places among all.
+
+    >>> [group["params"][0][0] for group in by_positions([Tensor(2, 2)])]
+    ['#0']
+    """
+    groups, position = [], 0
+    for group in as_groups(params):
+        tensors = tidy_group(group)["params"]
+        names = [position_name(position + index) for index in range(len(tensors))]
+        groups.append({**group, "params": list(zip(names, tensors, strict=True))})
+        position += len(tensors)
+    return groups
+
+
+def are_named(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the parameters were given with names; torch has all groups alike."""
+    return all("param_names" in group for group in groups)
+
+
+def give_names(
+    groups: Sequence[dict[str, Any]], model: nn.Module, state: Mapping[Any, Any]
+) -> None:
+    """Name the parameters of all groups as a model does: tied ones by the smallest canonical name.
+
+    Raises:
+        ValueError: a parameter is not the model's, or there is ``state`` made without names.
+    """
+    if state:
+        raise ValueError(
+            "names must be taken before the first step; this optimizer has state that follows "
+            "from positions. Build it from model.named_parameters()."
+        )
+    found: dict[int, str] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        known = found.get(id(tensor))
+        if known is None or canonical_name(name) < canonical_name(known):
+            found[id(tensor)] = name
+    for tensor in (tensor for group in groups for tensor in group["params"]):
+        if id(tensor) not in found:
+            raise ValueError(
+                "every parameter of the optimizer must belong to the model that names it; one of "
+                f"shape {tuple(tensor.shape)} does not. Pass the model that is trained, after "
+                "sharding."
+            )
+    names = [[found[id(tensor)] for tensor in group["params"]] for group in groups]
+    check_unique(canonical_name(name) for own in names for name in own)
+    for group, own in zip(groups, names, strict=True):
+        group["param_names"] = own
 
 
 def tensors_of(group: Mapping[str, Any]) -> list[Tensor]:

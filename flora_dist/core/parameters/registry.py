@@ -13,7 +13,7 @@ from flora_dist.core.layouts.dtensor import DTensorLayout
 from flora_dist.core.layouts.replicated import ReplicatedLayout
 from flora_dist.core.parameters.trainable import Group, Trainable, make_trainables
 from flora_dist.core.protocols import Layout, Part
-from flora_dist.core.state.settings import KNOBS, config_of
+from flora_dist.core.state.settings import KNOBS, config_of, take_betas
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.plan import AtOnceOf, PhasesOf, Plan, Plans, make_plan
@@ -64,6 +64,8 @@ class Registry:
 
     def present(self, groups: Sequence[Group], state: State) -> list[Trainable]:
         """What stands in the groups now, configured by their settings."""
+        for group in groups:
+            take_betas(group)
         # ZeRO steps its groups and sub-groups one by one: each selection has slots of its own.
         # Slots hold the groups and tensors, so an id in the signature is not used again.
         signature = tuple((id(g), *map(id, g["params"])) for g in groups)
@@ -107,6 +109,8 @@ class Registry:
         """Also of tensors that the host has taken out of the groups for now."""
         if self._resident is None:
             return self.present(groups, state)
+        for group in groups:
+            take_betas(group)
         return _configured(self.fresh(self.filled(groups), state), state)
 
     def filled(self, groups: Sequence[Group]) -> list[Group]:

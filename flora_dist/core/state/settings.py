@@ -18,6 +18,7 @@ TRANSFERS = ("shrink", "paper", "reset")
 STATE_DTYPES = ("float32", "bfloat16")
 STATE_BITS = (32, 16, 8, 4)
 """Of a momentum's numbers. With fewer, what each step's rounding adds outweighs what is kept."""
+BETA1 = 0.9
 SMALLEST_EPS = 1e-37
 """1 / R of a row without gradient must be finite in fp32."""
 
@@ -59,7 +60,7 @@ class FloraConfig:
     gradients; above 1 / beta1 the current gradient counts negatively inside the subspace, and lr
     times curvature must stay below (1 - beta1) / (beta1 (gain - 1)). None, the default of older
     runs: min(2, block / (2 rank))."""
-    beta1: float = 0.9
+    beta1: float = BETA1
     """Decay of the momentum per step. Rows "blend, beta1 0.8" and "0.95" are no better."""
     kappa: int = 1000
     """Steps between projections (paper, Algorithm 2). Row "blend, kappa 20" is worse by 0.03,
@@ -155,8 +156,8 @@ class FloraConfig:
     def _check_momentum(self) -> None:
         if self.momentum not in MOMENTA and not isinstance(self.momentum, str):
             raise ValueError(
-                f"momentum names a rule, one of {', '.join(MOMENTA)}; got {self.momentum!r}, as "
-                "OneCycleLR and CyclicLR write it. Pass them cycle_momentum=False."
+                f"momentum names a rule, one of {', '.join(MOMENTA)}; got {self.momentum!r}. Its "
+                "decay is beta1."
             )
         _check_choice("momentum", self.momentum, MOMENTA)
 
@@ -212,12 +213,13 @@ KNOBS = tuple(field.name for field in fields(FloraConfig))
 """Names of a group's settings, in order."""
 
 
-RATES: Mapping[str, Any] = {"weight_decay": 0.0, "maximize": False}
-"""Settings beside the knobs, with their defaults; ``lr`` has none that a saved run may go on with.
-"""
+RATES: Mapping[str, Any] = {"weight_decay": 0.0, "maximize": False, "betas": ()}
+"""Keys beside the knobs, with their defaults; ``lr`` has none that a saved run may go on with.
+"betas" is where schedulers leave a momentum for the next step."""
 BEFORE: Mapping[str, Any] = {}
 """What states were made with before a setting existed, for each that was added after format v1
 with another default: name -> how it was."""
+_BETAS = ("beta1", "beta2")
 _ONLY_OURS = ("rank", "sketch", "seed")
 """Settings that states of format v1 have always had, and other optimizers' have not."""
 
@@ -236,6 +238,37 @@ def completed(saved: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     then = {**{field.name: field.default for field in fields(FloraConfig)}, **RATES, **BEFORE}
     return {**saved, **{name: value for name, value in then.items() if name not in saved}}
+
+
+def from_betas(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a group in which ``betas=(beta1, beta2)``, as Adam has them, are beta1 and beta2.
+
+    >>> from_betas({"betas": (0.9, 0.95), "lr": 1e-3})
+    {'lr': 0.001, 'beta1': 0.9, 'beta2': 0.95}
+    """
+    betas = settings.get("betas")
+    rest = {name: value for name, value in settings.items() if name != "betas"}
+    if betas is None or betas == ():
+        return rest
+    if not isinstance(betas, (tuple, list)) or len(betas) != len(_BETAS):
+        raise ValueError(f"betas must be (beta1, beta2); got {betas!r}. Pass two numbers.")
+    twice = [name for name in _BETAS if rest.get(name) is not None]
+    if twice:
+        raise ValueError(
+            f"betas says beta1 and beta2 already; got betas={betas!r} and "
+            f"{twice[0]}={rest[twice[0]]!r}. Leave one of them out."
+        )
+    return {**rest, **dict(zip(_BETAS, betas, strict=True))}
+
+
+def take_betas(group: dict[str, Any]) -> None:
+    """Let what a scheduler has left in a group's "betas" be its beta1.
+
+    torch's OneCycleLR and CyclicLR and DeepSpeed's OneCycle cycle the first of two numbers there,
+    where an optimizer's defaults have the key; the second, DeepSpeed's own 0.99, is not theirs.
+    """
+    if group.get("betas"):
+        group["beta1"], group["betas"] = group["betas"][0], ()
 
 
 def config_of(group: Mapping[str, Any]) -> FloraConfig:
