@@ -122,13 +122,15 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
         re.sub(r"\*| \(.*\)", "", name): [float(value.removesuffix(" GiB")) for value in values[:3]]
         for name, *values in rows
     }
-    sketches = ("--gradients", "compressed", "--gradient-rank", "16")
+    sketches = ("--gradients", "compressed", "--gradient-rank", "16", "--rank", "8")
     dense, sketched = ([planned(gpus, *how) for gpus in (1, 2, 8)] for how in ((), sketches))
     methods = {
         "AdamW": ("AdamW", dense),
         "8-bit AdamW": ("AdamW, 8-bit", dense),
         "Flora": ("Flora 1/4, dense", dense),
-        "Flora, gradients as sketches": ("Flora 1/4, compressed 1/4", sketched),
+        "Flora, weights in bf16 alone": ("Flora 1/4, dense, bf16 alone", dense),
+        "Flora, rank 8, gain 2": ("Flora 1/8, dense", dense),
+        "Flora, rank 8, gradients as sketches": ("Flora 1/8, compressed 1/4", sketched),
         "GaLore, rank 512": ("GaLore, rank 512 (ddp)", dense),
         "LoRA, rank 64": ("LoRA, rank 64", dense),
     }
