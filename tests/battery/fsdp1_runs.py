@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from flora_dist import Flora, fsdp1
+from flora_dist import Flora, by_position, fsdp1
 from flora_dist.core.sketch.keys import canonical_name
 from tests.battery import zoo
 from tests.battery.layouts import counted
@@ -191,7 +191,7 @@ def count(variant: str, case: Case) -> int:
 
 def unnamed(case: Case) -> Weights:
     model = wrap_in_fsdp1(zoo.build(case.dtype))
-    return train(model, Flora(model.parameters(), **case.flora))
+    return train(model, by_position(model.parameters(), **case.flora))
 
 
 class Tied(nn.Module):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import ShardingStrategy
 
-from flora_dist import Flora
+from flora_dist import Flora, by_position
 from tests.battery import fsdp1_runs, layouts, zoo
 from tests.battery.mutations import MUTATIONS
 from tests.battery.oracle import SAMPLES, STEPS, Case, distances, reference_run, trainable
@@ -82,10 +82,10 @@ def test_the_number_of_messages_under_fsdp1_is_fixed(
     assert set(pool_of(world_size)(fsdp1_runs.count, variant, CASE)) == {messages}
 
 
-def test_without_names_fsdp1_takes_positions_as_a_plain_run_does() -> None:
+def test_fsdp1_takes_positions_as_a_plain_run_does() -> None:
     model = zoo.build(CASE.dtype)
     start = trainable(model)
-    optimizer = Flora(model.parameters(), **CASE.flora)
+    optimizer = by_position(model.parameters(), **CASE.flora)
     for step in range(STEPS):
         optimizer.zero_grad()
         model(zoo.batch(step, SAMPLES)).backward()
