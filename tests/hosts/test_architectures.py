@@ -71,6 +71,7 @@ def on_zero_2(name: str) -> list[float]:
     config = {
         "train_micro_batch_size_per_gpu": SAMPLES // dist.get_world_size(),
         "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.0,  # DeepSpeed's own default is 1
         "steps_per_print": 10**9,
     }
     optimizer = Flora(model.named_parameters(), **SETTINGS)
