@@ -36,7 +36,7 @@ from tests.trainer.support import (
 )
 
 JSONS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
-FLORA = "optimizer={name: flora, lr: 1e-2}"
+FLORA = "optimizer={name: flora, lr: 1e-2, rank: 8}"
 ADAMW = "compare={name: adamw, lr: 1e-2}"
 CLIPPED = "train.max_grad_norm=0.1"
 # float32 sums in another order, 6e-8 each, through six steps. Flora divides by means over rows and

@@ -21,7 +21,7 @@ from tests.trainer.engine_runs import trained
 from tests.trainer.support import ROOT, TINY, Workers, metrics, tiny_overrides
 
 Tiny = Callable[..., Config]
-FLORA = "optimizer={name: flora, lr: 1e-2}"
+FLORA = "optimizer={name: flora, lr: 1e-2, rank: 8}"
 CLIPPED = "train.max_grad_norm=0.1"
 EVERY = "checkpoint={every: 2, keep: null}"
 COMPRESSED = "gradients.level=compressed"
@@ -244,7 +244,7 @@ def test_what_cannot_be_sketched_is_refused_before_anything_is_written(
     ("section", "message"),
     [
         ("level: compresed", r"gradients.level must be one of .* Did you mean 'compressed'"),
-        ("rank: 4", r"gradients.level='dense' keeps none; they are 4 and 'float32'"),
+        ("rank: 4", r"gradients.level='dense' keeps none; they are 4, None, None and 'float32'"),
         ("wire_dtype: bfloat16", r"gradients.level='dense' keeps none"),
         ("level: sharded, wire_dtype: bfloat16", r"no sketch travels"),
         ("level: fused, rank: 0", r"gradients.rank must be at least 1; it is 0"),
