@@ -187,7 +187,7 @@ def test_a_run_of_two_processes_goes_on_with_one(
     name: str, workers: Workers, tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
     checkpoint = workers(2, "saved") / f"{name}.whole" / "checkpoints" / "step-00000002"
-    flora = "optimizer={name: flora, lr: 1e-2}"
+    flora = "optimizer={name: flora, lr: 1e-2, rank: 8}"
     assert run(tiny(flora, f"checkpoint.resume={checkpoint}")) == 0
     whole = metrics(workers(2, "saved") / f"{name}.whole")
     # float32 sums in another order through four steps; Flora divides by means, not by elements.

@@ -43,7 +43,7 @@ BACKENDS = {
     4: {"hsdp": ["backend.name=hsdp", "backend.replicate=2", "backend.shard=2"]},
 }
 
-FLORA = ["optimizer={name: flora, lr: 1e-2}"]
+FLORA = ["optimizer={name: flora, lr: 1e-2, rank: 8}"]
 SKETCHED = {
     2: {
         f"{name}.{level}": [f"backend.name={name}", f"gradients.level={level}"]
