@@ -82,7 +82,7 @@ def _first_window_for_ever(original: Any) -> Callable[..., Any]:
     [
         (phases, "beta2_at", _rate_of_the_next_step),
         (loading, "copy_in", _as_torch_loads),
-        (phases, "_moment", _first_window_for_ever),
+        (phases, "moment_of", _first_window_for_ever),
     ],
 )
 def test_the_fuzz_notices_a_broken_mechanism(

@@ -161,6 +161,7 @@ def _every_setting() -> dict[str, str]:
         "clip": None,
         "scale_parameter": True,
         "state_dtype": "bfloat16",
+        "state_bits": 8,
         "stochastic_rounding": False,
         "skip_nonfinite": True,
         "strict": True,
