@@ -119,7 +119,7 @@ def test_where_flora_does_not_pay_it_says_so(capsys: pytest.CaptureFixture[str])
     words = "In memory Flora does not pay here"
     assert run(*ASKED, "--nodes", "128") == 0
     assert words in capsys.readouterr().out
-    assert run(*ASKED, "--nodes", "1", "--gpus", "1") == 0
+    assert run(*ASKED, "--nodes", "1", "--gpus", "1", "--rank", "8") == 0
     assert words not in capsys.readouterr().out
     assert run(*ASKED, "--nodes", "128", "--json") == 0
     assert words in json.loads(capsys.readouterr().out)["verdict"][1]
