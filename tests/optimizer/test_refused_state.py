@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[Callable[[], State], list[str]]] = {
     "other groups": (_of_two_groups, ["groups of [7]", "[2, 5]", "groups of the run"]),
     "another precision": (
         lambda: runs.trained(2, torch.float32)[1].state_dict(),
-        ["'wide'", "torch.float64", "torch.float32", "model of the dtype"],
+        ["'wide'", "torch.float64", "torch.float32", "model's dtype that the state was made with"],
     ),
     "AdamW's": (_of_adamw, ["Flora's settings", "'rank'", "another optimizer"]),
 }

@@ -62,7 +62,7 @@ def test_the_table_has_every_method_and_a_line_for_embeddings_and_head(
 def test_it_says_what_fits_and_the_largest_micro_batch_that_does(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    small = ("--model", str(MODELS / "llama_1b.json"), "--backend", "fsdp2", "--memory", "24")
+    small = ("--model", str(MODELS / "llama_1b.json"), "--backend", "fsdp2", "--memory", "14")
 
     def asked(*more: str) -> tuple[str, dict[str, str]]:
         assert run(*small, *more) == 0
@@ -72,14 +72,14 @@ def test_it_says_what_fits_and_the_largest_micro_batch_that_does(
 
     text, fits = asked()
     said = {
-        word: re.search(rf"^{word} 24 GiB: (.*)\.$", text, re.MULTILINE).group(1).split("; ")
+        word: re.search(rf"^{word} 14 GiB: (.*)\.$", text, re.MULTILINE).group(1).split("; ")
         for word in ("Fits", "Does not fit")
     }
     assert said["Fits"] == [name for name, answer in fits.items() if answer == "yes"]
     assert said["Does not fit"] == [name for name, answer in fits.items() if answer == "no"]
     most = int(re.search(r"at most (\d+) sequences", text).group(1))
-    assert asked("--micro-batch", str(most))[1]["Flora 1/8, dense"] == "yes"
-    assert asked("--micro-batch", str(most + 1))[1]["Flora 1/8, dense"] == "no"
+    assert asked("--micro-batch", str(most))[1]["Flora 1/4, dense"] == "yes"
+    assert asked("--micro-batch", str(most + 1))[1]["Flora 1/4, dense"] == "no"
     assert "takes not one sequence" in asked("--memory", "1")[0]
 
 

@@ -70,7 +70,8 @@ def initialize(
         raise ValueError("initialize needs a model; got None. Pass model=.")
     args, settings = settings_of(args, config if config is not None else config_params)
     return build(
-        deepspeed.initialize,
+        # Past what flora_dist.register may have put around it, which would build and attach too.
+        getattr(deepspeed.initialize, "__wrapped__", deepspeed.initialize),
         settings,
         args=args,
         model=model,
