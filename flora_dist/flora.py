@@ -99,8 +99,10 @@ class Flora(torch.optim.Optimizer):
             {"rank": None}, "embedding": {"momentum": "none"}}. Patterns come before roles, settings
             that a group names itself before both. Needs names; a tied weight has one.
         betas: (beta1, beta2) as frameworks pass them, in place of these two.
-        foreach, fused: how torch's optimizers loop; taken and ignored.
-        capturable, differentiable: only False.
+        foreach: how torch's optimizers loop; taken and ignored.
+        fused: likewise.
+        capturable: only False.
+        differentiable: only False.
 
     Each setting may stand in a parameter group. A parameter without a gradient is skipped. If only
     some ranks have a gradient, those of the others count as zero. A frozen parameter is skipped
