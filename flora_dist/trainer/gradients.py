@@ -18,7 +18,7 @@ from flora_dist.trainer.config import DENSE, Config, GradientsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sketched:
+class SketchTotals:
     """Totals of a run's sketched gradients."""
 
     level: str
@@ -120,12 +120,12 @@ def request_of(config: GradientsConfig) -> SketchRequest:
     )
 
 
-def totals(report: GradientReport | None, device: torch.device) -> Sketched | None:
+def totals(report: GradientReport | None, device: torch.device) -> SketchTotals | None:
     """The report in numbers, the same on every process, which must all call this."""
     if report is None:
         return None
     sketched = sum(row.is_sketched for row in report.rows)
-    return Sketched(
+    return SketchTotals(
         level=report.level,
         sketched=sketched,
         dense=len(report.rows) - sketched,

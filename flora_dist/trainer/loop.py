@@ -17,7 +17,7 @@ from flora_dist.trainer.config import Config
 from flora_dist.trainer.data import IGNORED, Corpus, Order
 from flora_dist.trainer.evaluate import validation_loss
 from flora_dist.trainer.finite import Finite, tensors_in
-from flora_dist.trainer.gradients import Sketched
+from flora_dist.trainer.gradients import SketchTotals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.metrics import Metrics, Record
 from flora_dist.trainer.model import sum_of_losses
@@ -40,7 +40,7 @@ _SETTLING_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainingRun:
     """Everything one optimizer's run works on."""
 
     config: Config
@@ -57,12 +57,12 @@ class Job:
     """The optimizer."""
     scheduler: torch.optim.lr_scheduler.LambdaLR
     """Its learning rate."""
-    gradients: Sketched | None
+    gradients: SketchTotals | None
     """What of the gradients is kept as sketches; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class RunResult:
     """What one run measured; the same on every process but for `records`."""
 
     steps: int
@@ -89,7 +89,7 @@ class Measured:
     """What AdamW's two float32 moments take for the weights that process holds."""
     bytes_sent: int | None
     """Bytes one process sends in one step; None before one was measured."""
-    gradients: Sketched | None
+    gradients: SketchTotals | None
     """What of the gradients was kept as sketches; None: nothing."""
     records: list[Record]
     """The lines of metrics.jsonl (process 0)."""
@@ -115,21 +115,21 @@ def accumulate(
 
 
 def train(
-    job: Job,
+    run: TrainingRun,
     *,
     stop: StopRequest,
     metrics: Metrics,
     progress: Progress,
     start: Position | None = None,
     checkpoints: Checkpoints | None = None,
-) -> Measured:
+) -> RunResult:
     """Run the steps from `start` (None: a fresh run) to the last or to a stop request.
 
     A run that is asked to stop is saved where it stops; one whose numbers are no longer finite ends
     there, and is not.
     """
-    steps, position = job.config.train.steps, start or Position()
-    finite = Finite(job.world, stops=job.config.train.stop_at_nan)
+    steps, position = run.config.train.steps, start or Position()
+    finite = Finite(run.world, stops=run.config.train.stop_at_nan)
     first_step = position.step
     # What a step sends settles after the first ones; a shorter run measures its last step.
     measured_step = min(first_step + _SETTLING_STEPS, steps - 1)
@@ -139,8 +139,8 @@ def train(
         began = time.perf_counter()
         with Traffic() if step == measured_step else nullcontext() as traffic:
             # What is counted is the step alone: a norm would send messages of its own.
-            has_norm = traffic is None and _due(step + 1, job.config.train.log_every, steps)
-            taken = _take_step(job, step, stop, finite, has_norm=has_norm)
+            has_norm = traffic is None and _due(step + 1, run.config.train.log_every, steps)
+            taken = _take_step(run, step, stop, finite, has_norm=has_norm)
         if taken is None:
             break
         done, unlogged = taken.step, taken
@@ -148,10 +148,10 @@ def train(
         bytes_sent = traffic.bytes_sent if traffic is not None else bytes_sent
         clock.add(taken.tokens, time.perf_counter() - began, settled=step > measured_step)
         record: Record = {}
-        if _due(done, job.config.train.log_every, steps):
-            record, unlogged = training_record(taken, clock, job.world, steps=steps), None
-        if _due(done, job.config.evaluation.every, steps):
-            record |= validation_record(_evaluate(job))
+        if _due(done, run.config.train.log_every, steps):
+            record, unlogged = training_record(taken, clock, run.world, steps=steps), None
+        if _due(done, run.config.evaluation.every, steps):
+            record |= validation_record(_evaluate(run))
         if record:
             progress.update(done, record)
             _keep(metrics, finite, done, record | {"seconds": clock.seconds})
@@ -160,11 +160,11 @@ def train(
         if finite.fault is not None:
             break
     if unlogged is not None:  # stopped between two lines
-        record = training_record(unlogged, clock, job.world, steps=steps)
+        record = training_record(unlogged, clock, run.world, steps=steps)
         _keep(metrics, finite, unlogged.step, record | {"seconds": clock.seconds})
     if checkpoints is not None and stop.agreed is not None and finite.fault is None:
         checkpoints.save(position, finite)
-    return _measured(job, position, clock, bytes_sent, metrics.records, finite.fault)
+    return _result(run, position, clock, bytes_sent, metrics.records, finite.fault)
 
 
 def _keep(metrics: Metrics, finite: Finite, step: int, record: Record) -> None:
@@ -173,24 +173,24 @@ def _keep(metrics: Metrics, finite: Finite, step: int, record: Record) -> None:
 
 
 def _take_step(
-    job: Job, step: int, stop: StopRequest, finite: Finite, *, has_norm: bool
+    run: TrainingRun, step: int, stop: StopRequest, finite: Finite, *, has_norm: bool
 ) -> Taken | None:
     """One optimizer step on the global batch; None if the processes have agreed to stop before."""
-    config = job.config.train
-    batches = _micro_batches(job, step)
-    tokens, stopping = _agree(batches, stop, finite, job.world)
+    config = run.config.train
+    batches = _micro_batches(run, step)
+    tokens, stopping = _agree(batches, stop, finite, run.world)
     if stopping:
         return None
-    torch.manual_seed(_dropout_seed(config.seed, step, job.world))
-    losses = accumulate(job.spread, batches, tokens, job.world)
+    torch.manual_seed(_dropout_seed(config.seed, step, run.world))
+    losses = accumulate(run.spread, batches, tokens, run.world)
     finite.note(losses)
-    lr = float(job.scheduler.get_last_lr()[0])
-    late, norm = job.spread.norm_comes_late, None
+    lr = float(run.scheduler.get_last_lr()[0])
+    late, norm = run.spread.norm_comes_late, None
     if has_norm and not late:
-        norm = job.spread.norm(job.optimizer)
-    job.spread.update(job.optimizer, job.scheduler)
+        norm = run.spread.norm(run.optimizer)
+    run.spread.update(run.optimizer, run.scheduler)
     if has_norm and late:
-        norm = job.spread.norm(job.optimizer)
+        norm = run.spread.norm(run.optimizer)
     return Taken(step=step + 1, losses=losses, tokens=tokens, lr=lr, norm=norm)
 
 
@@ -198,15 +198,15 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step % every == 0 or step == steps
 
 
-def _micro_batches(job: Job, step: int) -> list[MicroBatch]:
-    parts = job.order.micro_batches(
+def _micro_batches(run: TrainingRun, step: int) -> list[MicroBatch]:
+    parts = run.order.micro_batches(
         step,
-        micro_batch=job.config.train.micro_batch,
-        process_rank=job.world.process_rank,
-        world_size=job.world.size,
+        micro_batch=run.config.train.micro_batch,
+        process_rank=run.world.process_rank,
+        world_size=run.world.size,
     )
-    pairs = (job.corpus.train.batch(part) for part in parts)
-    return [(inputs.to(job.world.device), labels.to(job.world.device)) for inputs, labels in pairs]
+    pairs = (run.corpus.train.batch(part) for part in parts)
+    return [(inputs.to(run.world.device), labels.to(run.world.device)) for inputs, labels in pairs]
 
 
 def _agree(
@@ -230,42 +230,42 @@ def _dropout_seed(seed: int, step: int, world: World) -> int:
     return (seed * 1_000_003 + step) * 65_537 + world.process_rank
 
 
-def _evaluate(job: Job) -> float:
+def _evaluate(run: TrainingRun) -> float:
     return validation_loss(
-        job.spread,
-        job.corpus.validation,
-        job.world,
-        sequences=job.config.evaluation.sequences,
-        micro_batch=job.config.train.micro_batch,
+        run.spread,
+        run.corpus.validation,
+        run.world,
+        sequences=run.config.evaluation.sequences,
+        micro_batch=run.config.train.micro_batch,
     )
 
 
-def _measured(
-    job: Job,
+def _result(
+    run: TrainingRun,
     position: Position,
     clock: Clock,
     bytes_sent: int | None,
     records: list[Record],
     fault: str | None,
-) -> Measured:
-    device = job.world.device
+) -> RunResult:
+    device = run.world.device
     losses = [value for record in records if (value := record.get("loss")) is not None][-10:]
     checks = [value for record in records if (value := record.get("validation_loss")) is not None]
-    trained = sum(tensor.numel() for tensor in job.spread.trained())
-    return Measured(
+    trained = sum(tensor.numel() for tensor in run.spread.trained())
+    return RunResult(
         steps=position.step,
-        finished=position.step == job.config.train.steps and fault is None,
+        finished=position.step == run.config.train.steps and fault is None,
         not_finite=fault,
         tokens=position.tokens,
         loss=sum(losses) / len(losses) if losses else None,
         validation_loss=checks[-1] if checks else None,
         tokens_per_second=clock.rate,
         peak_memory_bytes=largest_over_processes(peak_memory(device), device),
-        weight_bytes=largest_over_processes(_held_bytes(job.spread.weights()), device),
-        state_bytes=largest_over_processes(_held_bytes(job.optimizer.state.values()), device),
+        weight_bytes=largest_over_processes(_held_bytes(run.spread.weights()), device),
+        state_bytes=largest_over_processes(_held_bytes(run.optimizer.state.values()), device),
         adamw_bytes=largest_over_processes(8 * trained, device),
         bytes_sent=bytes_sent,
-        gradients=job.gradients,
+        gradients=run.gradients,
         records=records,
     )
 

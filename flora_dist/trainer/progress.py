@@ -28,7 +28,7 @@ class Silence:
         """Nothing."""
 
 
-class _Lines:
+class _LineProgress:
     """A line for each record: output that is no terminal is read later, or by a program."""
 
     def __init__(self, console: Console, label: str, steps: int) -> None:
@@ -40,7 +40,7 @@ class _Lines:
         self._console.file.flush()
 
 
-class _Bar:
+class _BarProgress:
     def __init__(self, bar: Any, task: Any) -> None:
         self._bar, self._task = bar, task
 
@@ -79,7 +79,7 @@ def open_progress(console: Console | None, label: str, steps: int) -> Iterator[P
         yield Silence()
         return
     if not console.is_terminal:
-        yield _Lines(console, label, steps)
+        yield _LineProgress(console, label, steps)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -94,4 +94,4 @@ def open_progress(console: Console | None, label: str, steps: int) -> Iterator[P
         console=console,
     )
     with bar:
-        yield _Bar(bar, bar.add_task(label, total=steps, loss="", rate=""))
+        yield _BarProgress(bar, bar.add_task(label, total=steps, loss="", rate=""))

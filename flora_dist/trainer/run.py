@@ -19,12 +19,12 @@ from flora_dist.trainer.engine import build_learner
 from flora_dist.trainer.failure import EXIT_CODE, say
 from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
-from flora_dist.trainer.loop import Job, Measured, train
+from flora_dist.trainer.loop import RunResult, TrainingRun, train
 from flora_dist.trainer.metrics import open_metrics
 from flora_dist.trainer.model import build_model, parameter_count, weight_dtype
 from flora_dist.trainer.optimizers import LABELS, schedule_factor
 from flora_dist.trainer.optional_imports import needs_train_extra, stay_offline
-from flora_dist.trainer.plan import RESOLVED, Plan, checkpoint_folder, make_plan
+from flora_dist.trainer.preflight import RESOLVED, CheckedRun, check_run, checkpoint_folder
 from flora_dist.trainer.progress import open_progress
 from flora_dist.trainer.replicated import Learner
 from flora_dist.trainer.summary import Summary, summary_table, write_summary
@@ -49,30 +49,30 @@ def run(config: Config) -> int:
         from rich.console import Console
     world = find_world(config.backend)
     console = Console() if world.speaks else None
-    plan = make_plan(config, world)
-    if plan.is_done:
+    checked = check_run(config, world)
+    if checked.is_done:
         if console is not None:
-            console.print(f"{plan.folder} is finished: nothing is left to do", soft_wrap=True)
+            console.print(f"{checked.folder} is finished: nothing is left to do", soft_wrap=True)
         return 0
     # Signals before there is a group end the process as ever: there is nothing to save, and one
     # that waits for the others in C++ would not hear of them.
     with process_group(config.backend, world), StopRequest() as stop:
-        check_same_start(plan.start, world)
+        check_same_start(checked.start, world)
         if world.speaks:
-            _prepare_folder(plan)
-        is_finite = _train_and_tell(plan, stop, console)
+            _prepare_folder(checked)
+        is_finite = _train_and_tell(checked, stop, console)
         # torchrun ends the others as soon as one process ends: nobody leaves before the files.
         wait_for_all()
     return stop.exit_code if is_finite else EXIT_CODE
 
 
-def _train_and_tell(plan: Plan, stop: StopRequest, console: Console | None) -> bool:
+def _train_and_tell(checked: CheckedRun, stop: StopRequest, console: Console | None) -> bool:
     """Train, AdamW beside it if it is asked for, and write what came out; whether it is finite."""
-    config = plan.config
-    measured, parameters = _one(plan, config.optimizer, stop, console, compared=False)
+    config = checked.config
+    measured, parameters = _one(checked, config.optimizer, stop, console, compared=False)
     adamw = None
     if config.compare is not None and measured.finished:
-        adamw, _ = _one(plan, config.compare, stop, console, compared=True)
+        adamw, _ = _one(checked, config.compare, stop, console, compared=True)
     is_finite = all(each is None or each.not_finite is None for each in (measured, adamw))
     if console is None:
         return is_finite
@@ -82,63 +82,64 @@ def _train_and_tell(plan: Plan, stop: StopRequest, console: Console | None) -> b
         lr=config.optimizer.options["lr"],
         adamw_lr=None if adamw is None or config.compare is None else config.compare.options["lr"],
         parameters=parameters,
-        world_size=plan.world.size,
+        world_size=checked.world.size,
         measured=measured,
         adamw=adamw,
     )
-    write_summary(summary, plan.folder)
+    write_summary(summary, checked.folder)
     console.print(summary_table(summary))
-    console.print(f"written to {plan.folder}", soft_wrap=True)
+    console.print(f"written to {checked.folder}", soft_wrap=True)
     return is_finite
 
 
-def _prepare_folder(plan: Plan) -> None:
-    if plan.folder.exists() and not plan.keeps_folder:
-        shutil.rmtree(plan.folder)
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / RESOLVED).write_text(as_yaml(plan.config), encoding="utf-8")
-    write_card(plan.folder, plan.network, plan.tokenizer, plan.config.model.lora)
+def _prepare_folder(checked: CheckedRun) -> None:
+    if checked.folder.exists() and not checked.keeps_folder:
+        shutil.rmtree(checked.folder)
+    checked.folder.mkdir(parents=True, exist_ok=True)
+    (checked.folder / RESOLVED).write_text(as_yaml(checked.config), encoding="utf-8")
+    write_card(checked.folder, checked.network, checked.tokenizer, checked.config.model.lora)
 
 
 def _one(
-    plan: Plan,
+    checked: CheckedRun,
     optimizer_config: OptimizerConfig,
     stop: StopRequest,
     console: Console | None,
     *,
     compared: bool,
-) -> tuple[Measured, int]:
+) -> tuple[RunResult, int]:
     """Train one fresh model with one optimizer; its measurements and the model's size."""
-    config, label = plan.config, LABELS[optimizer_config.name]
+    config, label = checked.config, LABELS[optimizer_config.name]
     dtype = weight_dtype(config.train)
-    built = build_model(config.model, plan.network, seed=config.train.seed, dtype=dtype)
+    built = build_model(config.model, checked.network, seed=config.train.seed, dtype=dtype)
     model = arranged(built, config.model)
     parameters = parameter_count(model)
     if console is not None and not compared:
         console.print(
-            f"{parameters:,} parameters, vocabulary {plan.network.vocab_size:,}{_instead(plan)}; "
-            f"{len(plan.corpus.train.tokens):,} training tokens; "
-            f"{plan.world.size} x {plan.world.device.type}, {config.backend.name}",
+            f"{parameters:,} parameters, "
+            f"vocabulary {checked.network.vocab_size:,}{_instead(checked)}; "
+            f"{len(checked.corpus.train.tokens):,} training tokens; "
+            f"{checked.world.size} x {checked.world.device.type}, {config.backend.name}",
             soft_wrap=True,
         )
-    learner = build_learner(model, optimizer_config, config, plan.world)
+    learner = build_learner(model, optimizer_config, config, checked.world)
     if console is not None:
         _warn(learner, config.train.steps, console)
-    job = _job(plan, learner, console)
-    folder = checkpoint_folder(plan.folder)
-    start = Start() if compared else _resumed(plan, learner, console)
-    metrics_folder, board = _metric_folders(plan, label, compared=compared)
+    training = _training_run(checked, learner, console)
+    folder = checkpoint_folder(checked.folder)
+    start = Start() if compared else _resumed(checked, learner, console)
+    metrics_folder, board = _metric_folders(checked, label, compared=compared)
     shown = console if config.output.progress else None
     saving = CheckpointConfig() if compared else config.checkpoint
     with (
         open_metrics(metrics_folder, board, first_step=start.position.step) as metrics,
         open_progress(shown, label, config.train.steps) as progress,
         Checkpoints(
-            folder, saving, learner, plan.identity, start, steps=config.train.steps
+            folder, saving, learner, checked.identity, start, steps=config.train.steps
         ) as checkpoints,
     ):
         measured = train(
-            job,
+            training,
             stop=stop,
             metrics=metrics,
             progress=progress,
@@ -163,10 +164,12 @@ def _warn(learner: Learner, steps: int, console: Console) -> None:
         console.print(f"warning: {sentence}", soft_wrap=True, style="yellow")
 
 
-def _resumed(plan: Plan, learner: Learner, console: Console | None) -> Start:
+def _resumed(checked: CheckedRun, learner: Learner, console: Console | None) -> Start:
     """Put the run's start in place and say where it is."""
-    config, folder = plan.config, checkpoint_folder(plan.folder)
-    start = resume(learner, plan.start, config.checkpoint, folder, plan.identity, plan.world)
+    config, folder = checked.config, checkpoint_folder(checked.folder)
+    start = resume(
+        learner, checked.start, config.checkpoint, folder, checked.identity, checked.world
+    )
     if console is not None and start.path is not None:
         console.print(f"going on from {start.path}", soft_wrap=True)
         if start.steps not in {None, config.train.steps}:
@@ -174,27 +177,27 @@ def _resumed(plan: Plan, learner: Learner, console: Console | None) -> Start:
     return start
 
 
-def _instead(plan: Plan) -> str:
+def _instead(checked: CheckedRun) -> str:
     """A word where the tokenizer's vocabulary has replaced that of the model's file."""
-    said = plan.vocabulary_in_file
-    if said in {None, plan.network.vocab_size}:
+    said = checked.vocabulary_in_file
+    if said in {None, checked.network.vocab_size}:
         return ""
-    return f" (the tokenizer's, in place of {said:,} in {plan.config.model.config})"
+    return f" (the tokenizer's, in place of {said:,} in {checked.config.model.config})"
 
 
-def _job(plan: Plan, learner: Learner, console: Console | None) -> Job:
-    gradients = totals(learner.gradients, plan.world.device)
+def _training_run(checked: CheckedRun, learner: Learner, console: Console | None) -> TrainingRun:
+    gradients = totals(learner.gradients, checked.world.device)
     if console is not None and gradients is not None:
         console.print(
             f"gradients {gradients}: {gradients.held_bytes:,} bytes kept, "
             f"{gradients.sent_bytes:,} given to a step's collectives",
             soft_wrap=True,
         )
-    return Job(
-        config=plan.config,
-        world=plan.world,
-        corpus=plan.corpus,
-        order=plan.order,
+    return TrainingRun(
+        config=checked.config,
+        world=checked.world,
+        corpus=checked.corpus,
+        order=checked.order,
         spread=learner.spread,
         optimizer=learner.optimizer,
         scheduler=learner.scheduler,
@@ -234,11 +237,13 @@ def _not_finite(label: str, fault: str, newest: Path | None) -> str:
     )
 
 
-def _metric_folders(plan: Plan, label: str, *, compared: bool) -> tuple[Path | None, Path | None]:
+def _metric_folders(
+    checked: CheckedRun, label: str, *, compared: bool
+) -> tuple[Path | None, Path | None]:
     """Folders of metrics.jsonl and of TensorBoard on process 0; AdamW's lie below the run's."""
-    if not plan.world.speaks:
+    if not checked.world.speaks:
         return None, None
-    folder = plan.folder / "compare" if compared else plan.folder
+    folder = checked.folder / "compare" if compared else checked.folder
     folder.mkdir(exist_ok=True)
-    board = plan.folder / "tensorboard" / (f"{label}, compare" if compared else label)
-    return folder, board if plan.config.output.tensorboard else None
+    board = checked.folder / "tensorboard" / (f"{label}, compare" if compared else label)
+    return folder, board if checked.config.output.tensorboard else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_dist.trainer.config import DENSE
-from flora_dist.trainer.loop import Measured
+from flora_dist.trainer.loop import RunResult
 from flora_dist.trainer.optimizers import LABELS
 from flora_dist.trainer.optional_imports import needs_train_extra
 
@@ -38,9 +38,9 @@ class Summary:
     """Weights of the model; tied ones count once."""
     world_size: int
     """Number of processes."""
-    measured: Measured
+    measured: RunResult
     """The optimizer under test."""
-    adamw: Measured | None
+    adamw: RunResult | None
     """AdamW on the same data, steps and seed; None if it was not run."""
 
     @property
@@ -66,7 +66,7 @@ def summary_table(summary: Summary) -> Table:
     return table
 
 
-def _column(measured: Measured) -> dict[str, str]:
+def _column(measured: RunResult) -> dict[str, str]:
     return {
         "steps": f"{measured.steps:,}" + ("" if measured.finished else " (stopped)"),
         "training loss (nats/token)": _shown(measured.loss, ".4f"),
@@ -79,13 +79,13 @@ def _column(measured: Measured) -> dict[str, str]:
     }
 
 
-def _sketches(measured: Measured) -> dict[str, str]:
+def _sketches(measured: RunResult) -> dict[str, str]:
     gradients = measured.gradients
     level, held = (DENSE, None) if gradients is None else (gradients.level, gradients.held_bytes)
     return {"gradients": level, "sketches of them (bytes/process)": _shown(held, ",d")}
 
 
-def _computed(measured: Measured) -> dict[str, str]:
+def _computed(measured: RunResult) -> dict[str, str]:
     """AdamW's column without a run: two float32 moments per weight are certain, the rest is not."""
     column = dict.fromkeys(_column(measured), _NOT_RUN)
     column["optimizer state (bytes/process)"] = f"{measured.adamw_bytes:,d} (computed)"

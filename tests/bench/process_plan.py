@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_dist.cluster.planner.config_file import read_model
+from flora_dist.cluster.planner.estimate import estimate
 from flora_dist.cluster.planner.methods import asked, others
-from flora_dist.cluster.planner.plan import plan
 from flora_dist.cluster.planner.request import BACKENDS, PURE, Request
 from flora_dist.core.state.settings import FloraConfig
 
@@ -74,4 +74,4 @@ def planned(row: Row) -> int:
     methods = [asked(request)] if row.optimizer == "flora" else list(others(request))
     labels = {"flora": methods[0].label, "adamw": "AdamW"}
     found = [m for m in methods if m.label == labels.get(row.optimizer)]
-    return plan(request, found[0]).total if found else 0
+    return estimate(request, found[0]).total if found else 0

@@ -34,7 +34,7 @@ from flora_dist.trainer.config_data import DataConfig, ModelConfig
 from flora_dist.trainer.data import Corpus, Order, read_corpus
 from flora_dist.trainer.gradients import keep_sketched, totals
 from flora_dist.trainer.interrupt import StopRequest
-from flora_dist.trainer.loop import Job, Measured, train
+from flora_dist.trainer.loop import RunResult, TrainingRun, train
 from flora_dist.trainer.metrics import Metrics
 from flora_dist.trainer.model import build_model, parameter_count, read_model_config, shapes_only
 from flora_dist.trainer.optimizers import schedule_factor
@@ -111,7 +111,7 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     handle = keep_sketched(module.module, optimizer, config.gradients)
     sketched = None if handle is None else handle.report()
     factor = schedule_factor(config.schedule, config.train.steps)
-    job = Job(
+    training = TrainingRun(
         config=config,
         world=bench.world,
         corpus=bench.corpus,
@@ -127,7 +127,7 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     )
     with redirect_stderr(io.StringIO()):  # Flora's summary, hundreds of times
         measured = train(
-            job,
+            training,
             stop=StopRequest(),
             metrics=Metrics(None, None),
             progress=Silence(),
@@ -137,7 +137,7 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     return run._asdict() | {"lr": lr} | held | _kept(measured, optimizer, tokens)
 
 
-def _kept(measured: Measured, optimizer: torch.optim.Optimizer, tokens: int) -> dict[str, Any]:
+def _kept(measured: RunResult, optimizer: torch.optim.Optimizer, tokens: int) -> dict[str, Any]:
     compressed = 0.0
     if isinstance(optimizer, Flora):
         rows = optimizer.report().rows

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from flora_dist.cluster.planner.config_file import read_model
+from flora_dist.cluster.planner.estimate import estimate
 from flora_dist.cluster.planner.methods import asked
-from flora_dist.cluster.planner.plan import plan
 from flora_dist.cluster.planner.request import BACKENDS, Request
 from flora_dist.core.state.settings import FloraConfig
 from tests.conftest import launched_pool_of
@@ -42,7 +42,7 @@ def request_of(case: Case) -> Request:
 def planned(case: Case) -> dict[str, int]:
     """Bytes by category, and ``total`` and ``temporary``."""
     request = request_of(case)
-    found = plan(request, asked(request))
+    found = estimate(request, asked(request))
     held = {name: each.total for name, each in found.held.items()}
     return {**held, "wire": found.sent, "total": found.total}
 

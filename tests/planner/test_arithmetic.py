@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from flora_dist.cluster.planner.activations import Batch, activation_bytes
+from flora_dist.cluster.planner.activations import MicroBatchShape, activation_bytes
 from flora_dist.cluster.planner.config_file import read_model
+from flora_dist.cluster.planner.estimate import Estimate, estimate
 from flora_dist.cluster.planner.memory import memory
 from flora_dist.cluster.planner.methods import (
     Method,
@@ -29,10 +30,9 @@ from flora_dist.cluster.planner.methods import (
     others,
 )
 from flora_dist.cluster.planner.model import Model, Parameter, Sizes
-from flora_dist.cluster.planner.plan import Plan, plan
 from flora_dist.cluster.planner.request import BACKENDS, PRECISIONS, Request
 from flora_dist.cluster.planner.search import search, sizes
-from flora_dist.cluster.planner.shares import Share, line_length, shares_by_rank
+from flora_dist.cluster.planner.shards import Shard, line_length, shards_by_rank
 from flora_dist.cluster.planner.wire import payloads
 from flora_dist.core.layouts.flat import FlatPart, cut_each, cut_line
 from flora_dist.core.state.settings import MOMENTA, FloraConfig
@@ -83,7 +83,7 @@ def by_hand() -> Model:
 
 def test_fsdp2_by_hand() -> None:
     asks = request(by_hand(), gradients="compressed")
-    found = plan(asks, asked(asks))
+    found = estimate(asks, asked(asks))
     # Rank 0 has 3 of 5 rows, 3 of 6, 32 of 64: 3 x 64 + 3 x 64 + 32 = 416 elements.
     assert found.held["weights"].total == 4 * 416
     assert found.held["weights"].tables == 4 * 192
@@ -104,7 +104,7 @@ def test_fsdp2_by_hand() -> None:
 
 def test_zero2_by_hand() -> None:
     asks = request(by_hand(), backend="zero2", precision="bfloat16", accumulate=3)
-    found = plan(asks, asked(asks))
+    found = estimate(asks, asked(asks))
     # 320 + 384 + 64 = 768 elements, a multiple of 4: 384 a rank, rank 0 with 64 of the matrix.
     assert found.held["weights"].total == 2 * 768 + 4 * 384
     # Embedding and matrix whole on rank 0; matrix and norm, 448, on rank 1.
@@ -116,19 +116,19 @@ def test_zero2_by_hand() -> None:
 
 def test_without_fp32_weights_by_hand() -> None:
     asks = request(by_hand(), backend="zero2", precision="bfloat16-pure")
-    assert plan(asks, asked(asks)).held["weights"].total == 2 * 768
+    assert estimate(asks, asked(asks)).held["weights"].total == 2 * 768
     asks = request(by_hand(), precision="bfloat16-pure")
-    found = plan(asks, asked(asks))
+    found = estimate(asks, asked(asks))
     assert found.held["weights"].total == found.held["gradients"].total == 2 * 416
     asks = request(by_hand(), backend="ddp", precision="bfloat16-pure")
-    found = plan(asks, asked(asks))
+    found = estimate(asks, asked(asks))
     assert found.held["weights"].total == found.held["gradients"].total == 2 * 768
     assert found.wire["gradients"] == 2 * 768
 
 
 def test_seconds_follow_from_the_busiest_link() -> None:
     asks = request(by_hand(), backend="hsdp", nodes=3, gpus=2)
-    found = plan(asks, asked(asks))
+    found = estimate(asks, asked(asks))
     between = [p for p in payloads(asks, asked(asks)) if not p.stays]
     # Rank's shard of 416 fp32 gradients, all-reduced among 3 nodes by each of a node's 2 ranks.
     assert [p.buffer for p in between] == [4 * 416]
@@ -138,16 +138,16 @@ def test_seconds_follow_from_the_busiest_link() -> None:
 
 def test_states_of_other_optimizers_by_hand() -> None:
     matrix = Parameter(name="m", shape=(128, 512), kind="matrix", layer=0)
-    share = shares_by_rank((matrix,), "whole", 1)[0][0]
-    assert adamw_8bit_state(share) == 2 * (65536 + 4 * 256)
-    assert adamw_4bit_state(share) == 2 * (32768 + 4 * 512)
-    assert muon_state(share) == 4 * 65536
-    assert galore_state(share, rank=32) == 2 * (32 * 128 + 2 * 32 * 512)
-    assert galore_8bit_state(share, rank=32) == 2 * 32 * 128 + 2 * (32 * 512 + 4 * 64)
-    assert apollo_state(share, rank=32) == 2 * (2 * 32 * 512 + 2)
-    of_experts = replace(share, parameter=replace(matrix, shape=(4, 128, 512), kind="experts"))
-    assert apollo_state(of_experts, rank=1) == 4 * apollo_state(share, rank=1)
-    norm = replace(share, parameter=replace(matrix, shape=(512,), kind="vector"), elements=512)
+    shard = shards_by_rank((matrix,), "whole", 1)[0][0]
+    assert adamw_8bit_state(shard) == 2 * (65536 + 4 * 256)
+    assert adamw_4bit_state(shard) == 2 * (32768 + 4 * 512)
+    assert muon_state(shard) == 4 * 65536
+    assert galore_state(shard, rank=32) == 2 * (32 * 128 + 2 * 32 * 512)
+    assert galore_8bit_state(shard, rank=32) == 2 * 32 * 128 + 2 * (32 * 512 + 4 * 64)
+    assert apollo_state(shard, rank=32) == 2 * (2 * 32 * 512 + 2)
+    of_experts = replace(shard, parameter=replace(matrix, shape=(4, 128, 512), kind="experts"))
+    assert apollo_state(of_experts, rank=1) == 4 * apollo_state(shard, rank=1)
+    norm = replace(shard, parameter=replace(matrix, shape=(512,), kind="vector"), elements=512)
     assert adamw_8bit_state(norm) == adamw_4bit_state(norm) == muon_state(norm) == 8 * 512
     assert galore_state(norm, rank=32) == apollo_state(norm, rank=32) == 4 * 512
 
@@ -173,39 +173,39 @@ def test_zeros_cuts_are_those_of_the_layouts(ranks: int) -> None:
     chunks = [-(-p.numel // ranks) for p in TINY.parameters]
     lines = cut_line(shapes, offsets=offsets, size=size, rank=0, world_size=ranks)
     each = cut_each(shapes, sizes=chunks, world_size=ranks)
-    for cut, spans in (("line", lines), ("each", each)):
-        for rank, shares in zip(_chosen(cut, ranks), _shares(cut, ranks), strict=True):
+    for sharding, spans in (("line", lines), ("each", each)):
+        for rank, shards in zip(_chosen(sharding, ranks), _shards(sharding, ranks), strict=True):
             owned = {s.name: s.owned[rank] for s in spans if s.owned[rank][0] < s.owned[rank][1]}
-            assert {s.parameter.name: s.elements for s in shares} == {
+            assert {s.parameter.name: s.elements for s in shards} == {
                 name: stop - start for name, (start, stop) in owned.items()
             }
-            for share in shares:
-                assert _state_there(share, owned[share.parameter.name]) == flora_state(
-                    share, config=FLORA
+            for shard in shards:
+                assert _state_there(shard, owned[shard.parameter.name]) == flora_state(
+                    shard, config=FLORA
                 )
 
 
-def _shares(cut: str, ranks: int) -> tuple[tuple[Share, ...], ...]:
-    return shares_by_rank(TINY.parameters, cut, ranks)  # type: ignore[arg-type]
+def _shards(sharding: str, ranks: int) -> tuple[tuple[Shard, ...], ...]:
+    return shards_by_rank(TINY.parameters, sharding, ranks)  # type: ignore[arg-type]
 
 
-def _chosen(cut: str, ranks: int) -> list[int]:
-    if cut == "line":
+def _chosen(sharding: str, ranks: int) -> list[int]:
+    if sharding == "line":
         return list(range(ranks))
     return sorted({0, 1, ranks // 2, ranks - 1} & set(range(ranks)))
 
 
-def _state_there(share: Share, owned: tuple[int, int]) -> int:
+def _state_there(shard: Shard, owned: tuple[int, int]) -> int:
     """Bytes that the layout of flat tensors allocates."""
-    name, shape = share.parameter.name, share.parameter.shape
+    name, shape = shard.parameter.name, shard.parameter.shape
     [span] = cut_line(
-        [(name, shape)], offsets=[0], size=share.parameter.numel, rank=0, world_size=1
+        [(name, shape)], offsets=[0], size=shard.parameter.numel, rank=0, world_size=1
     )
     part = FlatPart(
         span=span,
         rank=0,
         flat=torch.zeros(0),
-        tiles=share.tiles,
+        tiles=shard.tiles,
         num_elements=owned[1] - owned[0],
         reducer=None,
     )
@@ -215,9 +215,9 @@ def _state_there(share: Share, owned: tuple[int, int]) -> int:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 300])
 def test_fsdp2s_chunk_is_torchs(ranks: int) -> None:
-    for share in shares_by_rank(TINY.parameters, "rows", ranks)[0]:
-        first = torch.chunk(torch.empty(share.parameter.shape, device="meta"), ranks)[0]
-        assert share.stored == share.elements == first.numel()
+    for shard in shards_by_rank(TINY.parameters, "rows", ranks)[0]:
+        first = torch.chunk(torch.empty(shard.parameter.shape, device="meta"), ranks)[0]
+        assert shard.stored == shard.elements == first.numel()
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
@@ -233,15 +233,15 @@ def test_floras_state_on_one_rank_is_what_the_optimizer_reports(
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    shares = shares_by_rank(TINY.parameters, "whole", 1)[0]
-    assert sum(flora_state(s, config=config) for s in shares) == optimizer.report().state_bytes
+    shards = shards_by_rank(TINY.parameters, "whole", 1)[0]
+    assert sum(flora_state(s, config=config) for s in shards) == optimizer.report().state_bytes
 
 
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast", "fused"])
 @pytest.mark.parametrize("name", ["llama_tiny", "gpt2"])
 def test_activations_are_what_autograd_keeps(name: str, how: str, tmp_path: Path) -> None:
     model = _small(name, tmp_path)
-    batch = Batch(
+    batch = MicroBatchShape(
         sequences=2,
         length=16,
         element=4 if how in {"float32", "fused"} else 2,
@@ -259,7 +259,7 @@ def test_so_they_are_of_the_other_families(name: str, precision: str, tmp_path: 
     settings = {**FAMILIES[name], "decoder_start_token_id": 0}
     path = tmp_path / "model.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
-    batch = Batch(sequences=2, length=16, element=PRECISIONS[precision])
+    batch = MicroBatchShape(sequences=2, length=16, element=PRECISIONS[precision])
     kept = bytes_of(kept_by_autograd(path, (2, 16), precision))
     # Scalars: the loss, Gemma's factor of embeddings.
     assert 0 <= kept - activation_bytes(read_model(path), batch) <= 8
@@ -275,7 +275,7 @@ def _small(name: str, folder: Path) -> Model:
 
 
 def test_checkpointing_keeps_inputs_and_one_layer_at_a_time() -> None:
-    batch = Batch(sequences=2, length=16, element=4)
+    batch = MicroBatchShape(sequences=2, length=16, element=4)
     one, two, three = (
         activation_bytes(replace(TINY, sizes=replace(TINY.sizes, layers=n)), batch)
         for n in (1, 2, 3)
@@ -294,7 +294,7 @@ def test_checkpointing_keeps_inputs_and_one_layer_at_a_time() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_method_can_be_planned_on_every_backend(backend: str, precision: str) -> None:
     asks = request(backend=backend, nodes=2, precision=precision, accumulate=2)
-    plans = [plan(asks, method) for method in compared(asks)]
+    plans = [estimate(asks, method) for method in compared(asks)]
     assert len({each.label for each in plans}) == len(plans)
     assert all(held.total >= held.tables >= 0 for each in plans for held in each.held.values())
     galore = next(each for each in plans if each.label.startswith("GaLore"))
@@ -304,7 +304,7 @@ def test_every_method_can_be_planned_on_every_backend(backend: str, precision: s
 def test_nothing_travels_on_one_rank() -> None:
     for backend in BACKENDS:
         asks = request(backend=backend, gpus=1)
-        assert plan(asks, asked(asks)).sent == 0
+        assert estimate(asks, asked(asks)).sent == 0
 
 
 def test_the_search_finds_the_first_cluster_that_fits_and_no_smaller_does() -> None:
@@ -316,13 +316,13 @@ def test_the_search_finds_the_first_cluster_that_fits_and_no_smaller_does() -> N
 
     found = search(asks, lambda cluster: iter(methods(cluster)), memory)
     for place, each in enumerate(found):
-        totals: list[tuple[tuple[int, int], Plan]] = []
+        totals: list[tuple[tuple[int, int], Estimate]] = []
         for nodes, gpus in sizes(4, limit=1024):
             cluster = replace(asks, nodes=nodes, gpus=gpus)
-            totals.append(((nodes, gpus), plan(cluster, methods(cluster)[place])))
+            totals.append(((nodes, gpus), estimate(cluster, methods(cluster)[place])))
             if totals[-1][1].total <= memory:
                 break
         (nodes, gpus), last = totals[-1]
         assert (each.fits, each.nodes, each.gpus) == (last.total <= memory, nodes, gpus)
     # What is sharded fits somewhere, what is replicated nowhere.
-    assert all(each.fits != each.plan.label.endswith("(ddp)") for each in found)
+    assert all(each.fits != each.estimate.label.endswith("(ddp)") for each in found)

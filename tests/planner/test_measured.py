@@ -80,29 +80,31 @@ def test_the_total_is_no_less_than_the_peak_of_a_step(case: Case) -> None:
 
 
 def forget_the_embedding(patch: pytest.MonkeyPatch) -> None:
-    shares = memory.shares_by_rank
+    shards = memory.shards_by_rank
 
     def without(parameters: tuple[Parameter, ...], *more: Any) -> Any:
-        return shares(tuple(p for p in parameters if p.kind != "embedding"), *more)
+        return shards(tuple(p for p in parameters if p.kind != "embedding"), *more)
 
-    patch.setattr(memory, "shares_by_rank", without)
+    patch.setattr(memory, "shards_by_rank", without)
 
 
 def round_shards_down(patch: pytest.MonkeyPatch) -> None:
-    shares = memory.shares_by_rank
+    shards = memory.shards_by_rank
 
     def rounded(*arguments: Any) -> Any:
         return [
             [replace(s, stored=s.parameter.numel // RANKS) for s in rank]
-            for rank in shares(*arguments)
+            for rank in shards(*arguments)
         ]
 
-    patch.setattr(memory, "shares_by_rank", rounded)
+    patch.setattr(memory, "shards_by_rank", rounded)
 
 
 def leave_the_line_uncut(patch: pytest.MonkeyPatch) -> None:
-    shares = memory.shares_by_rank
-    patch.setattr(memory, "shares_by_rank", lambda parameters, cut, _: shares(parameters, cut, 1))
+    shards = memory.shards_by_rank
+    patch.setattr(
+        memory, "shards_by_rank", lambda parameters, sharding, _: shards(parameters, sharding, 1)
+    )
 
 
 def forget_masters(patch: pytest.MonkeyPatch) -> None:
@@ -119,7 +121,7 @@ def think_that_deepspeed_makes_zeros(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         memory,
         "_whole_bytes",
-        lambda element, _, share: whole(element, frozenset({share.parameter.name}), share),
+        lambda element, _, shard: whole(element, frozenset({shard.parameter.name}), shard),
     )
 
 
@@ -133,11 +135,11 @@ def think_that_there_are_masters(patch: pytest.MonkeyPatch) -> None:
 
 
 def cut_sketches_before_they_are_sent(patch: pytest.MonkeyPatch) -> None:
-    shares = memory._accumulators
+    shards = memory._accumulators
     patch.setattr(
         memory,
         "_accumulators",
-        lambda request, method: shares(request, replace(method, level="sharded")),
+        lambda request, method: shards(request, replace(method, level="sharded")),
     )
 
 

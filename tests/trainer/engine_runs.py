@@ -20,9 +20,9 @@ from flora_dist.trainer.data import Order, read_corpus
 from flora_dist.trainer.engine import build_learner, check_learner
 from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
-from flora_dist.trainer.loop import Job, accumulate, train
+from flora_dist.trainer.loop import TrainingRun, accumulate, train
 from flora_dist.trainer.metrics import Metrics
-from flora_dist.trainer.plan import make_plan
+from flora_dist.trainer.preflight import check_run
 from flora_dist.trainer.progress import Silence
 from flora_dist.trainer.replicated import Learner, World
 from flora_dist.trainer.tokenizer import ByteTokenizer
@@ -44,7 +44,7 @@ def trained(overrides: list[str]) -> dict[str, Any]:
     config = load_config(TINY, overrides)
     world = find_world(config.backend)
     _, learner = _learner(config, world)
-    measured = train(_job(config, world, learner), **_quietly())
+    measured = train(_training_run(config, world, learner), **_quietly())
     optimizer = learner.optimizer
     reported = optimizer.report().state_bytes if isinstance(optimizer, Flora) else None
     learner.spread.close()
@@ -55,7 +55,7 @@ def saved_and_resumed(overrides: list[str], folder: str) -> list[tuple[list[Any]
     """Train whole, then from the second step on; records, and hashes of weights and state."""
     config = load_config(TINY, overrides)
     world = find_world(config.backend)
-    identity = make_plan(config, world).identity
+    identity = check_run(config, world).identity
     saving = CheckpointConfig(every=2, keep=None)
     found, start = [], Start()
     for name in ("whole", "resumed"):
@@ -67,7 +67,7 @@ def saved_and_resumed(overrides: list[str], folder: str) -> list[tuple[list[Any]
             place, saving, learner, identity, start, steps=config.train.steps
         ) as checkpoints:
             measured = train(
-                _job(config, world, learner),
+                _training_run(config, world, learner),
                 **_quietly(),
                 start=start.position,
                 checkpoints=checkpoints,
@@ -79,9 +79,9 @@ def saved_and_resumed(overrides: list[str], folder: str) -> list[tuple[list[Any]
     return found
 
 
-def _job(config: Config, world: World, learner: Learner) -> Job:
+def _training_run(config: Config, world: World, learner: Learner) -> TrainingRun:
     corpus = read_corpus(config.data, ByteTokenizer())
-    return Job(
+    return TrainingRun(
         config=config,
         world=world,
         corpus=corpus,

@@ -125,7 +125,7 @@ def _trained(*overrides: str) -> None:
 
     measured = loop._measured
 
-    def held_from_here(*arguments: object) -> loop.Measured:
+    def held_from_here(*arguments: object) -> loop.RunResult:
         hold()
         return measured(*arguments)  # type: ignore[arg-type]
 

@@ -10,11 +10,11 @@ from typing import Any
 from flora_dist.trainer import loop, main
 
 
-def break_down(job: loop.Job, step: int, *others: Any, **more: Any) -> object:
+def break_down(run: loop.TrainingRun, step: int, *others: Any, **more: Any) -> object:
     """In place of the loop's step: the fourth one divides by zero."""
     if step == 3:
         raise ZeroDivisionError("a fault of this process alone")
-    return take_step(job, step, *others, **more)
+    return take_step(run, step, *others, **more)
 
 
 if __name__ == "__main__":

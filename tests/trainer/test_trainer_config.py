@@ -232,7 +232,7 @@ def test_a_missing_package_is_answered_with_the_extra_to_install(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    for name in (module, *(f"flora_dist.trainer.{n}" for n in ("configfile", "plan", "run"))):
+    for name in (module, *(f"flora_dist.trainer.{n}" for n in ("configfile", "preflight", "run"))):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert cli.main(["train", "--config", str(TINY)]) == 2
     said = capsys.readouterr().err

@@ -16,7 +16,7 @@ from flora_dist.trainer.config import Config
 from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.data import IGNORED, evenly_spread
 from flora_dist.trainer.model import build_model, sum_of_losses
-from flora_dist.trainer.plan import make_plan
+from flora_dist.trainer.preflight import check_run
 from flora_dist.trainer.replicated import World
 from flora_dist.trainer.run import run
 from flora_dist.trainer.tokenizer import ByteTokenizer
@@ -43,7 +43,7 @@ def test_an_export_loads_in_transformers_with_the_loss_of_the_run_and_generates(
     assert main(["export", str(trained), str(out)]) == 0
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    corpus = make_plan(tiny(), ALONE).corpus
+    corpus = check_run(tiny(), ALONE).corpus
     inputs, labels = corpus.validation.batch(evenly_spread(len(corpus.validation), 10))
     with torch.no_grad():
         loss = float(sum_of_losses(model.eval(), inputs, labels)) / int((labels != IGNORED).sum())
@@ -76,7 +76,7 @@ def test_a_run_starts_from_the_weights_of_another_and_none_of_its_state(
     trained: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
     warm = tiny(FLORA, "output.name=warm", "model.config=null", f"model.pretrained={trained}")
-    weights = build_model(warm.model, make_plan(warm, ALONE).network, seed=0).state_dict()
+    weights = build_model(warm.model, check_run(warm, ALONE).network, seed=0).state_dict()
     exported = tmp_path / "exported"
     assert main(["export", str(trained), str(exported)]) == 0
     same = AutoModelForCausalLM.from_pretrained(exported).state_dict()

@@ -30,11 +30,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def poison(number: int) -> None:
         take_step = loop._take_step
 
-        def poisoning(job: loop.Job, step: int, *others: Any, **more: Any) -> Any:
+        def poisoning(run: loop.TrainingRun, step: int, *others: Any, **more: Any) -> Any:
             if step == number - 1:
                 with torch.no_grad():
-                    job.spread.module.get_input_embeddings().weight[200] = torch.nan
-            return take_step(job, step, *others, **more)
+                    run.spread.module.get_input_embeddings().weight[200] = torch.nan
+            return take_step(run, step, *others, **more)
 
         monkeypatch.setattr(loop, "_take_step", poisoning)
 

@@ -16,7 +16,7 @@ from flora_dist.trainer.config import Config
 from flora_dist.trainer.metrics import TIMED
 from flora_dist.trainer.model import build_model, sum_of_losses
 from flora_dist.trainer.optimizers import build_optimizer
-from flora_dist.trainer.plan import make_plan
+from flora_dist.trainer.preflight import check_run
 from flora_dist.trainer.progress import open_progress
 from flora_dist.trainer.replicated import World
 from flora_dist.trainer.run import run
@@ -63,9 +63,9 @@ def test_metrics_are_what_they_are_called(optimizer: str, tiny: Tiny, tmp_path: 
     config = tiny(f"optimizer={optimizer}", "train.max_grad_norm=0.01")
     assert run(config) == 0
     records = metrics(tmp_path / "tiny")
-    plan = make_plan(tiny("output.name=other"), ALONE)
-    model = build_model(config.model, plan.network, seed=0)
-    inputs, labels = plan.corpus.train.batch(plan.order.global_indices(0))
+    checked = check_run(tiny("output.name=other"), ALONE)
+    model = build_model(config.model, checked.network, seed=0)
+    inputs, labels = checked.corpus.train.batch(checked.order.global_indices(0))
     loss = sum_of_losses(model, inputs, labels) / int((labels != -100).sum())
     norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters())))
     assert records[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)  # before clipping
@@ -88,7 +88,7 @@ def test_weight_decay_shrinks_matrices_and_no_norm_or_bias(name: str, tiny: Tiny
     def after_a_step_without_gradient(*overrides: str) -> dict[str, float]:
         options = f"optimizer={{name: {name}, lr: 0.5, weight_decay: 0.5}}"
         config = tiny(options, *overrides)
-        model = build_model(config.model, make_plan(config, ALONE).network, seed=0)
+        model = build_model(config.model, check_run(config, ALONE).network, seed=0)
         optimizer = build_optimizer(config.optimizer, model.named_parameters(), seed=0)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         for p in model.parameters():

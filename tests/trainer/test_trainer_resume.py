@@ -34,10 +34,10 @@ def before_step(number: int, action: Callable[[], object]) -> Iterator[None]:
     """Do something before a step is taken, counted from 1."""
     take_step = loop._take_step
 
-    def spied(job: loop.Job, step: int, *others: Any, **more: Any) -> Any:
+    def spied(run: loop.TrainingRun, step: int, *others: Any, **more: Any) -> Any:
         if step == number - 1:
             action()
-        return take_step(job, step, *others, **more)
+        return take_step(run, step, *others, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_take_step", spied)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from flora_dist.cluster.planner.config_file import FAMILIES, read_model
+from flora_dist.cluster.planner.estimate import GIB, estimate
 from flora_dist.cluster.planner.methods import (
     DEFAULT_GALORE_SHARE,
     DEFAULT_LORA_RANK,
@@ -20,7 +21,6 @@ from flora_dist.cluster.planner.methods import (
 )
 from flora_dist.cluster.planner.model import Model
 from flora_dist.cluster.planner.picture import check_picture, draw
-from flora_dist.cluster.planner.plan import GIB, plan
 from flora_dist.cluster.planner.request import (
     BACKENDS,
     PRECISIONS,
@@ -30,7 +30,7 @@ from flora_dist.cluster.planner.request import (
     check_positive,
     check_whole,
 )
-from flora_dist.cluster.planner.search import LIMIT, Found, largest_micro_batch, search
+from flora_dist.cluster.planner.search import LIMIT, SmallestCluster, largest_micro_batch, search
 from flora_dist.cluster.planner.table import search_table, table
 from flora_dist.cluster.planner.verdict import verdict
 from flora_dist.core.state.settings import MOMENTA, STATE_DTYPES, FloraConfig
@@ -148,7 +148,7 @@ def _answer(parsed: argparse.Namespace) -> str:
     if parsed.picture is not None:
         check_picture(parsed.picture)
     request, memory = _request(parsed), round(parsed.memory * GIB)
-    plans = [plan(request, method) for method in compared(request)]
+    plans = [estimate(request, method) for method in compared(request)]
     found = search(request, compared, memory) if parsed.search else []
     if parsed.picture is not None:
         draw(request, plans, memory=memory, path=parsed.picture)
@@ -169,9 +169,9 @@ def _answer(parsed: argparse.Namespace) -> str:
     return text + (search_table(request, found, memory=memory) if found else "")
 
 
-def _told(found: Found) -> dict[str, object]:
+def _told(found: SmallestCluster) -> dict[str, object]:
     fits = {"nodes": found.nodes, "gpus": found.gpus} if found.fits else None
-    return {"method": found.plan.label, "fits": fits, "total_bytes": found.plan.total}
+    return {"method": found.estimate.label, "fits": fits, "total_bytes": found.estimate.total}
 
 
 def _request(parsed: argparse.Namespace) -> Request:

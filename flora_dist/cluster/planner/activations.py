@@ -45,7 +45,7 @@ _INDEX = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class MicroBatchShape:
     """One micro-batch on a rank."""
 
     sequences: int
@@ -67,7 +67,9 @@ class Batch:
         return self.sequences * self.length
 
 
-def activation_bytes(model: Model, batch: Batch, fused: tuple[int, int] | None = None) -> int:
+def activation_bytes(
+    model: Model, batch: MicroBatchShape, fused: tuple[int, int] | None = None
+) -> int:
     """Bytes kept at the fullest moment.
 
     Args:
@@ -93,13 +95,13 @@ def _multiplied(model: Model) -> int:
     return linears + model.sizes.vocabulary * model.sizes.hidden
 
 
-def logits_gradient_bytes(model: Model, batch: Batch) -> int:
+def logits_gradient_bytes(model: Model, batch: MicroBatchShape) -> int:
     """The gradient of the logits: in fp32, and its copy in a lower precision."""
     low = 0 if batch.element == 4 else batch.element
     return batch.tokens * model.sizes.vocabulary * (4 + low)
 
 
-def _layer(model: Model, place: int, batch: Batch, fused: tuple[int, int] | None) -> int:
+def _layer(model: Model, place: int, batch: MicroBatchShape, fused: tuple[int, int] | None) -> int:
     if model.family == "gpt2":
         return _gpt2_layer(model.sizes, batch)
     if model.family == "t5":
@@ -107,7 +109,9 @@ def _layer(model: Model, place: int, batch: Batch, fused: tuple[int, int] | None
     return _decoder_layer(model, place, batch, fused)
 
 
-def _decoder_layer(model: Model, place: int, batch: Batch, fused: tuple[int, int] | None) -> int:
+def _decoder_layer(
+    model: Model, place: int, batch: MicroBatchShape, fused: tuple[int, int] | None
+) -> int:
     sizes, hidden = model.sizes, model.sizes.hidden
     queries, keys = sizes.heads * sizes.head_width, sizes.key_value_heads * sizes.head_width
     inputs = (5 if batch.autocast else 2) * hidden
@@ -122,7 +126,7 @@ def _decoder_layer(model: Model, place: int, batch: Batch, fused: tuple[int, int
     return norms + batch.tokens * (kept * batch.element + 4 * sizes.heads) + feed
 
 
-def _block(sizes: Sizes, batch: Batch, fused: tuple[int, int] | None) -> int:
+def _block(sizes: Sizes, batch: MicroBatchShape, fused: tuple[int, int] | None) -> int:
     """Gate, its activation, up, and their product: what the last matrix multiplies."""
     product = sizes.inner if fused is None else _sketch(sizes.inner, fused)
     return batch.tokens * (3 * sizes.inner + product) * batch.element
@@ -132,7 +136,7 @@ def _has_experts(sizes: Sizes, place: int) -> bool:
     return sizes.experts is not None and place in sizes.experts.layers
 
 
-def _experts(sizes: Sizes, batch: Batch) -> int:
+def _experts(sizes: Sizes, batch: MicroBatchShape) -> int:
     """As grouped products (transformers' grouped_mm): pairs of a token and an expert, sorted."""
     experts, hidden = sizes.experts, sizes.hidden
     assert experts is not None
@@ -146,7 +150,7 @@ def _experts(sizes: Sizes, batch: Batch) -> int:
     return pairs * of_pairs + batch.tokens * (router + shared) + 4 * experts.count
 
 
-def _gpt2_layer(sizes: Sizes, batch: Batch) -> int:
+def _gpt2_layer(sizes: Sizes, batch: MicroBatchShape) -> int:
     """Conv1D keeps X, also where linear layers are fused."""
     hidden = sizes.hidden
     activation = 5 if sizes.composed_gelu else 2
@@ -155,7 +159,7 @@ def _gpt2_layer(sizes: Sizes, batch: Batch) -> int:
     return batch.tokens * (kept * batch.element + norms + 4 * sizes.heads)
 
 
-def _t5_layer(sizes: Sizes, place: int, batch: Batch) -> int:
+def _t5_layer(sizes: Sizes, place: int, batch: MicroBatchShape) -> int:
     tokens, element, hidden = batch.tokens, batch.element, sizes.hidden
     wide, is_decoder = sizes.heads * sizes.head_width, place >= sizes.encoder_layers
     scores = _FP32 * (batch.length * sizes.heads + 3 * wide) + wide * element
@@ -167,13 +171,13 @@ def _t5_layer(sizes: Sizes, place: int, batch: Batch) -> int:
     return norms + tokens * (scores + is_decoder * flash + products + inputs) + mask
 
 
-def _t5_norm(sizes: Sizes, batch: Batch) -> int:
+def _t5_norm(sizes: Sizes, batch: MicroBatchShape) -> int:
     """In fp32 what it scales is its input."""
     copy = 0 if batch.norm_element == _FP32 else sizes.hidden * batch.norm_element
     return batch.tokens * (_FP32 * (sizes.hidden + 1) + sizes.hidden * batch.norm_element + copy)
 
 
-def _rest(model: Model, batch: Batch, fused: tuple[int, int] | None) -> int:
+def _rest(model: Model, batch: MicroBatchShape, fused: tuple[int, int] | None) -> int:
     sizes, tokens = model.sizes, batch.tokens
     head = (sizes.hidden if fused is None else _sketch(sizes.hidden, fused)) * batch.element
     logits = tokens * 4 * sizes.vocabulary
@@ -190,7 +194,7 @@ def _rest(model: Model, batch: Batch, fused: tuple[int, int] | None) -> int:
     return norm + between + tokens * head + logits + 2 * tokens * _INDEX
 
 
-def _norm(model: Model, batch: Batch, rows: int, width: int) -> int:
+def _norm(model: Model, batch: MicroBatchShape, rows: int, width: int) -> int:
     if model.family == "gemma":
         return rows * _FP32 * (2 * width + 1) + _FP32 * width
     return rows * (_FP32 * (width + 1) + width * batch.norm_element)

@@ -38,8 +38,8 @@ from functools import partial
 from flora_dist.cluster.planner.activations import activation_bytes, logits_gradient_bytes
 from flora_dist.cluster.planner.methods import FP32, Method
 from flora_dist.cluster.planner.model import ROOT, TABLES, Parameter
-from flora_dist.cluster.planner.request import DENSE, Cut, Request
-from flora_dist.cluster.planner.shares import Share, line_length, shares_by_rank
+from flora_dist.cluster.planner.request import DENSE, Request, Sharding
+from flora_dist.cluster.planner.shards import Shard, line_length, shards_by_rank
 from flora_dist.cluster.planner.wire import sketch_numbers
 
 PERSISTENT = 100_000
@@ -47,14 +47,14 @@ PERSISTENT = 100_000
 MAX_LIVE = 1_000_000_000
 """Elements that ZeRO-3 gathers at most: stage3_max_live_parameters."""
 FP64 = 8
-Ranks = Sequence[Sequence[Share]]
+Ranks = Sequence[Sequence[Shard]]
 """Shares of every rank that may hold most of something."""
 CATEGORIES = ("weights", "gradients", "accumulators", "state", "activations", "temporary")
 """In the order in which they are shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class CategoryBytes:
     """Bytes of one category on the rank that holds most of it."""
 
     total: int
@@ -62,30 +62,30 @@ class Held:
     """Of them, of embeddings and head."""
 
 
-def memory(request: Request, method: Method) -> dict[str, Held]:
+def memory(request: Request, method: Method) -> dict[str, CategoryBytes]:
     """Bytes by category."""
-    ranks = shares_by_rank(method.trained, method.backend.cut, request.shards)
+    ranks = shards_by_rank(method.trained, method.backend.sharding, request.shards)
     return {
         "weights": _weights(request, method, ranks),
         "gradients": _gradients(request, method, ranks),
         "accumulators": _accumulators(request, method),
-        "state": _most(_sum(shares, method.state) for shares in ranks),
-        "activations": Held(total=_activations(request, method)),
-        "temporary": Held(total=_temporary(request, method)),
+        "state": _most(_sum(shards, method.state) for shards in ranks),
+        "activations": CategoryBytes(total=_activations(request, method)),
+        "temporary": CategoryBytes(total=_temporary(request, method)),
     }
 
 
-def _most(held: Iterable[Held]) -> Held:
+def _most(held: Iterable[CategoryBytes]) -> CategoryBytes:
     return max(held, key=lambda each: each.total)
 
 
-def _sum(shares: Iterable[Share], of: Callable[[Share], int]) -> Held:
-    found = [(share.parameter.kind in TABLES, of(share)) for share in shares]
-    return _held(found)
+def _sum(shards: Iterable[Shard], of: Callable[[Shard], int]) -> CategoryBytes:
+    found = [(shard.parameter.kind in TABLES, of(shard)) for shard in shards]
+    return _category(found)
 
 
-def _held(found: Sequence[tuple[bool, int]]) -> Held:
-    return Held(
+def _category(found: Sequence[tuple[bool, int]]) -> CategoryBytes:
+    return CategoryBytes(
         total=sum(size for _, size in found),
         tables=sum(size for is_table, size in found if is_table),
     )
@@ -94,76 +94,76 @@ def _held(found: Sequence[tuple[bool, int]]) -> Held:
 # ---- weights
 
 
-def _frozen_cut(method: Method) -> Cut:
+def _frozen_sharding(method: Method) -> Sharding:
     """ZeRO 1 and 2 leave what is not trained whole."""
-    return "whole" if method.backend.cut == "line" else method.backend.cut
+    return "whole" if method.backend.sharding == "line" else method.backend.sharding
 
 
-def _weights(request: Request, method: Method, ranks: Ranks) -> Held:
+def _weights(request: Request, method: Method, ranks: Ranks) -> CategoryBytes:
     backend, element, masters = method.backend, method.element, 0 if method.is_pure else FP32
     if backend.stage is None:
-        trained = _sum(ranks[0], lambda share: (masters or element) * share.stored)
-    elif backend.cut == "whole":
+        trained = _sum(ranks[0], lambda shard: (masters or element) * shard.stored)
+    elif backend.sharding == "whole":
         copies = 0 if element == FP32 else FP32
-        trained = _sum(ranks[0], lambda share: (element + copies) * share.stored)
-    elif backend.cut == "line":
+        trained = _sum(ranks[0], lambda shard: (element + copies) * shard.stored)
+    elif backend.sharding == "line":
         trained = _line_weights(request, method, ranks)
     else:
-        trained = _sum(ranks[0], lambda share: _chunk_bytes(share, element, masters))
-    frozen = shares_by_rank(method.frozen, _frozen_cut(method), request.shards)[0]
-    rest = _sum(frozen, lambda share: element * share.stored)
-    return Held(total=trained.total + rest.total, tables=trained.tables + rest.tables)
+        trained = _sum(ranks[0], lambda shard: _chunk_bytes(shard, element, masters))
+    frozen = shards_by_rank(method.frozen, _frozen_sharding(method), request.shards)[0]
+    rest = _sum(frozen, lambda shard: element * shard.stored)
+    return CategoryBytes(total=trained.total + rest.total, tables=trained.tables + rest.tables)
 
 
-def _line_weights(request: Request, method: Method, ranks: Ranks) -> Held:
+def _line_weights(request: Request, method: Method, ranks: Ranks) -> CategoryBytes:
     """The whole line, and fp32 masters of one part of it, both with their padding.
 
     All parts are of one size; of tables, the part that has most of them.
     """
     line = line_length(method.trained, request.shards)
     tables = sum(p.numel for p in method.trained if p.kind in TABLES)
-    owned = max(_sum(shares, lambda share: share.elements).tables for shares in ranks)
+    owned = max(_sum(shards, lambda shard: shard.elements).tables for shards in ranks)
     masters = 0 if method.is_pure else FP32
-    return Held(
+    return CategoryBytes(
         total=method.element * line + masters * line // request.shards,
         tables=method.element * tables + masters * owned,
     )
 
 
-def _chunk_bytes(share: Share, element: int, masters: int) -> int:
-    whole = element * share.parameter.numel if share.parameter.numel < PERSISTENT else 0
-    return (element + masters) * share.stored + whole
+def _chunk_bytes(shard: Shard, element: int, masters: int) -> int:
+    whole = element * shard.parameter.numel if shard.parameter.numel < PERSISTENT else 0
+    return (element + masters) * shard.stored + whole
 
 
 # ---- gradients
 
 
-def _gradients(request: Request, method: Method, ranks: Ranks) -> Held:
+def _gradients(request: Request, method: Method, ranks: Ranks) -> CategoryBytes:
     backend, element = method.backend, method.element
     if method.in_backward:
-        return Held(total=element * _largest(method.trained))
+        return CategoryBytes(total=element * _largest(method.trained))
     dense = frozenset(p.name for p in method.trained if method.sketch_of(p) is None)
     unsynchronised = request.accumulate > 1 and method.level != "sharded"
     bucket = element * _bucket(request, method)
-    if backend.cut == "each":
+    if backend.sharding == "each":
         flat = _sum(
-            ranks[0], lambda share: element * share.stored * (share.parameter.name in dense)
+            ranks[0], lambda shard: element * shard.stored * (shard.parameter.name in dense)
         )
-        return Held(total=flat.total + bucket, tables=flat.tables)
-    if backend.cut == "line":
-        parts = _most(_sum(shares, partial(_whole_bytes, element, dense)) for shares in ranks)
+        return CategoryBytes(total=flat.total + bucket, tables=flat.tables)
+    if backend.sharding == "line":
+        parts = _most(_sum(shards, partial(_whole_bytes, element, dense)) for shards in ranks)
         is_kept = backend.stage == 1 and unsynchronised
         if not is_kept:
             return parts
         between = _whole(method, dense, element)
         return _most([parts, replace(between, total=between.total + bucket)])
-    if backend.cut == "rows" and unsynchronised:
+    if backend.sharding == "rows" and unsynchronised:
         return _whole(method, dense, FP32)  # as they are reduced
     if backend.stage is None:
         element = _own_element(method)
-    if backend.cut == "whole":
+    if backend.sharding == "whole":
         return _whole(method, dense, element)
-    return _sum(ranks[0], lambda share: element * share.stored * (share.parameter.name in dense))
+    return _sum(ranks[0], lambda shard: element * shard.stored * (shard.parameter.name in dense))
 
 
 def _own_element(method: Method) -> int:
@@ -171,15 +171,15 @@ def _own_element(method: Method) -> int:
     return method.element if method.is_pure else FP32
 
 
-def _whole(method: Method, dense: frozenset[str], element: int) -> Held:
-    return _held(
+def _whole(method: Method, dense: frozenset[str], element: int) -> CategoryBytes:
+    return _category(
         [(p.kind in TABLES, element * p.numel * (p.name in dense)) for p in method.trained]
     )
 
 
-def _whole_bytes(element: int, dense: frozenset[str], share: Share) -> int:
+def _whole_bytes(element: int, dense: frozenset[str], shard: Shard) -> int:
     """A parameter of which a piece is in the part has a whole gradient there."""
-    return element * share.parameter.numel * (share.parameter.name in dense)
+    return element * shard.parameter.numel * (shard.parameter.name in dense)
 
 
 def _bucket(request: Request, method: Method) -> int:
@@ -201,20 +201,20 @@ def _numel(parameters: Iterable[Parameter]) -> int:
 # ---- accumulators
 
 
-def _accumulators(request: Request, method: Method) -> Held:
+def _accumulators(request: Request, method: Method) -> CategoryBytes:
     if method.level == DENSE:
-        return Held(total=0)
-    cut: Cut = method.backend.cut if method.level == "sharded" else "whole"
+        return CategoryBytes(total=0)
+    sharding: Sharding = method.backend.sharding if method.level == "sharded" else "whole"
 
-    def both(share: Share) -> int:
-        return FP32 * (sketch_numbers(share, method.sketch) + _matrix(share, method))
+    def both(shard: Shard) -> int:
+        return FP32 * (sketch_numbers(shard, method.sketch) + _matrix(shard, method))
 
-    return _sum(shares_by_rank(method.trained, cut, request.shards)[0], both)
+    return _sum(shards_by_rank(method.trained, sharding, request.shards)[0], both)
 
 
-def _matrix(share: Share, method: Method) -> int:
+def _matrix(shard: Shard, method: Method) -> int:
     """Numbers of A, of the coming step and the last."""
-    geometry = method.sketch_of(share.parameter)
+    geometry = method.sketch_of(shard.parameter)
     if geometry is None or geometry.rank is None:
         return 0
     return 2 * geometry.num_matrices * geometry.rank * geometry.block
@@ -249,7 +249,7 @@ def _adapter_numbers(method: Method) -> int:
 
 def _temporary(request: Request, method: Method) -> int:
     logits = logits_gradient_bytes(request.model, request.batch)
-    found = _TEMPORARY[method.backend.cut](request, method, logits)
+    found = _TEMPORARY[method.backend.sharding](request, method, logits)
     if method.level == DENSE or method.element == FP32:
         return found
     return max(found, (method.element + FP32) * _largest(method.trained))

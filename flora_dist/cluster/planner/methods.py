@@ -39,7 +39,7 @@ from flora_dist.cluster.planner.request import (
     Backend,
     Request,
 )
-from flora_dist.cluster.planner.shares import Share
+from flora_dist.cluster.planner.shards import Shard
 from flora_dist.core.records import FULL_BITS
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry, geometry_at, state_tensors
@@ -69,7 +69,7 @@ class Method:
     """Of ``PRECISIONS``."""
     trained: tuple[Parameter, ...]
     frozen: tuple[Parameter, ...] = ()
-    state: Callable[[Share], int]
+    state: Callable[[Shard], int]
     """Bytes for what a rank holds of a parameter."""
     flora: FloraConfig | None = None
     """None: another optimizer."""
@@ -180,76 +180,76 @@ def _geometry(shape: tuple[int, ...], rank: int | None, block: int | str, bits: 
 # ---- state
 
 
-def flora_state(share: Share, *, config: FloraConfig) -> int:
+def flora_state(shard: Shard, *, config: FloraConfig) -> int:
     """Bytes of the tensors of ``state_tensors`` that a rank keeps for its tiles."""
-    shape, bits = share.parameter.shape, config.sketch_bits
+    shape, bits = shard.parameter.shape, config.sketch_bits
     geometry = _geometry(shape, config.rank, config.block, bits)
     return sum(
-        _numbers(share, entry.along, entry.block, entry.shape, entry.name)
+        _numbers(shard, entry.along, entry.block, entry.shape, entry.name)
         * {"bfloat16": 2, "uint8": 1}.get(entry.dtype, FP32)
         for entry in state_tensors(geometry, config)
     )
 
 
-def _numbers(share: Share, along: str, block: int, shape: tuple[int, ...], name: str) -> int:
+def _numbers(shard: Shard, along: str, block: int, shape: tuple[int, ...], name: str) -> int:
     if along == "elements":
-        return share.elements
+        return shard.elements
     if along == "columns":  # of every matrix that is touched, whole
-        return (share.tiles[-1].matrices[1] - share.tiles[0].matrices[0]) * shape[-1]
-    entries = sum(tile.num_blocks(block) for tile in share.tiles)
+        return (shard.tiles[-1].matrices[1] - shard.tiles[0].matrices[0]) * shape[-1]
+    entries = sum(tile.num_blocks(block) for tile in shard.tiles)
     return entries if name == "row" else entries * shape[-1]
 
 
-def adamw_state(share: Share) -> int:
+def adamw_state(shard: Shard) -> int:
     """Two fp32 moments."""
-    return 2 * FP32 * share.elements
+    return 2 * FP32 * shard.elements
 
 
-def adamw_8bit_state(share: Share) -> int:
+def adamw_8bit_state(shard: Shard) -> int:
     """Two moments of a byte, and their scales."""
-    if share.elements < SMALLEST_8BIT:
-        return adamw_state(share)
-    return 2 * (share.elements + FP32 * math.ceil(share.elements / CODES_PER_SCALE))
+    if shard.elements < SMALLEST_8BIT:
+        return adamw_state(shard)
+    return 2 * (shard.elements + FP32 * math.ceil(shard.elements / CODES_PER_SCALE))
 
 
-def adamw_4bit_state(share: Share) -> int:
+def adamw_4bit_state(shard: Shard) -> int:
     """Two moments of half a byte, and their scales."""
-    if share.elements < SMALLEST_8BIT:
-        return adamw_state(share)
-    scales = math.ceil(share.elements / CODES_PER_SCALE_4BIT)
-    return 2 * (math.ceil(share.elements / 2) + FP32 * scales)
+    if shard.elements < SMALLEST_8BIT:
+        return adamw_state(shard)
+    scales = math.ceil(shard.elements / CODES_PER_SCALE_4BIT)
+    return 2 * (math.ceil(shard.elements / 2) + FP32 * scales)
 
 
-def muon_state(share: Share) -> int:
+def muon_state(shard: Shard) -> int:
     """One momentum of a matrix of the layers, experts' among them; AdamW's for the rest."""
-    is_matrix = share.parameter.kind in {"matrix", "experts"}
-    return FP32 * share.elements if is_matrix else adamw_state(share)
+    is_matrix = shard.parameter.kind in {"matrix", "experts"}
+    return FP32 * shard.elements if is_matrix else adamw_state(shard)
 
 
-def galore_state(share: Share, *, rank: int) -> int:
+def galore_state(shard: Shard, *, rank: int) -> int:
     """Projector and low-rank moments of a matrix, in bfloat16; AdamW's, likewise, for the rest."""
-    sides = _sides(share.parameter, rank)
+    sides = _sides(shard.parameter, rank)
     if sides is None:
-        return 2 * BF16 * share.elements
+        return 2 * BF16 * shard.elements
     many, low, high = sides
     return BF16 * many * (rank * low + 2 * rank * high)
 
 
-def galore_8bit_state(share: Share, *, rank: int) -> int:
+def galore_8bit_state(shard: Shard, *, rank: int) -> int:
     """Moments of a byte, of a matrix in low rank; projectors in bfloat16."""
-    sides = _sides(share.parameter, rank)
+    sides = _sides(shard.parameter, rank)
     if sides is None:
-        return adamw_8bit_state(share)
+        return adamw_8bit_state(shard)
     many, low, high = sides
     codes = rank * high + FP32 * math.ceil(rank * high / CODES_PER_SCALE)
     return many * (BF16 * rank * low + 2 * codes)
 
 
-def apollo_state(share: Share, *, rank: int) -> int:
+def apollo_state(shard: Shard, *, rank: int) -> int:
     """Low-rank moments of a matrix, a seed and a norm; AdamW's for the rest; in bfloat16."""
-    sides = _sides(share.parameter, rank)
+    sides = _sides(shard.parameter, rank)
     if sides is None:
-        return 2 * BF16 * share.elements
+        return 2 * BF16 * shard.elements
     many, _, high = sides
     return BF16 * many * (2 * rank * high + 2)
 

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from flora_dist.cluster.planner.estimate import GIB, Estimate
 from flora_dist.cluster.planner.memory import CATEGORIES
-from flora_dist.cluster.planner.plan import GIB, Plan
 from flora_dist.cluster.planner.request import Request
 
 # Told apart by people who do not see red and green alike (Okabe & Ito).
@@ -38,16 +38,16 @@ def check_picture(path: Path) -> None:
         ) from error
 
 
-def draw(request: Request, plans: Sequence[Plan], *, memory: int, path: Path) -> None:
+def draw(request: Request, estimates: Sequence[Estimate], *, memory: int, path: Path) -> None:
     """Write the picture; the file is whole or not there."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.6 + 0.32 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.32 * len(estimates)), layout="constrained")
     axes = figure.subplots()
-    labels = [plan.label for plan in plans]
-    starts = [0.0] * len(plans)
+    labels = [each.label for each in estimates]
+    starts = [0.0] * len(estimates)
     for category, colour in zip(CATEGORIES, _COLOURS, strict=True):
-        sizes = [plan.held[category].total / GIB for plan in plans]
+        sizes = [each.held[category].total / GIB for each in estimates]
         axes.barh(labels, sizes, left=starts, color=colour, label=category, height=0.7)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
     for place, end in enumerate(starts):

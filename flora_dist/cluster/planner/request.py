@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan is asked about, checked once: model, cluster, batch and Flora's settings."""
+"""What an estimate is asked about, checked once: model, cluster, batch and Flora's settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flora_dist.cluster.planner.activations import Batch
+from flora_dist.cluster.planner.activations import MicroBatchShape
 from flora_dist.cluster.planner.model import Model
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import LEVELS
@@ -19,7 +19,7 @@ WIRE_DTYPES = {"float32": 4, "bfloat16": 2}
 """Of sketches on the wire -> bytes of a number."""
 DENSE = LEVELS[0]
 
-Cut = Literal["whole", "rows", "line", "each"]
+Sharding = Literal["whole", "rows", "line", "each"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Backend:
     """How a framework holds a model."""
 
     name: str
-    cut: Cut
+    sharding: Sharding
     """Whole on every rank; FSDP2's chunks of rows; ZeRO's one line in equal parts (1, 2); each
     parameter in equal chunks (3)."""
     stage: int | None = None
@@ -41,17 +41,17 @@ class Backend:
         return self.stage != 0
 
 
-_UNCUT = tuple(level for level in LEVELS if level != "sharded")
+_UNSHARDED = tuple(level for level in LEVELS if level != "sharded")
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(name="ddp", cut="whole", levels=_UNCUT),
-        Backend(name="fsdp2", cut="rows"),
-        Backend(name="hsdp", cut="rows"),
-        Backend(name="zero0", cut="whole", stage=0, levels=_UNCUT),
-        Backend(name="zero1", cut="line", stage=1, levels=_UNCUT),
-        Backend(name="zero2", cut="line", stage=2, levels=_UNCUT),
-        Backend(name="zero3", cut="each", stage=3, levels=_UNCUT),
+        Backend(name="ddp", sharding="whole", levels=_UNSHARDED),
+        Backend(name="fsdp2", sharding="rows"),
+        Backend(name="hsdp", sharding="rows"),
+        Backend(name="zero0", sharding="whole", stage=0, levels=_UNSHARDED),
+        Backend(name="zero1", sharding="line", stage=1, levels=_UNSHARDED),
+        Backend(name="zero2", sharding="line", stage=2, levels=_UNSHARDED),
+        Backend(name="zero3", sharding="each", stage=3, levels=_UNSHARDED),
     )
 }
 """Name -> how it holds a model."""
@@ -131,9 +131,9 @@ class Request:
         return PRECISIONS[self.precision]
 
     @property
-    def batch(self) -> Batch:
+    def batch(self) -> MicroBatchShape:
         """A rank's micro-batch."""
-        return Batch(
+        return MicroBatchShape(
             sequences=self.micro_batch,
             length=self.sequence_length,
             element=self.element,

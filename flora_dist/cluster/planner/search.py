@@ -7,8 +7,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from flora_dist.cluster.planner.estimate import Estimate, estimate
 from flora_dist.cluster.planner.methods import Method
-from flora_dist.cluster.planner.plan import Plan, plan
 from flora_dist.cluster.planner.request import Request
 
 LIMIT = 1024
@@ -18,7 +18,7 @@ Methods = Callable[[Request], Iterator[Method]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class SmallestCluster:
     """Where a method fits first."""
 
     nodes: int
@@ -26,11 +26,11 @@ class Found:
     """Per node."""
     fits: bool
     """False: not even here, on the largest cluster that was tried."""
-    plan: Plan
+    estimate: Estimate
     """On that cluster."""
 
 
-def search(request: Request, methods: Methods, memory: int) -> list[Found]:
+def search(request: Request, methods: Methods, memory: int) -> list[SmallestCluster]:
     """Find for each method the fewest ranks whose fullest holds at most ``memory`` bytes.
 
     A rank of a larger cluster is taken to hold no more, which padding breaks by a few bytes.
@@ -50,7 +50,7 @@ def largest_micro_batch(request: Request, methods: Methods, memory: int) -> int:
 
     def too_much(sequences: int) -> bool:
         asked = replace(request, micro_batch=sequences)
-        return plan(asked, next(methods(asked))).total > memory
+        return estimate(asked, next(methods(asked))).total > memory
 
     limit = 1
     while not too_much(limit) and limit < LIMIT:
@@ -58,18 +58,20 @@ def largest_micro_batch(request: Request, methods: Methods, memory: int) -> int:
     return bisect_left(range(1, limit + 1), 1, key=too_much)
 
 
-def _first(clusters: Sequence[Request], methods: Methods, place: int, memory: int) -> Found:
-    def planned(index: int) -> Plan:
-        return plan(clusters[index], [*methods(clusters[index])][place])
+def _first(
+    clusters: Sequence[Request], methods: Methods, place: int, memory: int
+) -> SmallestCluster:
+    def estimated(index: int) -> Estimate:
+        return estimate(clusters[index], [*methods(clusters[index])][place])
 
-    chosen = bisect_left(range(len(clusters)), 1, key=lambda i: planned(i).total <= memory)
+    chosen = bisect_left(range(len(clusters)), 1, key=lambda i: estimated(i).total <= memory)
     index = min(chosen, len(clusters) - 1)
-    found = planned(index)
-    return Found(
+    found = estimated(index)
+    return SmallestCluster(
         nodes=clusters[index].nodes,
         gpus=clusters[index].gpus,
         fits=found.total <= memory,
-        plan=found,
+        estimate=found,
     )
 
 

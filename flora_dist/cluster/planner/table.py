@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from flora_dist.cluster.planner.activations import STATED
+from flora_dist.cluster.planner.estimate import GIB, Estimate
 from flora_dist.cluster.planner.memory import CATEGORIES
 from flora_dist.cluster.planner.methods import STATES
 from flora_dist.cluster.planner.model import TABLES
-from flora_dist.cluster.planner.plan import GIB, Plan
 from flora_dist.cluster.planner.request import Request
-from flora_dist.cluster.planner.search import LIMIT, Found
+from flora_dist.cluster.planner.search import LIMIT, SmallestCluster
 from flora_dist.cluster.planner.verdict import verdict
 
 MIB = 2**20
@@ -20,16 +20,21 @@ _WIDTH = 12
 
 
 def table(
-    request: Request, plans: Sequence[Plan], *, memory: int, micro_batch: int, gigabits: float
+    request: Request,
+    estimates: Sequence[Estimate],
+    *,
+    memory: int,
+    micro_batch: int,
+    gigabits: float,
 ) -> str:
-    """The answer to a request; the first plan is the one asked for.
+    """The answer to a request; the first estimate is the one asked for.
 
     ``micro_batch``: the most sequences of a forward with which that one fits; 0: none.
     """
-    unit, size = ("GiB", GIB) if plans[0].total >= GIB else ("MiB", MIB)
-    lines = [*_question(request), "", *_detail(plans[0], unit, size), ""]
-    lines += [*_comparison(plans, unit, size, memory, gigabits), "", *verdict(plans), ""]
-    lines += [*_fitting(plans, memory, micro_batch), "", *_notes(gigabits)]
+    unit, size = ("GiB", GIB) if estimates[0].total >= GIB else ("MiB", MIB)
+    lines = [*_question(request), "", *_detail(estimates[0], unit, size), ""]
+    lines += [*_comparison(estimates, unit, size, memory, gigabits), "", *verdict(estimates), ""]
+    lines += [*_fitting(estimates, memory, micro_batch), "", *_notes(gigabits)]
     return "\n".join(lines) + "\n"
 
 
@@ -48,45 +53,46 @@ def _question(request: Request) -> Iterator[str]:
     )
 
 
-def _detail(plan: Plan, unit: str, size: int) -> Iterator[str]:
-    yield f"{plan.label}: {unit} of the rank that holds most"
+def _detail(estimate: Estimate, unit: str, size: int) -> Iterator[str]:
+    yield f"{estimate.label}: {unit} of the rank that holds most"
     header = "".join(f"{name:>{_WIDTH + 1}}" for name in (*CATEGORIES, "total"))
     yield f"{'':20}{header}"
-    totals = [held.total for held in plan.held.values()]
-    tables = [held.tables for held in plan.held.values()]
+    totals = [held.total for held in estimate.held.values()]
+    tables = [held.tables for held in estimate.held.values()]
     rest = [total - table for total, table in zip(totals, tables, strict=True)]
     for name, values in (("embeddings, head", tables), ("everything else", rest), ("", totals)):
         cells = "".join(f"{value / size:{_WIDTH + 1},.2f}" for value in (*values, sum(values)))
         yield f"{name:20}{cells}"
-    wire = ", ".join(f"{purpose} {sent / size:,.2f}" for purpose, sent in plan.wire.items())
-    yield f"sent per rank and step: {plan.sent / size:,.2f} {unit}{f' ({wire})' if wire else ''}"
+    wire = ", ".join(f"{purpose} {sent / size:,.2f}" for purpose, sent in estimate.wire.items())
+    of_them = f" ({wire})" if wire else ""
+    yield f"sent per rank and step: {estimate.sent / size:,.2f} {unit}{of_them}"
 
 
 def _comparison(
-    plans: Sequence[Plan], unit: str, size: int, memory: int, gigabits: float
+    estimates: Sequence[Estimate], unit: str, size: int, memory: int, gigabits: float
 ) -> Iterator[str]:
-    width = 2 + max(len(plan.label) for plan in plans)
+    width = 2 + max(len(estimate.label) for estimate in estimates)
     heads = ("weights", "gradients", "accumul.", "state", "activat.", "temporary", "total")
     columns = "".join(f"{head:>11}" for head in (*heads, "emb., head", "sent", "s on link"))
     yield f"{unit:{width}}{columns}  fits {memory / GIB:g} GiB"
-    for plan in plans:
-        values = [held.total for held in plan.held.values()]
-        values += [plan.total, plan.tables, plan.sent]
+    for estimate in estimates:
+        values = [held.total for held in estimate.held.values()]
+        values += [estimate.total, estimate.tables, estimate.sent]
         cells = "".join(f"{value / size:11,.2f}" for value in values)
-        fits = "yes" if plan.total <= memory else "no"
-        yield f"{plan.label:{width}}{cells}{plan.seconds(gigabits):11,.3f}  {fits}"
+        fits = "yes" if estimate.total <= memory else "no"
+        yield f"{estimate.label:{width}}{cells}{estimate.seconds(gigabits):11,.3f}  {fits}"
 
 
-def _fitting(plans: Sequence[Plan], memory: int, micro_batch: int) -> Iterator[str]:
+def _fitting(estimates: Sequence[Estimate], memory: int, micro_batch: int) -> Iterator[str]:
     """What fits, in words."""
     size = f"{memory / GIB:g} GiB"
     for words, named in (
-        (f"Fits {size}: ", [plan.label for plan in plans if plan.total <= memory]),
-        (f"Does not fit {size}: ", [plan.label for plan in plans if plan.total > memory]),
+        (f"Fits {size}: ", [each.label for each in estimates if each.total <= memory]),
+        (f"Does not fit {size}: ", [each.label for each in estimates if each.total > memory]),
     ):
         if named:
             yield from textwrap.wrap(words + "; ".join(named) + ".", 100, subsequent_indent="  ")
-    asked = plans[0].label
+    asked = estimates[0].label
     most = f"at most {micro_batch} sequences" if micro_batch else "not one sequence"
     yield f"{asked} takes {most} in a micro-batch there."
 
@@ -105,9 +111,9 @@ def _notes(gigabits: float) -> Iterator[str]:
         yield f"State of {name}: {formula}."
 
 
-def search_table(request: Request, found: Sequence[Found], *, memory: int) -> str:
+def search_table(request: Request, found: Sequence[SmallestCluster], *, memory: int) -> str:
     """Where each method fits first."""
-    width = 2 + max(len(each.plan.label) for each in found)
+    width = 2 + max(len(each.estimate.label) for each in found)
     lines = [
         "",
         f"Fewest ranks that hold it in {memory / GIB:g} GiB each, up to {request.gpus} a node and "
@@ -116,7 +122,7 @@ def search_table(request: Request, found: Sequence[Found], *, memory: int) -> st
     ]
     for each in found:
         where = f"{each.nodes} x {each.gpus}" if each.fits else "none"
-        lines.append(f"{each.plan.label:{width}}{where:>14}{each.plan.total / GIB:11,.2f}")
+        lines.append(f"{each.estimate.label:{width}}{where:>14}{each.estimate.total / GIB:11,.2f}")
     if not all(each.fits for each in found):
         lines.append("none: the GiB are those of the largest cluster tried.")
     return "\n".join(lines) + "\n"

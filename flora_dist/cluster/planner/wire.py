@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from flora_dist.cluster.planner.methods import Method, blocks_of
 from flora_dist.cluster.planner.model import ROOT, Parameter
 from flora_dist.cluster.planner.request import DENSE, WIRE_DTYPES, Request
-from flora_dist.cluster.planner.shares import Share, chunk, line_length, shares_by_rank
+from flora_dist.cluster.planner.shards import Shard, chunk, line_length, shards_by_rank
 from flora_dist.core.state.settings import FloraConfig
 
 RING_PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "all_to_all": 1}
@@ -91,11 +91,11 @@ def _of_gradients(request: Request, method: Method) -> Iterator[Payload]:
     # Level sharded: the framework reduces all of them, every time.
     reduced = method.trained if method.level == "sharded" else plain
     numel = sum(parameter.numel for parameter in reduced)
-    if backend.cut == "rows":
+    if backend.sharding == "rows":
         stored = sum(chunk(parameter, "rows", ranks) for parameter in reduced) * _FP32
         times = request.accumulate if method.level == "sharded" else 1
         yield from _scattered(request, "gradients", stored * times)
-    elif backend.cut == "each":
+    elif backend.sharding == "each":
         stored = sum(chunk(parameter, "each", ranks) for parameter in reduced) * ranks
         size = stored * method.element * request.accumulate
         yield Payload(purpose="gradients", kind="reduce_scatter", buffer=size, ranks=ranks)
@@ -111,22 +111,22 @@ def _of_sketches(request: Request, method: Method) -> Iterator[Payload]:
         return
     sketched = [p for p in method.trained if method.sketch_of(p) is not None]
     longest = max(
-        sum(sketch_numbers(share, method.sketch) for share in shares)
-        for shares in shares_by_rank(method.trained, method.backend.cut, request.shards)
+        sum(sketch_numbers(shard, method.sketch) for shard in shards)
+        for shards in shards_by_rank(method.trained, method.backend.sharding, request.shards)
     )
     line = (len(sketched) + longest) * WIRE_DTYPES[request.wire_dtype]
-    if method.backend.cut == "whole":
+    if method.backend.sharding == "whole":
         yield Payload(purpose="sketches", kind="all_reduce", buffer=line, ranks=request.ranks)
     else:
         yield from _scattered(request, "sketches", line)
 
 
-def sketch_numbers(share: Share, config: FloraConfig) -> int:
+def sketch_numbers(shard: Shard, config: FloraConfig) -> int:
     """Numbers of C for what a rank holds of a parameter; 0 where its gradient stays dense."""
-    geometry = blocks_of(share.parameter, config)
+    geometry = blocks_of(shard.parameter, config)
     if geometry.rank is None:
         return 0
-    return sum(tile.num_blocks(geometry.block) for tile in share.tiles) * geometry.rank
+    return sum(tile.num_blocks(geometry.block) for tile in shard.tiles) * geometry.rank
 
 
 def _scattered(request: Request, purpose: str, kept: int) -> Iterator[Payload]:
@@ -149,15 +149,15 @@ def _of_weights(request: Request, method: Method) -> Iterator[Payload]:
     backend, shards, element = method.backend, request.shards, method.element
     everything = (*method.trained, *method.frozen)
     size = 0
-    if backend.cut == "rows":
+    if backend.sharding == "rows":
         size = request.accumulate * sum(
             (1 if parameter.layer == ROOT else 2) * chunk(parameter, "rows", shards)
             for parameter in everything
         )
         size *= shards * element
-    elif backend.cut == "line":
+    elif backend.sharding == "line":
         size = line_length(method.trained, shards) * element
-    elif backend.cut == "each":
+    elif backend.sharding == "each":
         size = shards * element * sum(chunk(p, "each", shards) for p in everything)
         numel = sum(parameter.numel for parameter in everything)
         size *= request.accumulate * (1 if numel <= MAX_REUSE_DISTANCE else 2)
@@ -169,7 +169,7 @@ def _of_weights(request: Request, method: Method) -> Iterator[Payload]:
 
 
 def _of_messages(request: Request, method: Method) -> Iterator[Payload]:
-    if method.flora is None or method.backend.cut == "whole":
+    if method.flora is None or method.backend.sharding == "whole":
         return
     numbers = sum(_message_numbers(parameter, method.flora) for parameter in method.trained)
     yield Payload(

@@ -29,7 +29,7 @@ RESOLVED = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class CheckedRun:
     """A run whose every check has passed, and which has written nothing yet."""
 
     config: Config
@@ -86,7 +86,7 @@ def checkpoint_folder(run: Path) -> Path:
     return run / CHECKPOINTS
 
 
-def make_plan(config: Config, world: World) -> Plan:
+def check_run(config: Config, world: World) -> CheckedRun:
     """Check a run.
 
     Raises:
@@ -109,7 +109,7 @@ def make_plan(config: Config, world: World) -> Plan:
         check_sizes(config, build_optimizer(optimizer, shapes, seed=config.train.seed))
     identity = _identity(config, network, corpus)
     folder = folder_of(config)
-    plan = Plan(
+    checked = CheckedRun(
         config=config,
         world=world,
         corpus=corpus,
@@ -120,9 +120,9 @@ def make_plan(config: Config, world: World) -> Plan:
         identity=identity,
         start=find_start(config.checkpoint, checkpoint_folder(folder), identity, world),
     )
-    _check_length(plan)
-    _check_folder(plan)
-    return plan
+    _check_length(checked)
+    _check_folder(checked)
+    return checked
 
 
 def _identity(config: Config, network: Any, corpus: Corpus) -> dict[str, Any]:
@@ -148,10 +148,10 @@ def _options(optimizer: OptimizerConfig) -> dict[str, Any]:
     return {**optimizer.options, **ours}
 
 
-def _check_length(plan: Plan) -> None:
-    done, steps = plan.start.position.step, plan.config.train.steps
+def _check_length(checked: CheckedRun) -> None:
+    done, steps = checked.start.position.step, checked.config.train.steps
     # With auto, a run that was killed behind its last step has its comparison or summary to do.
-    if done > steps or (done == steps and plan.config.checkpoint.resume != AUTO):
+    if done > steps or (done == steps and checked.config.checkpoint.resume != AUTO):
         raise ValueError(
             f"train.steps must be above the checkpoint's step; it is {steps}, the checkpoint was "
             f"written after {done}. Raise train.steps."
@@ -173,14 +173,14 @@ def _check_reachable(folder: Path) -> None:
         )
 
 
-def _check_folder(plan: Plan) -> None:
-    folder, resume = plan.folder, plan.config.checkpoint.resume
-    if plan.world.speaks:
+def _check_folder(checked: CheckedRun) -> None:
+    folder, resume = checked.folder, checked.config.checkpoint.resume
+    if checked.world.speaks:
         _check_reachable(folder)
-    is_continued = plan.keeps_folder and plan.start.path is not None
+    is_continued = checked.keeps_folder and checked.start.path is not None
     if is_continued or not folder.exists():
         return
-    overwrite = plan.config.output.overwrite
+    overwrite = checked.config.output.overwrite
     if resume != AUTO and not overwrite:
         raise ValueError(
             f"a run must not overwrite another; {str(folder)!r} exists. Change output.name, set "

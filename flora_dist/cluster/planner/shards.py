@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flora_dist.cluster.planner.model import Parameter
-from flora_dist.cluster.planner.request import Cut
+from flora_dist.cluster.planner.request import Sharding
 from flora_dist.core.state.spec import matrix_sizes
 from flora_dist.core.tiles import Tile, tiles_of_span
 
@@ -24,7 +24,7 @@ ALIGNMENT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class Shard:
     """What one rank holds of one parameter; never nothing."""
 
     parameter: Parameter
@@ -35,20 +35,20 @@ class Share:
 
 
 @lru_cache(maxsize=64)
-def shares_by_rank(
-    parameters: tuple[Parameter, ...], cut: Cut, ranks: int
-) -> tuple[tuple[Share, ...], ...]:
-    """The shares of the ranks that may hold most of something.
+def shards_by_rank(
+    parameters: tuple[Parameter, ...], sharding: Sharding, ranks: int
+) -> tuple[tuple[Shard, ...], ...]:
+    """The shards of the ranks that may hold most of something.
 
     Those are all ranks of ZeRO's line, rank 0 where all are alike or rank 0 is full, and ranks at
     the ends and in the middle where every parameter is cut (neighbours cut rows in other places).
     """
-    if cut == "line":
+    if sharding == "line":
         return tuple(map(tuple, _line(parameters, ranks)))
     chosen = {0}
-    if cut == "each":
+    if sharding == "each":
         chosen = {0, 1, ranks // 2, ranks - 1} & set(range(ranks))
-    return tuple(tuple(_CUTS[cut](parameters, ranks, rank)) for rank in sorted(chosen))
+    return tuple(tuple(_BY_SHARDING[sharding](parameters, ranks, rank)) for rank in sorted(chosen))
 
 
 def line_length(parameters: Sequence[Parameter], ranks: int) -> int:
@@ -57,54 +57,54 @@ def line_length(parameters: Sequence[Parameter], ranks: int) -> int:
     return step * math.ceil(sum(parameter.numel for parameter in parameters) / step)
 
 
-def chunk(parameter: Parameter, cut: Cut, ranks: int) -> int:
+def chunk(parameter: Parameter, sharding: Sharding, ranks: int) -> int:
     """Elements that a full chunk of a parameter has, where each is cut for itself."""
-    if cut == "rows":
+    if sharding == "rows":
         rows = parameter.shape[0]
         return math.ceil(rows / ranks) * (parameter.numel // rows)
     return math.ceil(parameter.numel / ranks)
 
 
-def _whole(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Share]:
+def _whole(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Shard]:
     del ranks, rank
     for parameter in parameters:
-        yield _share(parameter, 0, parameter.numel, parameter.numel)
+        yield _shard(parameter, 0, parameter.numel, parameter.numel)
 
 
-def _rows(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Share]:
+def _rows(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Shard]:
     for parameter in parameters:
         size = chunk(parameter, "rows", ranks)
         start, stop = (min(parameter.numel, size * place) for place in (rank, rank + 1))
         if start < stop:
-            yield _share(parameter, start, stop, size)
+            yield _shard(parameter, start, stop, size)
 
 
-def _each(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Share]:
+def _each(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Shard]:
     for parameter in parameters:
         size = chunk(parameter, "each", ranks)
         start, stop = (min(parameter.numel, size * place) for place in (rank, rank + 1))
         if start < stop:
-            yield _share(parameter, start, stop, size)
+            yield _shard(parameter, start, stop, size)
 
 
-def _line(parameters: Sequence[Parameter], ranks: int) -> list[list[Share]]:
+def _line(parameters: Sequence[Parameter], ranks: int) -> list[list[Shard]]:
     size = line_length(parameters, ranks) // ranks
-    found: list[list[Share]] = [[] for _ in range(ranks)]
+    found: list[list[Shard]] = [[] for _ in range(ranks)]
     offset = 0
     for parameter in parameters:
         end = offset + parameter.numel
         for rank in range(offset // size, -(-end // size)):
             start = max(size * rank, offset) - offset
             stop = min(size * (rank + 1), end) - offset
-            found[rank].append(_share(parameter, start, stop, stop - start))
+            found[rank].append(_shard(parameter, start, stop, stop - start))
         offset = end
     return found
 
 
-def _share(parameter: Parameter, start: int, stop: int, stored: int) -> Share:
+def _shard(parameter: Parameter, start: int, stop: int, stored: int) -> Shard:
     _, rows, columns = matrix_sizes(parameter.shape)
     tiles = tiles_of_span(start, stop, num_rows=rows, num_columns=columns)
-    return Share(parameter=parameter, elements=stop - start, stored=stored, tiles=tiles)
+    return Shard(parameter=parameter, elements=stop - start, stored=stored, tiles=tiles)
 
 
-_CUTS = {"whole": _whole, "rows": _rows, "each": _each}
+_BY_SHARDING = {"whole": _whole, "rows": _rows, "each": _each}

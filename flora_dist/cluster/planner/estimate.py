@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan: what one method needs of each rank and of the network, in exact integers."""
+"""An estimate: what one method needs of each rank and of the network, in exact integers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flora_dist.cluster.planner.memory import Held, memory
+from flora_dist.cluster.planner.memory import CategoryBytes, memory
 from flora_dist.cluster.planner.methods import Method
 from flora_dist.cluster.planner.request import Request
 from flora_dist.cluster.planner.wire import link_bytes, payloads, sent_bytes
@@ -17,12 +17,12 @@ BITS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Estimate:
     """One method on one cluster."""
 
     label: str
     backend: str
-    held: Mapping[str, Held]
+    held: Mapping[str, CategoryBytes]
     """Bytes of the fullest rank by category, in the order of ``CATEGORIES``."""
     wire: Mapping[str, int]
     """Bytes that a rank sends per optimizer step, by purpose."""
@@ -64,13 +64,13 @@ class Plan:
         }
 
 
-def plan(request: Request, method: Method) -> Plan:
+def estimate(request: Request, method: Method) -> Estimate:
     """Add up what a method needs."""
     found = payloads(request, method)
     wire: dict[str, int] = {}
     for payload in found:
         wire[payload.purpose] = wire.get(payload.purpose, 0) + sent_bytes([payload])
-    return Plan(
+    return Estimate(
         label=method.label,
         backend=method.backend.name,
         held=memory(request, method),
