@@ -189,8 +189,8 @@ class Flora(torch.optim.Optimizer):
     def take_names(self, model: nn.Module) -> None:
         """Give parameters the model's names, before the first step; names they have stay.
 
-        For optimizers that a host has built from ``model.parameters()``. Call it on every rank,
-        after sharding.
+        For optimizers that a framework has built from ``model.parameters()``. Call it on every
+        rank, after sharding.
 
         Raises:
             ValueError: a parameter is not the model's, or a step was taken without names.
@@ -207,9 +207,9 @@ class Flora(torch.optim.Optimizer):
         Copies of the optimizer (pickle, deepcopy) go without: attach again.
 
         Args:
-            layout: claims the tensors that the host has put into the groups.
-            tensors: what each group holds at its steps, for a host that takes tensors out of the
-                groups between them (ZeRO-3); None: what stands in the groups.
+            layout: claims the tensors that the framework has put into the groups.
+            tensors: what each group holds at its steps, for a framework that takes tensors out of
+                the groups between them (ZeRO-3); None: what stands in the groups.
 
         Raises:
             ValueError: there is state already, of other tensors than the layout's.
@@ -399,8 +399,8 @@ class Flora(torch.optim.Optimizer):
 def by_position(params: Any, **settings: Any) -> Flora:
     """A Flora whose parameters are named by their places: "#0", "#1" and so on.
 
-    For hosts that hand over ``model.parameters()`` and let nobody else near the optimizer. The run
-    is equal on every layout on which that host gives the same parameters in the same order; a host
-    that has names trains another run of the same seed.
+    For frameworks that hand over ``model.parameters()`` and let nobody else near the optimizer. The
+    run is equal on every layout on which that framework gives the same parameters in the same
+    order; a framework that has names trains another run of the same seed.
     """
     return Flora(naming.by_positions(params), **settings)

@@ -7,7 +7,7 @@ Flora: in Accelerate, the Hugging Face Trainer, Lightning, or your own code. It 
 became for Adam, and refuses engines that would train with another optimizer than the Flora that was
 built: DeepSpeedCPUAdam under Accelerate's offload, AdamW where the Trainer drops ``optimizers=``.
 
-Import it before the host builds the engine. Other optimizers are not touched.
+Import it before the framework builds the engine. Other optimizers are not touched.
 """
 
 import torch

@@ -13,7 +13,7 @@ import pytest
 from flora_dist.core.tiles import (
     Cuts,
     Grid,
-    Slots,
+    MessageSlots,
     Tile,
     find_cuts,
     find_shared_cuts,
@@ -129,7 +129,7 @@ def test_slots_number_a_union_of_intervals_in_order() -> None:
         starts = [dealer.randrange(30) for _ in range(dealer.randrange(6))]
         intervals = [(start, start + dealer.randrange(1, 6)) for start in starts]
         members = sorted({i for start, stop in intervals for i in range(start, stop)})
-        slots = Slots(intervals)
+        slots = MessageSlots(intervals)
         assert len(slots) == len(members)
         assert [slots.at(index) for index in members] == list(range(len(members)))
         listed = slots.intervals()

@@ -135,7 +135,7 @@ def split(tile: Tile, *, max_elements: int) -> Iterator[Tile]:
             )
 
 
-class Slots:
+class MessageSlots:
     """Places in a message for a sorted union of intervals, one place per index."""
 
     def __init__(self, intervals: Iterable[Interval]) -> None:
@@ -157,7 +157,7 @@ class Slots:
     def at(self, index: int) -> int:
         """The place of ``index``; consecutive indices of one interval have consecutive places.
 
-        >>> slots = Slots([(10, 12), (3, 5), (4, 6)])
+        >>> slots = MessageSlots([(10, 12), (3, 5), (4, 6)])
         >>> len(slots), slots.at(3), slots.at(5), slots.at(11)
         (5, 0, 2, 4)
         """
@@ -196,8 +196,8 @@ class Cuts:
     column stay together, so that a column shard's cut blocks are one interval.
     """
 
-    rows: Slots
-    blocks: Slots
+    rows: MessageSlots
+    blocks: MessageSlots
     num_lines: int
     """E N, the rows of all matrices."""
     rows_anywhere: bool
@@ -251,8 +251,8 @@ def find_cuts(tiles: Iterable[Tile], grid: Grid) -> Cuts:
             rows.append(lines)
             blocks.extend((k * num_lines + lines[0], k * num_lines + lines[1]) for k in cut)
     return Cuts(
-        rows=Slots(rows),
-        blocks=Slots(blocks),
+        rows=MessageSlots(rows),
+        blocks=MessageSlots(blocks),
         num_lines=num_lines,
         rows_anywhere=bool(rows),
         blocks_anywhere=bool(blocks),

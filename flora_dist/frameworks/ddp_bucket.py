@@ -23,7 +23,7 @@ from flora_dist.gradients.report import GradientRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class BucketGradient:
     """One gradient of a bucket."""
 
     gradient: Tensor
@@ -61,7 +61,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class BucketParameter:
     """One parameter of the model, and its matrices where it is sketched."""
 
     name: str
@@ -85,7 +85,7 @@ class Member:
         )
 
 
-def member_of(name: str, tensor: Tensor, config: FloraConfig) -> Member:
+def bucket_parameter(name: str, tensor: Tensor, config: FloraConfig) -> BucketParameter:
     """A parameter as the settings cut it."""
     size = geometry_of(name, tuple(tensor.shape), config)
     sketches = None
@@ -99,7 +99,7 @@ def member_of(name: str, tensor: Tensor, config: FloraConfig) -> Member:
             held=(0, size.num_matrices),
             kept=_num_numbers(size),
         )
-    return Member(name=name, tensor=tensor, size=size, sketches=sketches)
+    return BucketParameter(name=name, tensor=tensor, size=size, sketches=sketches)
 
 
 def in_place_of(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -25,7 +25,12 @@ from flora_dist.core.parameters import names as naming
 from flora_dist.core.sketch.ops import exact_products
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.step.batch import arithmetic_dtype
-from flora_dist.frameworks.ddp_bucket import Member, Part, in_place_of, member_of
+from flora_dist.frameworks.ddp_bucket import (
+    BucketGradient,
+    BucketParameter,
+    bucket_parameter,
+    in_place_of,
+)
 from flora_dist.gradients.report import GradientReport
 from flora_dist.gradients.request import WIRE_DTYPES, SketchRequest
 
@@ -93,14 +98,16 @@ class FloraState:
         names = list(naming.names_of(groups))
         naming.check_unique(names)
         tensors = [tensor for group in groups for tensor in naming.tensors_of(group)]
-        self._members = [member_of(n, t, self._config) for n, t in zip(names, tensors, strict=True)]
-        self._by_id = {id(member.tensor): member for member in self._members}
+        self._parameters = [
+            bucket_parameter(n, t, self._config) for n, t in zip(names, tensors, strict=True)
+        ]
+        self._by_id = {id(known.tensor): known for known in self._parameters}
 
     def report(self) -> GradientReport:
         """Per parameter: sketched, or dense and why; bytes in the message of an iteration."""
-        members = [member for member in self._members if member.tensor.requires_grad]
+        parameters = [known for known in self._parameters if known.tensor.requires_grad]
         return GradientReport(
-            level="flora_hook", rows=tuple(member.row(self._wire) for member in members)
+            level="flora_hook", rows=tuple(known.row(self._wire) for known in parameters)
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +150,7 @@ class FloraState:
         """What travels of numbers in ``dtype``."""
         return self._wire or dtype
 
-    def parts(self, bucket: GradBucket) -> list[Part]:
+    def gradients_of(self, bucket: GradBucket) -> list[BucketGradient]:
         """The gradients of a bucket, each with its matrices of this iteration.
 
         Raises:
@@ -151,19 +158,19 @@ class FloraState:
         """
         dtype, device = arithmetic_dtype(bucket.buffer().dtype), bucket.buffer().device
         pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        found = [(self._member_of(p), in_place_of(p, gradient)) for p, gradient in pairs]
+        found = [(self._known(p), in_place_of(p, gradient)) for p, gradient in pairs]
         step = self.iteration + 1  # from 1, as an optimizer's steps
         return [
-            Part(
+            BucketGradient(
                 gradient=gradient,
-                size=member.size,
+                size=known.size,
                 sketch_ERB=(
                     None
-                    if member.sketches is None or step <= self._start_iteration
-                    else member.sketches.at(step, dtype, device)
+                    if known.sketches is None or step <= self._start_iteration
+                    else known.sketches.at(step, dtype, device)
                 ),
             )
-            for member, gradient in found
+            for known, gradient in found
         ]
 
     def count(self, bucket: GradBucket) -> None:
@@ -180,7 +187,7 @@ class FloraState:
         if self._is_agreed:
             return
         facts = (self._settings(), self._wire, self._start_iteration, self.iteration)
-        listed = [(member.name, member.size.shape) for member in self._members]
+        listed = [(known.name, known.size.shape) for known in self._parameters]
         digest = hashlib.sha256(repr((facts, listed)).encode()).digest()
         ours = int.from_bytes(digest[:7], "big")
         extremes = torch.tensor([ours, -ours], dtype=torch.int64, device=device)
@@ -197,15 +204,15 @@ class FloraState:
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self._config, name) for name in _SAVED}
 
-    def _member_of(self, parameter: Tensor) -> Member:
-        member = self._by_id.get(id(parameter))
-        if member is None:
+    def _known(self, parameter: Tensor) -> BucketParameter:
+        known = self._by_id.get(id(parameter))
+        if known is None:
             raise ValueError(
                 "flora_hook must know every parameter that DDP reduces; one of shape "
                 f"{tuple(parameter.shape)} is not among those given to FloraState. Pass "
                 "model.named_parameters() of the model inside DDP, as it is when DDP is built."
             )
-        return member
+        return known
 
 
 def flora_hook(state: FloraState, bucket: GradBucket) -> Future[Tensor]:
@@ -241,8 +248,8 @@ def flora_hook(state: FloraState, bucket: GradBucket) -> Future[Tensor]:
     state.check_agreement(buffer.device)
     dtype = arithmetic_dtype(buffer.dtype)
     with torch.no_grad(), _full_products, exact_products({buffer.device.type}):
-        parts = state.parts(bucket)
-        message_S = torch.cat([part.numbers(dtype) for part in parts])
+        gradients = state.gradients_of(bucket)
+        message_S = torch.cat([each.numbers(dtype) for each in gradients])
     message_S = message_S.to(state.wire_dtype(dtype))
     state.count(bucket)
     world_size = state.group().size()
@@ -250,10 +257,10 @@ def flora_hook(state: FloraState, bucket: GradBucket) -> Future[Tensor]:
     def expand(summed: Future[list[Tensor]]) -> Tensor:
         (total_S,) = summed.value()
         mean_S = total_S.to(dtype) / world_size
-        sizes = [part.num_numbers for part in parts]
+        sizes = [each.num_numbers for each in gradients]
         with torch.no_grad(), _full_products, exact_products({buffer.device.type}):
-            for part, numbers_S in zip(parts, torch.split(mean_S, sizes), strict=True):
-                part.fill_(numbers_S)
+            for gradient, numbers_S in zip(gradients, torch.split(mean_S, sizes), strict=True):
+                gradient.fill_(numbers_S)
         return buffer
 
     sent = dist.all_reduce(message_S, group=state.group(), async_op=True)

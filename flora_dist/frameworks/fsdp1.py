@@ -84,7 +84,7 @@ def attach(model: nn.Module, optimizer: Flora) -> None:
             f"{torch.__version__}, {error}. Use torch {_TESTED}."
         ) from error
     partitions = [_partition(unit) for unit in units if unit.group is not None]
-    check_partitions(partitions, host=f"torch {torch.__version__}", tested=_TESTED)
+    check_partitions(partitions, framework=f"torch {torch.__version__}", tested=_TESTED)
     for layout in _layouts(units):
         optimizer.attach_layout(layout)
     optimizer.check_consistency(_peers(modules[0]))

@@ -30,7 +30,7 @@ class Partition:
     """For each span: this rank's elements [start, stop) as the model itself holds them."""
 
 
-def check_partitions(partitions: Sequence[Partition], *, host: str, tested: str) -> None:
+def check_partitions(partitions: Sequence[Partition], *, framework: str, tested: str) -> None:
     """Prove that the spans of all ranks tile every parameter and hold its weights.
 
     Every rank raises if one has to.
@@ -49,7 +49,7 @@ def check_partitions(partitions: Sequence[Partition], *, host: str, tested: str)
         if found:
             raise RuntimeError(
                 f"the spans of all ranks must tile every parameter and hold its weights; {found[0]}"
-                f" with {host}. Use a version that was tested: {tested}."
+                f" with {framework}. Use a version that was tested: {tested}."
             )
 
 

@@ -277,6 +277,6 @@ def _hook(tensor: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
 
 
 def _hooks_of_engine(source: Source) -> frozenset[int]:
-    """An engine's own, which know that gradients are taken away; other hosts have none."""
+    """An engine's own, which know that gradients are taken away; other frameworks have none."""
     tensor: Any = source.tensor
     return frozenset(tensor._post_accumulate_grad_hooks or () if source.visible is None else ())

@@ -31,7 +31,7 @@ SMALLEST_MEAN_BITS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
+class _Lines:
     """Some lines of one share."""
 
     index: int
@@ -94,7 +94,7 @@ class RecordBuckets:
         """By bucket and owner."""
         self._ends = _last_buckets(self._buckets, len(accumulators))
 
-    def _line(self, routes: Sequence[Route], rank: int) -> Iterator[_Piece]:
+    def _line(self, routes: Sequence[Route], rank: int) -> Iterator[_Lines]:
         """What one rank owns of every parameter."""
         for index, (each, route) in enumerate(zip(self._own, routes, strict=True)):
             for place, tile in enumerate(route.kept[0 if self._gathers else rank]):
@@ -103,7 +103,7 @@ class RecordBuckets:
                 if self._gathers:
                     first, last = (last * (rank + more) // self._ranks for more in (0, 1))
                 if first < last:
-                    yield _Piece(index=index, place=place, share=share, first=first, last=last)
+                    yield _Lines(index=index, place=place, share=share, first=first, last=last)
 
     def run(self) -> list[Mean]:
         """One collective per bucket, two where means are gathered."""
@@ -136,7 +136,7 @@ class RecordBuckets:
         octets = torch.zeros((*share.shape[:3], code.bytes), dtype=torch.uint8, device=self._device)
         return Records(octets=octets, code=code, dtype=self._own[0].dtype)
 
-    def _exchange(self, owners: Sequence[Sequence[_Piece]], header_P: Tensor) -> list[Tensor]:
+    def _exchange(self, owners: Sequence[Sequence[_Lines]], header_P: Tensor) -> list[Tensor]:
         """Every rank's records for this one, as they travel."""
         packed: list[Tensor] = []
         given = []
@@ -159,7 +159,7 @@ class RecordBuckets:
                 each.drop()
 
     def _round(
-        self, pieces: Sequence[_Piece], lines: Sequence[Tensor], steps: Sequence[int]
+        self, pieces: Sequence[_Lines], lines: Sequence[Tensor], steps: Sequence[int]
     ) -> list[Tensor]:
         """The mean of each piece, as records."""
         rounded, begin = [], 0
@@ -178,7 +178,7 @@ class RecordBuckets:
         return rounded
 
     def _spread(
-        self, owners: Sequence[Sequence[_Piece]], rounded: Sequence[Tensor]
+        self, owners: Sequence[Sequence[_Lines]], rounded: Sequence[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
         """Owners whose means are kept here, with their records in a line."""
         mine = torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device)])
@@ -195,7 +195,7 @@ class RecordBuckets:
 
 def _put(
     means: Sequence[Sequence[Records]],
-    pieces: Sequence[_Piece],
+    pieces: Sequence[_Lines],
     line: Tensor,
     codes: Sequence[Code],
 ) -> None:
@@ -209,9 +209,9 @@ def _put(
         begin = stop
 
 
-def _buckets(line: Sequence[_Piece], codes: Sequence[Code], limit: int) -> Iterator[list[_Piece]]:
+def _buckets(line: Sequence[_Lines], codes: Sequence[Code], limit: int) -> Iterator[list[_Lines]]:
     """A rank's line in pieces of at most so many bytes together, or one line of a matrix."""
-    bucket: list[_Piece] = []
+    bucket: list[_Lines] = []
     room = limit
     for whole in line:
         first = whole.first
@@ -222,7 +222,7 @@ def _buckets(line: Sequence[_Piece], codes: Sequence[Code], limit: int) -> Itera
                 bucket, room = [], limit
             last = min(whole.last, first + max(1, room // of_one))
             bucket.append(
-                _Piece(
+                _Lines(
                     index=whole.index,
                     place=whole.place,
                     share=whole.share,
@@ -236,7 +236,7 @@ def _buckets(line: Sequence[_Piece], codes: Sequence[Code], limit: int) -> Itera
         yield bucket
 
 
-def _last_buckets(buckets: Sequence[Sequence[Sequence[_Piece]]], count: int) -> list[int]:
+def _last_buckets(buckets: Sequence[Sequence[Sequence[_Lines]]], count: int) -> list[int]:
     """The bucket after which nothing of a parameter is left to pack, for each."""
     ends = [0] * count
     for number, owners in enumerate(buckets):

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from flora_dist.cluster.doctor.facts import Build, ConfigFacts, Gpu, Interface, Kernels, Line
+from flora_dist.cluster.doctor.facts import (
+    Build,
+    ConfigFacts,
+    EnvironmentLine,
+    Gpu,
+    Interface,
+    Kernels,
+)
 from flora_dist.cluster.doctor.findings import ON_FACTS, ON_LINKS, ON_RANKS, apply
 from flora_dist.cluster.doctor.links import Connection
 from flora_dist.cluster.doctor.survey import LOST, Finding, Port, Survey
@@ -53,7 +60,7 @@ def _build(**changed: object) -> dict[str, object]:
 
 OLD_LOCK = Lock(path="/x/lock", age_s=3600.0, is_held=False)
 HELD_LOCK = replace(OLD_LOCK, is_held=True)
-BAD_LINE = Line(path="~/.deepspeed_env", number=2, text="", breaks=True)
+BAD_LINE = EnvironmentLine(path="~/.deepspeed_env", number=2, text="", breaks=True)
 THREE = [link("a", "b"), link("a", "c", 400.0), link("b", "c", 500.0)]
 
 # What was seen, the finding's subject, its hosts, words of it, and its severity.

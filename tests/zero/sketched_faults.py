@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flora_dist.frameworks.deepspeed import gradients as deepspeed_gradients
 from flora_dist.frameworks.deepspeed import steps as deepspeed_steps
-from flora_dist.frameworks.deepspeed.steps import Sketched
+from flora_dist.frameworks.deepspeed.steps import EngineSketches
 from tests.gradients import faults
 from tests.zero import engines, low_precision
 from tests.zero.engines import Run
@@ -23,7 +23,7 @@ Patch = tuple[Any, str, Callable[[Any], Any]]
 def _silent(original: Any) -> Any:
     """The sketches are averaged, and then counted as nothing."""
 
-    def norm(self: Sketched) -> Tensor:
+    def norm(self: EngineSketches) -> Tensor:
         return 0.0 * original(self)
 
     return norm
@@ -32,7 +32,7 @@ def _silent(original: Any) -> Any:
 def _unscaled(original: Any) -> Any:
     del original
 
-    def scale_(self: Sketched, factor: Any) -> None:
+    def scale_(self: EngineSketches, factor: Any) -> None:
         del factor
         self._is_scaled = True
 
@@ -42,7 +42,7 @@ def _unscaled(original: Any) -> Any:
 def _of_every_group(original: Any) -> Any:
     """Scaled again for each group that DeepSpeed scales."""
 
-    def scale_(self: Sketched, factor: Any) -> None:
+    def scale_(self: EngineSketches, factor: Any) -> None:
         self._is_scaled = False
         original(self, factor)
 
@@ -73,10 +73,10 @@ def _ready(original: Any) -> Any:
 FAULTS: dict[str, Patch] = {
     **{name: faults.FAULTS[name] for name in ("divisor", "micro-batches", "whose line")},
     "blocks kept twice": faults.FAULTS["blocks kept twice"],
-    "norm": (Sketched, "norm", _silent),
-    "scale": (Sketched, "scale_", _unscaled),
-    "scaled once": (Sketched, "scale_", _of_every_group),
-    "forgotten": (Sketched, "end", _kept),
+    "norm": (EngineSketches, "norm", _silent),
+    "scale": (EngineSketches, "scale_", _unscaled),
+    "scaled once": (EngineSketches, "scale_", _of_every_group),
+    "forgotten": (EngineSketches, "end", _kept),
     "norm asked": (deepspeed_steps, "_join_norm", _nowhere),
     "scale asked": (deepspeed_steps, "_join_scale", _nowhere),
     "passed by": (deepspeed_gradients, "_pass_by", _ready),

@@ -48,7 +48,7 @@ Group = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Partition:
+class _SavedPartition:
     """One flat tensor of a rank."""
 
     flat: Tensor
@@ -165,7 +165,7 @@ def _partitions(
     sizes: list[int],
     rank: int,
     world_size: int,
-) -> Iterator[_Partition]:
+) -> Iterator[_SavedPartition]:
     groups = [g for g in base["param_groups"] for _ in g["params"]]  # stage 3: sub-groups
     aligned = saved.get("param_alignment_paddings")
     _check_room(lines, sizes, world_size)
@@ -181,7 +181,7 @@ def _partitions(
             offsets = [sum(lengths[:place]) for place in range(len(line))]
             where = {"rank": rank, "world_size": world_size}
             spans = cut_line(line, offsets=offsets, size=sizes[index], **where)
-        yield _Partition(flat=flat.reshape(-1), spans=spans, group=group)
+        yield _SavedPartition(flat=flat.reshape(-1), spans=spans, group=group)
 
 
 def _check_room(lines: list[list[tuple[str, Shape]]], sizes: list[int], world_size: int) -> None:
@@ -196,7 +196,7 @@ def _check_room(lines: list[list[tuple[str, Shape]]], sizes: list[int], world_si
 
 
 def _groups(
-    base: Mapping[str, Any], partitions: list[_Partition]
+    base: Mapping[str, Any], partitions: list[_SavedPartition]
 ) -> list[tuple[list[str], dict[str, Json]]]:
     found = []
     for group in base["param_groups"]:

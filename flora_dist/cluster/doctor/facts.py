@@ -29,7 +29,7 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class EnvironmentLine:
     """A line of a .deepspeed_env that breaks DeepSpeed's launcher, or that two read differently."""
 
     path: str
@@ -131,7 +131,7 @@ class HostFacts:
     build: Build
     kernels: Kernels
     locks: tuple[Lock, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[EnvironmentLine, ...]
     mpi_trouble: str | None
     """Why mpi4py cannot be imported; None where it can, or nobody asked."""
     config: ConfigFacts | None
@@ -168,7 +168,7 @@ def from_tree(tree: Mapping[str, Any]) -> HostFacts:
             "build": Build(**tree["build"]),
             "kernels": Kernels(**tree["kernels"]),
             "locks": tuple(Lock(**each) for each in tree["locks"]),
-            "lines": tuple(Line(**each) for each in tree["lines"]),
+            "lines": tuple(EnvironmentLine(**each) for each in tree["lines"]),
             "config": None if config is None else ConfigFacts(**config),
         }
     )

@@ -24,11 +24,11 @@ import flora_dist
 from flora_dist.cluster.doctor.facts import (
     Build,
     ConfigFacts,
+    EnvironmentLine,
     Gpu,
     HostFacts,
     Kernels,
     Limits,
-    Line,
 )
 from flora_dist.cluster.doctor.network_facts import look_at_network
 from flora_dist.cluster.launch.locks import extensions_folder, locks
@@ -101,7 +101,7 @@ def source_digest(package: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def env_lines(folders: list[Path], environment: Mapping[str, str]) -> tuple[Line, ...]:
+def env_lines(folders: list[Path], environment: Mapping[str, str]) -> tuple[EnvironmentLine, ...]:
     """The bad lines of .deepspeed_env in these folders (DeepSpeed 0.19, launcher/runner.py:604)."""
     name = environment.get("DS_ENV_FILE", DEEPSPEED_FILE)
     found = []
@@ -116,7 +116,9 @@ def env_lines(folders: list[Path], environment: Mapping[str, str]) -> tuple[Line
             if breaks or odd:
                 # The value may be a secret.
                 shown = line if not given else f"{variable}=..."
-                found.append(Line(path=str(path), number=number, text=shown, breaks=breaks))
+                found.append(
+                    EnvironmentLine(path=str(path), number=number, text=shown, breaks=breaks)
+                )
     return tuple(found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flora_dist.cluster.doctor.facts import Line
+from flora_dist.cluster.doctor.facts import EnvironmentLine
 from flora_dist.cluster.doctor.survey import Finding, Survey, error, groups, warning
 from flora_dist.cluster.launch.locks import STALE_S
 from flora_dist.kernels.presence import VARIABLE
@@ -143,7 +143,7 @@ def locks_are_held(survey: Survey) -> Iterator[Finding]:
 
 def env_file_reads(survey: Survey) -> Iterator[Finding]:
     """DeepSpeed's launcher splits every line at its "=", an empty one too."""
-    seen: dict[Line, list[str]] = {}
+    seen: dict[EnvironmentLine, list[str]] = {}
     for host in survey.facts:
         for line in host.lines:
             seen.setdefault(line, []).append(host.name)

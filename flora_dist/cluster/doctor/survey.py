@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flora_dist.cluster.doctor.facts import HostFacts, Line
+from flora_dist.cluster.doctor.facts import EnvironmentLine, HostFacts
 from flora_dist.cluster.doctor.links import Connection
 from flora_dist.cluster.launch.hosts import Host
 
@@ -71,7 +71,7 @@ class Asked:
     folder: str
     environment: Mapping[str, str]
     """Sent to every host, over its own."""
-    lines: tuple[Line, ...]
+    lines: tuple[EnvironmentLine, ...]
     """Bad lines of this machine's .deepspeed_env."""
     config: str | None
     seed: int | None

@@ -53,7 +53,7 @@ def run(job: Job, launcher: str, *, grace_s: float) -> int:
                 front.say(f"stopped by {signal.Signals(signals.number).name}; nothing has started.")
                 code = 128 + signals.number
             else:
-                code = _Run(job, commands, sessions, signals, grace_s, front).to_the_end()
+                code = _Watch(job, commands, sessions, signals, grace_s, front).to_the_end()
         finally:
             leave(sessions, job, front)
         return code
@@ -82,7 +82,7 @@ class _Signals:
         self.count += 1
 
 
-class _Run:
+class _Watch:
     """The loop that watches what was started."""
 
     def __init__(

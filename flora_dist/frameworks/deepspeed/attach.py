@@ -80,7 +80,7 @@ def attach(engine: DeepSpeedEngine) -> Flora:
 
 
 def _attach_partitions(flora: Flora, optimizer: Any, partitions: list[Partition]) -> None:
-    check_partitions(partitions, host=f"DeepSpeed {deepspeed.__version__}", tested="0.19.8")
+    check_partitions(partitions, framework=f"DeepSpeed {deepspeed.__version__}", tested="0.19.8")
     layout = FlatLayout()
     tensors: list[list[Tensor]] = [[] for _ in optimizer.optimizer.param_groups]
     for partition in partitions:

@@ -36,7 +36,7 @@ from flora_dist.flora import Flora
 from flora_dist.frameworks.deepspeed import lean as lean_buffers
 from flora_dist.frameworks.deepspeed.config import TESTED, gradient_request, refusal
 from flora_dist.frameworks.deepspeed.lean import make_lean
-from flora_dist.frameworks.deepspeed.steps import Sketched, join
+from flora_dist.frameworks.deepspeed.steps import EngineSketches, join
 from flora_dist.frameworks.deepspeed.zero_grad import drop_with_zero_grad, names_needed
 from flora_dist.gradients.attach import Handle
 from flora_dist.gradients.flow import Adapter, Source, geometry_for
@@ -132,7 +132,7 @@ def sketch_gradients(engine: DeepSpeedEngine, flora: Flora, names: Mapping[int, 
             sketched=[parameters[name] for name, size in sizes.items() if size.rank is not None],
             every=[parameters[slot.part.name] for slot in slots],
         )
-        sketched = Sketched(handle.gradients, slots)
+        sketched = EngineSketches(handle.gradients, slots)
         join(engine.optimizer, sketched, lean)
         drop_with_zero_grad(engine, flora, sketched)
     # What had come in before is of another run.

@@ -27,7 +27,7 @@ from flora_dist.frameworks.deepspeed.lean import Lean
 from flora_dist.gradients.cycle import Gradients
 
 
-class Sketched:
+class EngineSketches:
     """The sketched gradients of an engine, as its step asks for them."""
 
     def __init__(self, gradients: Gradients, slots: Sequence[Trainable]) -> None:
@@ -89,7 +89,7 @@ def _another_version() -> RuntimeError:
     )
 
 
-def join(optimizer: Any, sketched: Sketched, lean: Lean | None) -> None:
+def join(optimizer: Any, sketched: EngineSketches, lean: Lean | None) -> None:
     """Put sketched gradients into the steps of an engine's optimizer.
 
     ``lean``: where its dense gradients are, unless in DeepSpeed's own buffers.
@@ -113,7 +113,7 @@ def join(optimizer: Any, sketched: Sketched, lean: Lean | None) -> None:
     optimizer.step = step_and_forget
 
 
-def _join_norm(optimizer: Any, sketched: Sketched) -> None:
+def _join_norm(optimizer: Any, sketched: EngineSketches) -> None:
     """ZeRO: the norm is also its check for NaN and inf, and the same on all ranks."""
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
         norms_of_groups = optimizer._get_norm_groups
@@ -133,7 +133,7 @@ def _join_norm(optimizer: Any, sketched: Sketched) -> None:
     optimizer.scaled_global_norm = scaled_global_norm
 
 
-def _join_scale(optimizer: Any, sketched: Sketched, lean: Lean | None) -> None:
+def _join_scale(optimizer: Any, sketched: EngineSketches, lean: Lean | None) -> None:
     unscale_and_clip = optimizer.unscale_and_clip_grads
 
     def unscale_and_clip_grads(gradients: Any, norm: Tensor) -> None:
@@ -157,7 +157,7 @@ def _factor(optimizer: Any, norm: Tensor) -> Tensor | float:
     return 1.0 / scale
 
 
-def _join_copies(optimizer: FP16_UnfusedOptimizer, sketched: Sketched) -> None:
+def _join_copies(optimizer: FP16_UnfusedOptimizer, sketched: EngineSketches) -> None:
     """Stage 0 in low precision: nothing is called for the norm, which is added where it is used."""
     check, unscale_and_clip = optimizer.overflow_checker.check, optimizer.unscale_and_clip_grads
 

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor, nn
 
 from flora_dist.flora import Flora
-from flora_dist.frameworks.deepspeed.steps import Sketched
+from flora_dist.frameworks.deepspeed.steps import EngineSketches
 
 _SHARED = (
     "_backward_active_depth",
@@ -51,7 +51,7 @@ def names_needed(optimizer: Any) -> tuple[str, ...]:
     return _NAMES.get(type(optimizer), ())
 
 
-def drop_with_zero_grad(engine: DeepSpeedEngine, flora: Flora, sketched: Sketched) -> None:
+def drop_with_zero_grad(engine: DeepSpeedEngine, flora: Flora, sketched: EngineSketches) -> None:
     """Let every ``zero_grad()`` of an engine drop what came in since the last step.
 
     That is the engine's, its optimizer's, Flora's, and the module's: users hold all four.

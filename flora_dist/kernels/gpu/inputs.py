@@ -108,7 +108,7 @@ def _gradients(now: Moment) -> Given:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
+class KernelBasis:
     """The momentum's basis as kernels read it."""
 
     old: Tensor
@@ -120,7 +120,7 @@ class Window:
     """Whether it does: stays, moves or resets."""
 
 
-class Windows:
+class KernelBases:
     """Bases of a batch, converted when the window changes only."""
 
     def __init__(self, batch: Batch) -> None:
@@ -131,20 +131,20 @@ class Windows:
         self._of: Tensor | None = None
         self._new = self._nothing
 
-    def of(self, basis: Basis) -> Window:
+    def of(self, basis: Basis) -> KernelBasis:
         """What a step reads; no matrices where the momentum is dense, or there is none."""
         nothing = self._nothing
         if not isinstance(basis, SketchedBasis):
-            return Window(old=nothing, new=nothing, move=nothing, kind=_STAYS)
+            return KernelBasis(old=nothing, new=nothing, move=nothing, kind=_STAYS)
         if basis.new_ERB is not self._of:
             self._of, self._new = basis.new_ERB, self._units(basis.new_ERB)
         if basis.scale is None:
-            return Window(old=self._new, new=self._new, move=nothing, kind=_STAYS)
+            return KernelBasis(old=self._new, new=self._new, move=nothing, kind=_STAYS)
         kind, move = _RESETS, nothing
         if basis.scale != 0.0:
             kind = _MOVES
             move = basis.scale * torch.bmm(basis.old_ERB, basis.new_ERB.mT)
-        return Window(old=self._units(basis.old_ERB), new=self._new, move=move, kind=kind)
+        return KernelBasis(old=self._units(basis.old_ERB), new=self._new, move=move, kind=kind)
 
     def _units(self, sketch_ERB: Tensor) -> Tensor:
         return (sketch_ERB / self._entry).to(torch.bfloat16).contiguous()

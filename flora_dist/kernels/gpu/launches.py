@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flora_dist.core.step.batch import Batch
 from flora_dist.kernels.gpu.finish import FINISH_TALLIES, FINISH_WRITES, finish
-from flora_dist.kernels.gpu.inputs import Given, Inputs, Window
+from flora_dist.kernels.gpu.inputs import Given, Inputs, KernelBasis
 from flora_dist.kernels.gpu.measure import measure, measure_rows
 from flora_dist.kernels.gpu.place import on
 from flora_dist.kernels.gpu.settle import MATRIX_NUMBERS, gather, gather_update, scale, settle
@@ -54,7 +54,7 @@ class Look:
     """What the second look at the gradients needs."""
 
     given: Given
-    window: Window
+    basis: KernelBasis
     rows: Tensor
     """The new R of all strips."""
     factor_HM: Tensor
@@ -77,7 +77,7 @@ class Launches:
 
     # ---- the first look
 
-    def measure(self, given: Given, window: Window, terms: Mapping[str, Tensor]) -> Tensor:
+    def measure(self, given: Given, basis: KernelBasis, terms: Mapping[str, Tensor]) -> Tensor:
         """The new R of all strips; sums go to ``terms``."""
         table, columns = self._table, self._batch.geometry.num_columns
         rows = self._empty(table.num_rows)
@@ -87,7 +87,7 @@ class Launches:
             if self._shapes.row_width:
                 self._measure_rows(given, rows, partials)
             else:
-                self._measure(given, window, rows, partials, singles)
+                self._measure(given, basis, rows, partials, singles)
             gather[(triton.cdiv(columns, self._shapes.sum_width), table.num_matrices)](
                 table.matrices,
                 partials,
@@ -124,14 +124,14 @@ class Launches:
         )
 
     def _measure(
-        self, given: Given, window: Window, rows: Tensor, partials: Tensor, singles: Tensor
+        self, given: Given, basis: KernelBasis, rows: Tensor, partials: Tensor, singles: Tensor
     ) -> None:
         shapes = self._shapes
         measure[self._tiles](
             self._table.strips,
             self._inputs.addresses,
             self._inputs.scalars,
-            window.old,
+            basis.old,
             rows,
             partials,
             singles,
@@ -229,9 +229,9 @@ class Launches:
             table.strips,
             self._inputs.addresses,
             self._inputs.scalars,
-            look.window.old,
-            look.window.new,
-            look.window.move,
+            look.basis.old,
+            look.basis.new,
+            look.basis.move,
             look.rows,
             look.factor_HM,
             scales_H2,
@@ -245,7 +245,7 @@ class Launches:
             RANK=shapes.rank,
             PADDED=shapes.padded_rank,
             GROUP=shapes.group,
-            WINDOW=look.window.kind,
+            WINDOW=look.basis.kind,
             TALLIES=purpose,
             ROUNDS=self._batch.config.stochastic_rounding,
             **self._dtypes(look.given),

@@ -19,7 +19,7 @@ from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.elements import copy_to_
 from flora_dist.core.step.momentum_rules import rule_of
-from flora_dist.kernels.gpu.inputs import Given, Inputs, Window, Windows
+from flora_dist.kernels.gpu.inputs import Given, Inputs, KernelBases, KernelBasis
 from flora_dist.kernels.gpu.launches import Launches, Look, Needs
 from flora_dist.kernels.native import make_terms
 
@@ -30,7 +30,7 @@ class Measured:
 
     terms: Terms
     given: Given
-    window: Window
+    basis: KernelBasis
     rows: Tensor
     """The new R of all strips."""
 
@@ -62,7 +62,7 @@ class GpuPhases:
 
     def __init__(self, batch: Batch) -> None:
         self._batch, self._needs = batch, _needs_of(batch)
-        self._inputs, self._windows = Inputs(batch), Windows(batch)
+        self._inputs, self._bases = Inputs(batch), KernelBases(batch)
         self._launches = Launches(batch, self._inputs, self._needs)
         self._columns = [
             member.local["column"].view(-1, batch.geometry.num_columns) for member in batch.members
@@ -97,11 +97,11 @@ class GpuPhases:
         with self._batch.device:
             _, terms = make_terms(self._first_terms)
         terms["presence"].fill_(1.0)
-        window = self._windows.of(now.basis)
+        basis = self._bases.of(now.basis)
         rows = torch.empty(0, device=self._batch.device)
         if not self._launches.is_empty:
-            rows = self._launches.measure(given, window, terms)
-        return Measured(terms=terms, given=given, window=window, rows=rows)
+            rows = self._launches.measure(given, basis, terms)
+        return Measured(terms=terms, given=given, basis=basis, rows=rows)
 
     def is_finite(self, measured: Measured) -> Tensor:
         """Whether this rank's gradients are (): NaN, inf and overflow reach their squares."""
@@ -118,7 +118,7 @@ class GpuPhases:
         del now
         column_HM, factor_HM, sums_H2 = self._launches.settle(totals)
         look = Look(
-            given=measured.given, window=measured.window, rows=measured.rows, factor_HM=factor_HM
+            given=measured.given, basis=measured.basis, rows=measured.rows, factor_HM=factor_HM
         )
         return Coupled(terms={}, look=look, totals=totals, column_HM=column_HM, sums_H2=sums_H2)
 
