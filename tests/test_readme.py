@@ -111,10 +111,10 @@ def is_prose(line: str) -> bool:
     return not line.startswith(("|", "    ")) and is_link is None
 
 
-PROSE = [readme for readme in READMES if readme.is_relative_to(ROOT / "flora_dist")]
-
-
-PROSE += [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+PROSE = [
+    *sorted(ROOT.glob("*.md")),
+    *(d for top in TOP for d in sorted((ROOT / top).rglob("*.md"))),
+]
 
 
 @pytest.mark.parametrize("readme", PROSE, ids=label)
