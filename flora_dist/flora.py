@@ -36,7 +36,8 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.parameters.turns import Player, take_turn
 from flora_dist.core.protocols import Layout
 from flora_dist.core.sketch.ops import exact_products
-from flora_dist.core.state.settings import BETA1, PAPER, from_betas
+from flora_dist.core.state.presets import PAPER, SCALE
+from flora_dist.core.state.settings import BETA1, from_betas
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.phases import check_not_captured, run_step
@@ -67,14 +68,19 @@ class Flora(torch.optim.Optimizer):
             and columns.
         sketch: "hadamard" (least noise), "gaussian" (the paper) or "rademacher".
         momentum: "blend" (momentum inside the sketched subspace, the gradient itself outside),
-            "flora" (the authors' code), "flora_strict" (Algorithm 2) or "none".
-        blend_gain: weight of the sketched momentum under "blend"; above 1 only where noise hides
-            the limit on lr that it brings (core/step/momentum_rules.py); None: min(2, block / (2
-            rank)), the default of older runs.
+            "ademamix" (the gradient and a slow average of it, added: arXiv 2502.02431), "flora"
+            (the authors' code), "flora_strict" (Algorithm 2), "vectors" (for 1-D parameters alone)
+            or "none".
+        blend_gain: weight of the sketched momentum under "blend" and "ademamix"; of "blend" above 1
+            only where noise hides the limit on lr that it brings (core/step/momentum_rules.py);
+            None: min(2, block / (2 rank)), the default of older runs.
         beta1: decay of the momentum.
         kappa: steps between projections.
         transfer: momentum at a new projection: "shrink" (least squares), "paper" or "reset".
         beta2: decay of the second moment, bias-corrected as in Adam; None: 1 - t^-0.8.
+        normalise: what a matrix is divided by: "factored" (the root of Adafactor's second moment),
+            "rows" or "columns" (the root of their mean squares in this gradient alone, as in
+            SCALE); compiled kernels know the first.
         eps: added to squared gradients; 1-D parameters use at least 1e-12.
         clip: largest root mean square of an update, per matrix; None: no clipping.
         growth: largest growth of a matrix's update from step to step, as a factor of its norm, in
@@ -133,6 +139,7 @@ class Flora(torch.optim.Optimizer):
         kappa: int = 1000,
         transfer: str = "shrink",
         beta2: float | None = None,
+        normalise: str = "factored",
         eps: float = 1e-30,
         clip: float | None = 1.0,
         growth: float | None = None,
@@ -174,6 +181,19 @@ class Flora(torch.optim.Optimizer):
         ours rounds stochastically by default. ``settings`` override the preset.
         """
         return cls(params, lr, rank=rank, **{**PAPER, **settings})
+
+    @classmethod
+    def scale(cls, params: Any, lr: float | Tensor = 1e-3, **settings: Any) -> Flora:
+        """SCALE (arXiv 2506.16659): no state but a momentum for the head, and Adam's for vectors.
+
+        Matrices are divided by the norms of their rows, which are outputs, an embedding by those of
+        its columns. Needs names, by which head and embedding are known. It differs from the paper
+        in the head, whose normalised gradient is averaged (theirs averages the gradient and
+        normalises the mean), in 1-D parameters (theirs Adam, whose first moment is corrected for
+        its start), and in ``eps``. Row and column means are kept, as under any setting, and not
+        read. ``settings`` override the preset.
+        """
+        return cls(params, lr, **{**SCALE, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with any settings of their own; their steps count from 1."""

@@ -19,10 +19,15 @@ import torch
 from torch import Tensor
 
 _CHOICES = {
-    "momentum": ("flora", "flora_strict", "blend", "none"),
+    "momentum": ("flora", "flora_strict", "blend", "ademamix", "vectors", "none"),
+    "normalise": ("factored", "rows", "columns"),
     "sketch": ("hadamard", "gaussian", "rademacher"),
     "transfer": ("shrink", "paper", "reset"),
 }
+
+
+_CLIP_FIRST = ("blend", "ademamix", "vectors", "none")
+"""Rules that clip X; the others clip U."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,7 @@ class ReferenceSettings:
     transfer: str = "shrink"
     beta2: float | None = None
     eps: float = 1e-30
+    normalise: str = "factored"
     clip: float | None = 1.0
     growth: float | None = None
     weight_decay: float = 0.0
@@ -129,16 +135,22 @@ def _second_moment_rate(t: int, beta2: float | None) -> float:
     return beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
 
 
-def _normalise_(gradient: Tensor, state: Mapping[str, Tensor], b2: float, eps: float) -> Tensor:
+def _normalise_(
+    gradient: Tensor, state: Mapping[str, Tensor], b2: float, s: ReferenceSettings
+) -> Tensor:
     """Move the statistics of one matrix or vector in place and return X."""
     if "second" in state:
         # V <- b2 V + (1-b2) (G^2 + max(eps, 1e-12));  X = G / sqrt(V)
-        state["second"].mul_(b2).add_((1 - b2) * (gradient.square() + max(eps, 1e-12)))
+        state["second"].mul_(b2).add_((1 - b2) * (gradient.square() + max(s.eps, 1e-12)))
         return gradient / state["second"].sqrt()
-    square, row, column = gradient.square() + eps, state["row"], state["column"]
+    square, row, column = gradient.square() + s.eps, state["row"], state["column"]
+    b2 = b2 if s.normalise == "factored" else 0.0  # SCALE: this gradient alone
     # R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
     row.mul_(b2).add_((1 - b2) * square.mean(1))
     column.mul_(b2).add_((1 - b2) * square.mean(0))
+    if s.normalise != "factored":
+        # X = G / sqrt(R), or G / sqrt(C)
+        return gradient / (row[:, None] if s.normalise == "rows" else column).sqrt()
     # X = G / sqrt(R C / mean(R)), factor by factor: in fp32 R C underflows where G is all zero
     return gradient / row.sqrt()[:, None] * row.mean().sqrt() / column.sqrt()
 
@@ -153,32 +165,42 @@ def _move(momentum: Tensor, old: Tensor, new: Tensor, s: ReferenceSettings) -> T
     return factor * momentum @ (old @ new.T)
 
 
+def _gain(ratio: float, s: ReferenceSettings) -> float:
+    """Return the weight of the momentum at ratio B/R."""
+    return max(1.0, min(2.0, ratio / 2)) if s.blend_gain is None else s.blend_gain
+
+
 def _rule(
     x: Tensor, momentum: Tensor, bases: Sequence[Tensor | None], moved: bool, s: ReferenceSettings
 ) -> tuple[Tensor, Tensor]:
     """Return U and the new M; ``bases``: A of the old and of the new window, None where dense."""
     b, (old, new) = s.beta1, bases
-    if s.momentum == "blend":
+    if s.momentum in _CLIP_FIRST:
         x = clipped(x, s.clip)
     if old is None or new is None:
         # M <- b M + (1-b) X;  U = M
         momentum = b * momentum + (1 - b) * x
-        return (momentum if s.momentum == "blend" else clipped(momentum, s.clip)), momentum
+        if s.momentum == "ademamix":
+            # U = X + gain M
+            return x + _gain(1.0, s) * momentum, momentum
+        return (momentum if s.momentum in _CLIP_FIRST else clipped(momentum, s.clip)), momentum
     arrived = _move(momentum, old, new, s) if moved else momentum
     c, columns = compress(x, new), x.shape[1]
     if s.momentum == "flora":  # the authors' torch code: read in the old basis, then move, then add
         # U = (1-b) X + b M A_old;  M <- b move(M) + (1-b) X A_new^T
         update = (1 - b) * x + b * expand(momentum, old, columns)
         return clipped(update, s.clip), b * arrived + (1 - b) * c
-    # flora_strict (Algorithm 2) and blend: M <- b move(M) + (1-b) X A_new^T
+    # flora_strict (Algorithm 2), blend and ademamix: M <- b move(M) + (1-b) X A_new^T
     momentum = b * arrived + (1 - b) * c
     if s.momentum == "flora_strict":
         # U = M A_new
         return clipped(expand(momentum, new, columns), s.clip), momentum
-    # U = X + gain (R/B) (M - X A_new^T) A_new
     ratio = new.shape[1] / new.shape[0]
-    gain = max(1.0, min(2.0, ratio / 2)) if s.blend_gain is None else s.blend_gain
-    return x + gain / ratio * expand(momentum - c, new, columns), momentum
+    if s.momentum == "ademamix":
+        # U = X + gain (R/B) M A_new
+        return x + _gain(ratio, s) / ratio * expand(momentum, new, columns), momentum
+    # U = X + gain (R/B) (M - X A_new^T) A_new
+    return x + _gain(ratio, s) / ratio * expand(momentum - c, new, columns), momentum
 
 
 def _is_batch(x: Tensor) -> bool:
@@ -251,7 +273,7 @@ class Reference:
             state = {"row": zeros.sum(2), "column": zeros.sum(1)}
             if s.growth is not None:
                 state["norm"] = zeros.sum((1, 2)).unsqueeze(1)
-        if s.momentum != "none":
+        if s.momentum != "none" and not (matrix and s.momentum == "vectors"):
             sketch = self._sketch(name, 0, 0) if matrix else None
             momentum = zeros if sketch is None else compress(zeros, sketch)
             state["momentum"] = momentum.to(s.state_dtype or zeros.dtype)
@@ -265,7 +287,7 @@ class Reference:
         b2 = _second_moment_rate(clock["step"], s.beta2)
         momenta = state["momentum"].to(weights.dtype, copy=True) if "momentum" in state else None
         for e, (w, g) in enumerate(zip(weights, gradients, strict=True)):
-            x = _normalise_(-g if s.maximize else g, {k: v[e] for k, v in state.items()}, b2, s.eps)
+            x = _normalise_(-g if s.maximize else g, {k: v[e] for k, v in state.items()}, b2, s)
             own = _bounded_by(state["norm"][e], x, s) if "norm" in state else s
             if momenta is None:
                 update = clipped(x, own.clip)
@@ -273,8 +295,8 @@ class Reference:
                 bases = [self._sketch(name, e, i) if x.ndim == 2 else None for i in windows]
                 update, momenta[e] = _rule(x, momenta[e], bases, windows[0] != windows[1], own)
             if "norm" in state:
-                # what is bounded: X before none and blend, U after the others
-                early = s.momentum in ("none", "blend")
+                # what is bounded: X before these rules, U after the others
+                early = s.momentum in _CLIP_FIRST
                 state["norm"][e] = (clipped(x, own.clip) if early else update).norm()
             # W <- (1 - lr wd) W - lr scale U
             scale = rms(w).clamp(min=1e-3) if s.scale_parameter else 1.0

@@ -18,7 +18,7 @@ from flora_dist.kernels.gpu.choice import gpu_phases_of, said_on_gpu
 from flora_dist.kernels.library import found
 from flora_dist.kernels.native import NativePhases
 from flora_dist.kernels.native_vector import NativeVectorPhases
-from flora_dist.kernels.tables import DTYPES, RULES
+from flora_dist.kernels.tables import DTYPES, RULES, beyond_kernels
 
 LARGEST_SKETCH = 1 << 15
 """Numbers of a sketch matrix that the kernels take: it must stay in a CPU's cache. Beyond, products
@@ -52,7 +52,7 @@ def covers(batch: Batch, gradient: Gradient) -> bool:
     size, rule = batch.geometry, rule_of(batch.config, batch.geometry)
     if rule is not None and type(rule) not in RULES:
         return False
-    if batch.config.growth is not None and not size.is_vector:
+    if not size.is_vector and any(beyond_kernels(batch.config)):
         return False
     if batch.device.type != "cpu" or batch.dtype != torch.float32:
         return False

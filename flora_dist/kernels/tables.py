@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, Member
 from flora_dist.core.step.momentum_rules import BlendRule, FloraRule, FloraStrictRule, Rule, rule_of
@@ -28,6 +29,14 @@ CHUNK = 512
 """``kChunk``: what stands in for the block of a dense momentum."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES: dict[type[Rule] | None, int] = {None: 0, BlendRule: 1, FloraRule: 2, FloraStrictRule: 3}
+
+
+def beyond_kernels(config: FloraConfig) -> Iterator[str]:
+    """Settings that step matrices by torch's operators alone, as they are written."""
+    if config.growth is not None:
+        yield f"growth={config.growth}"
+    if config.normalise != "factored":
+        yield f"normalise={config.normalise!r}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flora_dist.core.parameters.names import position_name
-from flora_dist.core.state.settings import MOMENTA, SKETCHES, TRANSFERS
+from flora_dist.core.state.settings import NORMALISATIONS, SKETCHES, TRANSFERS
 
 Shape = tuple[int, ...]
 WHOLE = "whole"
@@ -122,7 +122,7 @@ def _join(dealer: random.Random, place: int, length: int, layout: str) -> int:
 
 
 def _settings(dealer: random.Random) -> dict[str, Any]:
-    momentum = dealer.choice(MOMENTA)
+    momentum = dealer.choice(["flora", "flora_strict", "blend", "none"])
     is_blend = momentum == "blend"
     sketch = "hadamard" if is_blend else dealer.choice(SKETCHES)
     block = dealer.choice([2, 4, 8, 8, 16, 32, 64, "full"])
@@ -146,8 +146,12 @@ def _settings(dealer: random.Random) -> dict[str, Any]:
         "stochastic_rounding": dealer.random() < 0.7,
     }
     # Of a dealer of its own, so that the cases of a seed stay what they were.
-    growth = random.Random(repr(settings)).choice([None, None, None, 1.0, 1.01, 2.0])
-    return {**settings, "growth": growth}
+    later = random.Random(repr(settings))
+    growth = later.choice([None, None, None, 1.0, 1.01, 2.0])
+    younger = {"blend": "ademamix", "none": "vectors"}.get(momentum, momentum)
+    momentum = later.choice([momentum, momentum, younger])
+    normalise = later.choice(["factored", *NORMALISATIONS])
+    return {**settings, "growth": growth, "momentum": momentum, "normalise": normalise}
 
 
 def _parameters(

@@ -142,7 +142,8 @@ class Judge:
 
     def _momentum_dtype(self, name: str) -> torch.dtype:
         settings = self.case.groups[self.parameters[name].group].settings
-        is_low = settings["state_dtype"] == "bfloat16" and settings["momentum"] != "none"
+        kept = self.reference._state.get(name, {})
+        is_low = settings["state_dtype"] == "bfloat16" and "momentum" in kept
         return torch.bfloat16 if is_low else torch.float32
 
 

@@ -126,4 +126,4 @@ def test_the_command_prints_a_broken_case_and_exits_with_1(
         with pytest.raises(SystemExit) as ended:
             optimizer.main()
         assert ended.value.code == code
-        assert ("BROKEN 7/0/1" in capsys.readouterr().out) is is_broken
+        assert ("BROKEN 7/1/1" in capsys.readouterr().out) is is_broken

@@ -153,6 +153,7 @@ def _every_setting() -> dict[str, str]:
         "momentum": "blend",
         "blend_gain": 1.5,
         "growth": 1.5,
+        "normalise": "rows",
         "beta1": 0.8,
         "kappa": 9,
         "transfer": "reset",

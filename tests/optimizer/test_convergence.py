@@ -14,7 +14,7 @@ import torch
 from flora_dist.core.sketch.ops import Blocks
 from flora_dist.core.state.settings import MOMENTA
 from flora_dist.core.step.basis import DenseBasis, Place
-from flora_dist.core.step.momentum_rules import BlendRule
+from flora_dist.core.step.momentum_rules import AdEMAMixRule, BlendRule, Rule
 from tests.optimizer.problems import ENOUGH, flora, losses
 
 RATES = (0.1, 0.3, 1.0)
@@ -23,6 +23,7 @@ RATES = (0.1, 0.3, 1.0)
 CONVERGING: dict[str, dict[str, Any]] = {
     "the default": {},
     "none": {"momentum": "none"},
+    "a slow average added": {"momentum": "ademamix"},
     "dense momentum": {"rank": None},
 }
 # Read in the sketch as a whole, momentum has the sketch's noise, 7 times its own square at rank 8
@@ -47,18 +48,27 @@ def test_a_gain_above_one_over_beta_weighs_the_gradient_negatively_and_stalls() 
 @pytest.mark.parametrize("gain", [1.5, 2.0, 4.0])
 def test_a_gain_above_one_has_the_limit_on_lr_that_its_rule_says(gain: float, beta: float) -> None:
     limit = (1 - beta) / (beta * (gain - 1))
-    assert _left_inside(gain, beta, 0.95 * limit) < 0.1
-    assert _left_inside(gain, beta, 1.05 * limit) > 10
+    rule = BlendRule(beta=beta, gain=gain)
+    assert _left_inside(rule, 0.95 * limit) < 0.1
+    assert _left_inside(rule, 1.05 * limit) > 10
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.5, 1.0])
 def test_a_gain_of_at_most_one_has_at_least_the_limit_of_the_plain_gradient(gain: float) -> None:
-    assert _left_inside(gain, 0.9, 1.95) < 1e-3
+    assert _left_inside(BlendRule(beta=0.9, gain=gain), 1.95) < 1e-3
 
 
-def _left_inside(gain: float, beta: float, step: float) -> float:
+@pytest.mark.parametrize(("gain", "beta"), [(1.0, 0.9), (4.0, 0.9), (10.0, 0.99)])
+def test_an_added_average_has_the_limit_on_lr_that_its_rule_says(gain: float, beta: float) -> None:
+    limit = 2 * (1 + beta) / (1 + beta + gain * (1 - beta))
+    rule = AdEMAMixRule(beta=beta, gain=gain)
+    assert _left_inside(rule, 0.95 * limit) < 1e-3
+    assert _left_inside(rule, 1.05 * limit) > 10
+
+
+def _left_inside(rule: Rule, step: float) -> float:
     """|W| after many steps of lr x curvature = ``step`` inside the subspace, from 1."""
-    rule, basis = BlendRule(beta=beta, gain=gain), DenseBasis()
+    basis = DenseBasis()
     place = Place(matrices=slice(0, 1), columns=(0, 1))
     weight = torch.ones(1, 1, 1, dtype=torch.float64)
     momentum = torch.zeros_like(weight)
@@ -70,6 +80,10 @@ def _left_inside(gain: float, beta: float, step: float) -> float:
     return float(weight.abs())
 
 
+# The problems are matrices, which it steps as ``none`` does.
+AS_NONE = {"vectors"}
+
+
 def test_every_rule_stands_in_the_table_or_beside_it_with_its_reason() -> None:
     named = {settings.get("momentum", "blend") for settings in CONVERGING.values()}
-    assert named | NOISY == set(MOMENTA)
+    assert named | NOISY | AS_NONE == set(MOMENTA)

@@ -56,7 +56,7 @@ def test_an_update_grows_by_the_factor_at_most_and_shrinks_freely() -> None:
     assert grown >= 2
 
 
-@pytest.mark.parametrize("momentum", ["flora", "flora_strict", "blend", "none"])
+@pytest.mark.parametrize("momentum", ["flora", "flora_strict", "blend", "ademamix", "none"])
 def test_steps_with_growth_are_the_reference(momentum: str) -> None:
     weights, optimizer = _pair(momentum=momentum)
     start = runs.values(weights)
@@ -109,8 +109,9 @@ def test_a_checkpoint_keeps_the_norms(tmp_path: Path) -> None:
     runs.assert_equal(dict(modules[1].state_dict()), dict(modules[0].state_dict()))
 
 
-def test_compiled_kernels_leave_matrices_with_growth_to_torch(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("settings", [{"growth": GROWTH}, {"normalise": "rows"}], ids=str)
+def test_compiled_kernels_leave_matrices_that_they_cannot_step_to_torch(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLORA_DIST_KERNELS", "native")
     assert found().operators is not None
@@ -123,7 +124,7 @@ def test_compiled_kernels_leave_matrices_with_growth_to_torch(
         return made
 
     weights = runs.build(dtype=torch.float32)
-    optimizer = Flora(weights.items(), growth=GROWTH)
+    optimizer = Flora(weights.items(), **settings)
     monkeypatch.setattr(optimizer.roster, "_phases_of", watched, raising=False)
     _step(optimizer, weights, 0)
     assert kinds == {"vector": {"NativeVectorPhases"}, "matrix": {"MatrixPhases"}}

@@ -53,6 +53,11 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"eps": -1e-8}, ["eps", "[1e-37, inf)", "got -1e-08", "Pass a finite number"]),
     ({"clip": 0.0}, ["clip", "above 0", "got 0", "None"]),
     ({"clip": NAN}, ["clip", "[0, inf)", "got nan", "Pass a finite number"]),
+    ({"normalise": "row"}, ["normalise", "factored, rows, columns", "Did you mean 'rows'"]),
+    (
+        {"momentum": "ademamix", "sketch": "gaussian"},
+        ["momentum='ademamix'", "A A^T", "sketch='gaussian'", "Use sketch='hadamard'"],
+    ),
     ({"blend_gain": -1.0}, ["blend_gain", "[0, inf)", "got -1.0", "Pass a finite number"]),
     ({"strict": "yes"}, ["strict", "True or False", "got 'yes'", "Pass a bool"]),
     ({"skip_nonfinite": []}, ["skip_nonfinite", "True or False", "got []", "Pass a bool"]),

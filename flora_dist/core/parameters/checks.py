@@ -24,7 +24,7 @@ from flora_dist.core.state.settings import (
     config_of,
     from_betas,
 )
-from flora_dist.core.state.spec import geometry_of
+from flora_dist.core.state.spec import geometry_of, has_momentum
 
 # Keys that torch itself and its schedulers write into groups.
 _TORCH_KEYS = (
@@ -132,7 +132,7 @@ def check_group(group: Group) -> None:
         size = geometry_of(name, tuple(tensor.shape), config)
         if tensor.requires_grad:
             check_compressed(name, size, config)
-        if size.rank is not None and config.transfer == "paper" and config.momentum != "none":
+        if size.rank is not None and config.transfer == "paper" and has_momentum(size, config):
             smallest = smallest_stable_kappa(
                 config.sketch, rank=size.rank, block=size.block, beta1=config.beta1
             )

@@ -22,6 +22,7 @@ from flora_dist.core.state.spec import (
     StateTensor,
     format_of,
     geometry_of,
+    has_momentum,
     state_tensors,
 )
 from flora_dist.core.step.basis import Sketches
@@ -29,6 +30,11 @@ from flora_dist.core.step.batch import Member, arithmetic_dtype
 
 Group = dict[str, Any]
 _DTYPES = {32: "float32", 16: "bfloat16"}
+_SECOND = {
+    "factored": "factored second moment",
+    "rows": "rows normalised",
+    "columns": "columns normalised",
+}
 
 
 class Trainable:
@@ -68,7 +74,7 @@ class Trainable:
         self._config = config
 
     def _make_sketches(self, config: FloraConfig) -> Sketches | None:
-        if self._geometry.rank is None or config.momentum == "none":
+        if self._geometry.rank is None or not has_momentum(self._geometry, config):
             return None
         shapes = [self.part.local_state_shape(e) for e in self._entries if e.name == "momentum"]
         return Sketches(
@@ -194,15 +200,15 @@ class Trainable:
             shape=self.part.shape,
             role=role_of(self.part.name),
             how=self._how(self._config),
-            is_compressed=size.rank is not None and self._config.momentum != "none",
+            is_compressed=size.rank is not None and has_momentum(size, self._config),
             local_elements=sum(tile.num_elements for tile in self.part.tiles),
             state_bytes=state_bytes,
         )
 
     def _how(self, config: FloraConfig) -> str:
         size = self._geometry
-        if config.momentum == "none":
-            return "no momentum, " + ("1-D" if size.is_vector else "factored second moment")
+        if not has_momentum(size, config):
+            return "no momentum, " + ("1-D" if size.is_vector else _SECOND[config.normalise])
         if size.rank is None:
             return f"dense: {size.dense_because}"
         return (
@@ -213,7 +219,7 @@ class Trainable:
 
 def check_compressed(name: str, geometry: Geometry, config: FloraConfig) -> None:
     """Refuse, under ``strict``, a matrix that compressing would not halve."""
-    if config.strict and geometry.falls_short and config.momentum != "none":
+    if config.strict and geometry.falls_short and has_momentum(geometry, config):
         raise ValueError(
             f"with strict=True every matrix must be compressed; {name!r} of shape "
             f"{geometry.shape} would be dense: {geometry.dense_because}. Lower rank, raise block, "

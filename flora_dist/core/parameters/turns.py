@@ -11,6 +11,7 @@ from weakref import ref
 import torch
 
 from flora_dist.core.parameters.trainable import Trainable
+from flora_dist.core.state.spec import has_momentum
 
 DrawKey = tuple[int, str]
 """A seed and a position, from which random numbers are derived."""
@@ -76,7 +77,7 @@ def _draws(slot: Trainable) -> bool:
     config = slot.config
     if slot.position is None:
         return False
-    has_momentum = config.momentum != "none"
-    rounds = slot.tensor.dtype in _LOW or (has_momentum and config.state_dtype == "bfloat16")
-    is_sketched = has_momentum and slot.geometry.rank is not None
+    moves = has_momentum(slot.geometry, config)
+    rounds = slot.tensor.dtype in _LOW or (moves and config.state_dtype == "bfloat16")
+    is_sketched = moves and slot.geometry.rank is not None
     return is_sketched or (rounds and config.stochastic_rounding)

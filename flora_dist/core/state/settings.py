@@ -13,7 +13,10 @@ from typing import Any, Literal
 from flora_dist.core.records import FEW_BITS
 
 SKETCHES = ("hadamard", "gaussian", "rademacher")
-MOMENTA = ("flora", "flora_strict", "blend", "none")
+MOMENTA = ("flora", "flora_strict", "blend", "ademamix", "vectors", "none")
+PROJECTED = ("blend", "ademamix")
+"""Rules whose gain is the weight of a projection, which A A^T = (block/rank) I makes of M A."""
+NORMALISATIONS = ("factored", "rows", "columns")
 TRANSFERS = ("shrink", "paper", "reset")
 STATE_DTYPES = ("float32", "bfloat16")
 STATE_BITS = (32, 16, 8, 4)
@@ -21,17 +24,6 @@ STATE_BITS = (32, 16, 8, 4)
 BETA1 = 0.9
 SMALLEST_EPS = 1e-37
 """1 / R of a row without gradient must be finite in fp32."""
-
-
-PAPER: Mapping[str, Any] = {
-    "block": "full",
-    "sketch": "gaussian",
-    "momentum": "flora",
-    "transfer": "paper",
-    "kappa": 1000,
-    "scale_parameter": True,
-}
-"""The authors' algorithm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +45,13 @@ class FloraConfig:
     sketch: str = "hadamard"
     """Law of the projection: hadamard, gaussian (the paper) or rademacher."""
     momentum: str = "blend"
-    """Rule: blend, flora (the authors' code), flora_strict (Algorithm 2) or none. Rows "blend,
-    ratio 8" and 4 beat none and the dense-only control by more than the spread; flora does not."""
+    """Rule: blend, ademamix, flora (the authors' code), flora_strict (Algorithm 2), vectors (1-D
+    parameters alone) or none. Rows "blend, ratio 8" and 4 beat none and the dense-only control by
+    more than the spread; flora does not."""
     blend_gain: float | None = 1.0
-    """blend only: weight of the sketched momentum. Up to 1, the projection, it converges like plain
-    gradients; above 1 / beta1 the current gradient counts negatively inside the subspace, and lr
-    times curvature must stay below (1 - beta1) / (beta1 (gain - 1)). None, the default of older
+    """blend, ademamix: weight of the sketched momentum. Up to 1, the projection, blend converges
+    like plain gradients; above 1 / beta1 the current gradient counts negatively in its subspace,
+    and lr times curvature must stay below (1 - beta1) / (beta1 (gain - 1)). None, as in older
     runs: min(2, block / (2 rank))."""
     beta1: float = BETA1
     """Decay of the momentum per step. Rows "blend, beta1 0.8" and "0.95" are no better."""
@@ -69,6 +62,9 @@ class FloraConfig:
     """Momentum at a window change: shrink (least squares), paper (scale 1) or reset."""
     beta2: float | None = None
     """Decay of the second moment, bias-corrected; None: 1 - t^-0.8 (Adafactor)."""
+    normalise: str = "factored"
+    """What a matrix is divided by: the root of a factored second moment (Adafactor), or of the mean
+    square of each of its rows or columns in this gradient alone, as in SCALE."""
     eps: float = 1e-30
     """Added to the squared gradient; 1-D parameters use at least 1e-12."""
     clip: float | None = 1.0
@@ -100,6 +96,7 @@ class FloraConfig:
         _check_choice("sketch", self.sketch, SKETCHES)
         self._check_momentum()
         _check_choice("transfer", self.transfer, TRANSFERS)
+        _check_choice("normalise", self.normalise, NORMALISATIONS)
         _check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
         if self.state_bits is not None:
             check_bits("state_bits", self.state_bits, STATE_BITS)
@@ -168,15 +165,15 @@ class FloraConfig:
                 f"state_bits={self.state_bits} needs stochastic_rounding=True: rounded to nearest, "
                 "a momentum of few bits would not move. Leave it on, or pass state_bits=16."
             )
-        if self.momentum == "blend" and self.sketch != "hadamard":
+        if self.momentum in PROJECTED and self.sketch != "hadamard":
             raise ValueError(
-                f"momentum='blend' needs A A^T = (block/rank) I; got sketch={self.sketch!r}. "
-                "Use sketch='hadamard', or momentum='flora'."
+                f"momentum={self.momentum!r} needs A A^T = (block/rank) I; got "
+                f"sketch={self.sketch!r}. Use sketch='hadamard', or momentum='flora'."
             )
-        if self.momentum == "blend" and self.transfer == "paper":
+        if self.momentum in PROJECTED and self.transfer == "paper":
             raise ValueError(
-                "momentum='blend' does not go with transfer='paper', which amplifies noise at "
-                "every window change; got both. Use transfer='shrink' or 'reset'."
+                f"momentum={self.momentum!r} does not go with transfer='paper', which amplifies "
+                "noise at every window change; got both. Use transfer='shrink' or 'reset'."
             )
 
 

@@ -207,6 +207,11 @@ def _block_and_rank(
     return block, max(1, whole * block // int(config.block))
 
 
+def has_momentum(geometry: Geometry, config: FloraConfig) -> bool:
+    """Whether a parameter has a momentum: no matrix has under "vectors", nothing under "none"."""
+    return config.momentum != "none" and (geometry.is_vector or config.momentum != "vectors")
+
+
 def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor, ...]:
     """The state of one parameter; shapes are of the whole parameter.
 
@@ -220,7 +225,7 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
     batch = shape[:1] if is_batch(shape) else ()
     lines = (*batch, geometry.num_rows)
     tensors = []
-    if config.momentum != "none":
+    if has_momentum(geometry, config):
         if geometry.rank is None:
             tensors.append(StateTensor(name="momentum", shape=shape, dtype=dense, along="elements"))
         else:

@@ -63,6 +63,9 @@ class Basis(Protocol):
     ) -> Tensor:
         """X + gain (rank/block) (M - c) A_new, in the memory of X; M itself where that is equal."""
 
+    def add_(self, x: ops.Blocks, new: Tensor, place: Place, *, gain: float) -> Tensor:
+        """X + gain (rank/block) M A_new, in the memory of X."""
+
     def move(self, momentum: Tensor, place: Place) -> Tensor:
         """M in the new window: s M A_old A_new^T where the window changed, M where not."""
 
@@ -105,8 +108,11 @@ class SketchedBasis:
     def correct_(
         self, x: ops.Blocks, new: Tensor, compressed: Tensor, place: Place, *, gain: float
     ) -> Tensor:
+        return self.add_(x, new - compressed, place, gain=gain)
+
+    def add_(self, x: ops.Blocks, new: Tensor, place: Place, *, gain: float) -> Tensor:
         sketch_ERB = self.new_ERB[place.matrices]
-        ops.add_expanded_(x, new - compressed, sketch_ERB, keep=1.0, factor=gain * self.gain)
+        ops.add_expanded_(x, new, sketch_ERB, keep=1.0, factor=gain * self.gain)
         return x.elements_ENW
 
     def move(self, momentum: Tensor, place: Place) -> Tensor:
@@ -150,6 +156,10 @@ class DenseBasis:
         del place
         # Here c is X: with a gain of 1 the sum is M, but for what rounding would add.
         return new if gain == 1.0 else x.elements_ENW.add(new - compressed, alpha=gain)
+
+    def add_(self, x: ops.Blocks, new: Tensor, place: Place, *, gain: float) -> Tensor:
+        del place
+        return x.elements_ENW.add_(new, alpha=gain)
 
     def move(self, momentum: Tensor, place: Place) -> Tensor:
         del place

@@ -4,6 +4,8 @@
     R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
     X = G / sqrt(R C / mean(R));  U from the rule;  W <- (1 - lr wd) W - lr U / max(1, RMS(U)/clip)
 
+(``normalise`` divides by R or C alone; what stands for 1 / R and mean(R) / C then is in that file.)
+
 RMS looks as if it needed C first, so a message more; but mean(R) = mean(C), and with S1_j the sum
 over rows of G_ij^2 / R_i (R is local), |X|^2 = mean(R) sum_j S1_j / C_j: S1 travels with the
 column sums. The same holds for <X, M A>. Rows that several ranks hold pieces of know R only
@@ -37,6 +39,7 @@ from flora_dist.core.step.elements import (
     read_gradient,
 )
 from flora_dist.core.step.momentum_rules import Squares, rule_of
+from flora_dist.core.step.normalise import column_scale, row_scale
 from flora_dist.core.step.pieces import Piece, build_pieces
 from flora_dist.core.step.views import as_batches
 
@@ -59,7 +62,7 @@ class Settled:
     column_HM: Tensor
     """The new C."""
     factor_HM: Tensor
-    """sqrt(mean(R) / C)."""
+    """What columns are multiplied by: sqrt(mean(R) / C)."""
     squares: Squares
     """Sums over whole rows."""
     weight_H: Tensor | None
@@ -165,7 +168,8 @@ class MatrixPhases:
             terms["columns"][summed] += square_ENW.sum(1)
         else:
             # columns: sum_i G^2; squares: sum_i G^2 / R_i: one pass over the squares for both
-            scales_E2N = torch.stack([torch.ones_like(row_EN), 1 / row_EN], dim=1)
+            scale_EN = self._row_scale(row_EN).square()
+            scales_E2N = torch.stack([torch.ones_like(row_EN), scale_EN], dim=1)
             sums_E2M = scales_E2N @ square_ENW
             terms["columns"][summed] += sums_E2M[:, 0]
             terms["squares"][summed] += sums_E2M[:, 1]
@@ -177,7 +181,7 @@ class MatrixPhases:
         terms["history"][piece.summed] += _square_sum(old_ENW)
         if row_EN is not None:
             # cross: sum_i G (M A) / sqrt(R_i)
-            cross_E1M = row_EN.rsqrt().unsqueeze(1) @ (gradient_ENW * old_ENW)
+            cross_E1M = self._row_scale(row_EN).unsqueeze(1) @ (gradient_ENW * old_ENW)
             terms["cross"][piece.summed] += cross_E1M.squeeze(1)
 
     # ---- between the messages
@@ -197,10 +201,7 @@ class MatrixPhases:
         # C <- b2 C + (1-b2) colmean(G^2 + eps)
         mean_HM = totals["columns"][held] / size.num_rows + self._batch.config.eps
         column_HM = now.beta2 * joined(self._columns) + (1 - now.beta2) * mean_HM
-        # mean(R) = mean(C): both are the moving mean of all of G^2 + eps
-        mean_H1 = column_HM.mean(1, keepdim=True)
-        # Roots first: their quotient would overflow for a large gradient beside an empty column.
-        factor_HM = mean_H1.sqrt() * column_HM.rsqrt()
+        factor_HM = column_scale(self._batch.config.normalise, column_HM)
         rows = dict(measured.rows)
         for index, piece in enumerate(self._pieces):
             if piece.cut_rows is not None:
@@ -336,7 +337,7 @@ class MatrixPhases:
     ) -> Blocks:
         # X = G / sqrt(R C / mean(R)), times the clip where X is what is clipped
         gradient_ENW = read_gradient(self._batch, now, piece)
-        scale_EN = settled.rows[index].rsqrt()
+        scale_EN = self._row_scale(settled.rows[index])
         if factor_E is not None:
             scale_EN = scale_EN * factor_E.unsqueeze(1)
         factor_EW = settled.factor_HM[piece.place.matrices, slice(*piece.tile.columns)]
@@ -349,6 +350,9 @@ class MatrixPhases:
         # R <- b2 R + (1-b2) rowmean(G^2 + eps)
         mean_EN = square_sum_EN / self._batch.geometry.num_columns + self._batch.config.eps
         return now.beta2 * joined(piece.rows) + (1 - now.beta2) * mean_EN
+
+    def _row_scale(self, row_EN: Tensor) -> Tensor:
+        return row_scale(self._batch.config.normalise, row_EN)
 
     # ---- what is here
 

@@ -107,9 +107,16 @@ def moment_of(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
         weight_decay=_number(first.group["weight_decay"]),
         step=step,
         window=window,
-        beta2=beta2_at(step, config.beta2),
+        beta2=_beta2_of(batch, step),
         basis=basis,
     )
+
+
+def _beta2_of(batch: Batch, step: int) -> float:
+    """0 for matrices that are normalised by this gradient alone."""
+    if batch.config.normalise != "factored" and not batch.geometry.is_vector:
+        return 0.0
+    return beta2_at(step, batch.config.beta2)
 
 
 def _number(value: float | Tensor) -> float | Tensor:

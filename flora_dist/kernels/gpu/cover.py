@@ -10,7 +10,7 @@ from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.momentum_rules import rule_of
-from flora_dist.kernels.tables import DTYPES, RULES
+from flora_dist.kernels.tables import DTYPES, RULES, beyond_kernels
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 """Below, products have no instruction; above, a block does not fit in a program's registers."""
@@ -40,8 +40,8 @@ def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
     rule = rule_of(config, size)
     if rule is not None and type(rule) not in RULES:
         return f"momentum={config.momentum!r}"
-    if config.growth is not None and not size.is_vector:
-        return f"growth={config.growth}"
+    if not size.is_vector and (beyond := next(beyond_kernels(config), "")):
+        return beyond
     if (config.state_bits or 32) < 16 and rule is not None and size.rank is not None:
         return f"state_bits={config.state_bits}"
     if arithmetic_dtype(dtype) != torch.float32 or dtype not in DTYPES:

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of published optimizers, as arguments of ``Flora``. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PAPER: Mapping[str, Any] = {
+    "block": "full",
+    "sketch": "gaussian",
+    "momentum": "flora",
+    "transfer": "paper",
+    "kappa": 1000,
+    "scale_parameter": True,
+}
+"""The authors' algorithm."""
+SCALE: Mapping[str, Any] = {
+    "momentum": "vectors",
+    "normalise": "rows",
+    "beta2": 0.999,
+    "clip": None,
+    "roles": {
+        "embedding": {"normalise": "columns"},
+        "head": {"momentum": "flora", "rank": None},
+    },
+}
+"""SCALE (Glentis et al., arXiv 2506.16659): matrices are divided by the norms of their outputs, the
+head has momentum, 1-D parameters have Adam. Outputs are rows; of an embedding, columns."""
