@@ -77,6 +77,8 @@ def optimizers_of(
         for rule in RULES:
             optimizer = Flora(named, lr=1e-5, momentum=rule, rank=8, block=64)
             made[f"Flora, {rule}, {kernels}"] = optimizer, kernels
+        default = Flora(named, lr=1e-5)
+        made[f"Flora, default, {kernels}"] = default, kernels
     return made
 
 
