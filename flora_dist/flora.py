@@ -175,10 +175,12 @@ class Flora(torch.optim.Optimizer):
         """The authors' algorithm: whole rows, Gaussian, transfer without scale, parameter scale.
 
         With their random numbers it is theirs to 1e-15 for rows >= columns, and for Algorithm 1. It
-        differs for fewer rows; for a rank above columns / 2 (theirs projects, ours is dense) and an
-        aspect ratio above 4 (theirs is dense); in weight decay (theirs lr RMS(W) wd, ours lr wd);
-        in 1-D parameters of tiny gradients (eps), 3-D and 4-D ones; and in low precision, which
-        ours rounds stochastically by default. ``settings`` override the preset.
+        differs for fewer rows, which theirs combines: ours cuts each row in blocks of so many
+        columns, with as many numbers and the same mean error; for a rank above columns / 2 (theirs
+        projects, ours is dense) and an aspect ratio above 4 (theirs is dense); in weight decay
+        (theirs lr RMS(W) wd, ours lr wd); in 1-D parameters of tiny gradients (eps), 3-D and 4-D
+        ones; and in low precision, which ours rounds stochastically by default. ``settings``
+        override the preset.
         """
         return cls(params, lr, rank=rank, **{**PAPER, **settings})
 

@@ -10,6 +10,8 @@ both sides get our matrices.
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from flora_dist import Flora
 from flora_dist.core.sketch.keys import Purpose, derive_key, name_key
 from flora_dist.core.sketch.matrices import sketch_matrix
+from flora_dist.core.state.presets import PAPER
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.spec import geometry_of
 
 ROWS, COLUMNS, RANK, KAPPA, STEPS, LR, BETA = 12, 7, 2, 5, 12, 0.02, 0.9
 
@@ -74,3 +79,26 @@ def test_twelve_steps_with_two_window_changes_are_the_authors_own() -> None:
     assert (_ours(start) - expected).abs().max() < 1e-12
     # One step later for the transfers is another run, by far more than the bound.
     assert (_authors(start, transfer_at=KAPPA + 1) - expected).abs().max() > 1e-6
+
+
+def test_a_wide_matrix_is_kept_in_as_many_numbers_as_theirs_and_as_well() -> None:
+    """Theirs combines its rows, A W; ours cuts each row in blocks as long as there are rows."""
+    rows, columns, rank, draws = 8, 24, 2, 400
+    size = geometry_of("w", (rows, columns), FloraConfig(**{**PAPER, "rank": rank}))
+    assert size.num_rows * size.blocks_per_row * rank == rank * columns
+    torch.manual_seed(0)
+    wide = torch.randn(rows, columns, dtype=torch.float64)
+    errors: dict[str, list[float]] = {"theirs": [], "ours": []}
+    for draw in range(draws):
+        sketch = sketch_matrix(
+            "gaussian", key=draw, rank=rank, block=rows, dtype=torch.float64, device="cpu"
+        )
+        blocks = wide.view(rows, -1, rows)
+        for name, got in (
+            ("theirs", sketch.T @ (sketch @ wide)),
+            ("ours", ((blocks @ sketch.T) @ sketch).view_as(wide)),
+        ):
+            errors[name].append(float((got - wide).square().sum() / wide.square().sum()))
+    for found in errors.values():
+        mean, spread = statistics.fmean(found), statistics.stdev(found) / draws**0.5
+        assert abs(mean - (rows + 1) / rank) < 4 * spread < 1.0
