@@ -66,6 +66,9 @@ class Flora(torch.optim.Optimizer):
         rank: numbers kept per block; None keeps a group dense.
         block: consecutive row elements per block, a power of two, or "full": the smaller of rows
             and columns.
+        compress: "halving" (every matrix whose momentum it halves, along its rows) or "authors"
+            (2-D ones of an aspect ratio of at most 4 and a rank up to the smaller side, along that
+            side; matrices with fewer rows than columns must be whole). Needs ``block="full"``.
         sketch: "hadamard" (least noise), "gaussian" (the paper) or "rademacher".
         momentum: "blend" (momentum inside the sketched subspace, the gradient itself outside),
             "ademamix" (the gradient and a slow average of it, added: arXiv 2502.02431), "flora"
@@ -132,6 +135,7 @@ class Flora(torch.optim.Optimizer):
         *,
         rank: int | None = 16,
         block: int | str = 64,
+        compress: str = "halving",
         sketch: str = "hadamard",
         momentum: str = "blend",
         blend_gain: float | None = 1.0,
@@ -177,10 +181,12 @@ class Flora(torch.optim.Optimizer):
         With their random numbers it is theirs to 1e-15 for rows >= columns, and for Algorithm 1. It
         differs for fewer rows, which theirs combines: ours cuts each row in blocks of so many
         columns, with as many numbers and the same mean error; for a rank above columns / 2 (theirs
-        projects, ours is dense) and an aspect ratio above 4 (theirs is dense); in weight decay
-        (theirs lr RMS(W) wd, ours lr wd); in 1-D parameters of tiny gradients (eps), 3-D and 4-D
-        ones; and in low precision, which ours rounds stochastically by default. ``settings``
-        override the preset.
+        projects, ours is dense) and an aspect ratio above 4 (theirs is dense). With
+        ``compress="authors"`` it is theirs there too, to 1e-12, on one process and DDP; where a
+        layout cuts a matrix that has fewer rows than columns, and for sketched gradients, that is
+        refused. It differs always in weight decay (theirs lr RMS(W) wd, ours lr wd); in 1-D
+        parameters of tiny gradients (eps), 3-D and 4-D ones; and in low precision, which ours
+        rounds stochastically by default. ``settings`` override the preset.
         """
         return cls(params, lr, rank=rank, **{**PAPER, **settings})
 

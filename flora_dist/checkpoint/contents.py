@@ -158,7 +158,7 @@ def _states(slot: Trainable, state: dict[str, object]) -> Iterator[tuple[str, Bo
     own = slot.own_state(state)
     for entry in slot.entries:
         local = slot.part.local(own[entry.name])
-        boxes = owned_boxes(slot.part, slot.geometry, entry, local)
+        boxes = owned_boxes(slot.stepped, slot.geometry, entry, local)
         shape = entry_shape(entry, slot.geometry)
         yield state_key(slot.part.name, entry.name), Boxes.of(shape, local.dtype, boxes)
 

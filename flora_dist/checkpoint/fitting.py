@@ -177,7 +177,7 @@ def _add_state(fitted: FittedFlora, manifest: Manifest, slot: Trainable) -> None
         local = part.local(own[entry.name])
         key, shape = state_key(part.name, entry.name), entry_shape(entry, slot.geometry)
         _check_facts(manifest, key, shape, local.dtype)
-        boxes = state_boxes(part, slot.geometry, entry, local)
+        boxes = state_boxes(slot.stepped, slot.geometry, entry, local)
         fitted.tensors[key] = Boxes.of(shape, local.dtype, boxes)
 
 

@@ -249,10 +249,10 @@ class Gradients:
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """Each slot's gradient, averaged over the ranks if it is sketched."""
         if any(map(self._asks_for_state, slots)):
-            return [slot.part.gradient() for slot in slots]
+            return [slot.stepped.gradient() for slot in slots]
         self.reduce()
         return [
-            self.mean_of(slot.name) if slot.name in self.flows else slot.part.gradient()
+            self.mean_of(slot.name) if slot.name in self.flows else slot.stepped.gradient()
             for slot in slots
         ]
 

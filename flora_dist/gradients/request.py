@@ -122,6 +122,11 @@ class SketchRequest:
         Raises:
             ValueError: a rank that saves nothing, few bits of a sketch that is no rotation.
         """
+        if config.compress != "halving":
+            raise ValueError(
+                f"gradients are sketched along rows alone; got compress={config.compress!r}. Use "
+                "compress='halving', with which Algorithm 1 is the authors' own."
+            )
         few = self.bits in FEW_BITS
         rank = config.rank if self.gradient_rank is None else self.gradient_rank
         check_rank(rank, config.block, self.bits)

@@ -54,7 +54,7 @@ class DenseGradients:
 
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """This rank's elements of each slot's gradient."""
-        return [slot.part.gradient() for slot in slots]
+        return [slot.stepped.gradient() for slot in slots]
 
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
         """Nothing but the level."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from flora_dist.core.parameters.names import names_of, position_name
 from flora_dist.core.parameters.report import ReportRow
 from flora_dist.core.parameters.roles import role_of
+from flora_dist.core.parameters.transposed import as_stepped
 from flora_dist.core.protocols import Layout, Part
 from flora_dist.core.sketch.keys import Purpose, name_key
 from flora_dist.core.sketch.matrices import KINDS
@@ -64,26 +65,27 @@ class Trainable:
         self._config = None  # until everything below has passed
         part = self.part
         self._geometry = geometry_of(part.name, part.shape, config)
+        self._stepped = as_stepped(part, self._geometry)
         self._entries = state_tensors(self._geometry, config)
         if part.trains:
             check_compressed(part.name, self._geometry, config)
         if self.has_state(state):
             check_state(self, self.own_state(state), config)
-        self._cuts = part.cuts(self._geometry.block)
+        self._cuts = self._stepped.cuts(self._geometry.block)
         self._sketches = self._make_sketches(config)
         self._config = config
 
     def _make_sketches(self, config: FloraConfig) -> Sketches | None:
         if self._geometry.rank is None or not has_momentum(self._geometry, config):
             return None
-        shapes = [self.part.local_state_shape(e) for e in self._entries if e.name == "momentum"]
+        shapes = [self._stepped.local_state_shape(e) for e in self._entries if e.name == "momentum"]
         return Sketches(
             name_key=self._name_key,
             purpose=Purpose.MOMENTUM,
             rank=self._geometry.rank,
             block=self._geometry.block,
             config=config,
-            held=self.part.matrices,
+            held=self._stepped.matrices,
             kept=sum(torch.Size(shape).numel() for shape in shapes),
         )
 
@@ -92,6 +94,11 @@ class Trainable:
         """The group's settings."""
         assert self._config is not None
         return self._config
+
+    @property
+    def stepped(self) -> Part:
+        """The part as the step sees it: itself, or transposed."""
+        return self._stepped
 
     @property
     def name_key(self) -> int:
@@ -133,7 +140,7 @@ class Trainable:
         assert self._config is not None
         own = self.own_state(state)
         for entry in self._entries:
-            own[entry.name] = self.part.allocate(entry, self.dtype_of(entry))
+            own[entry.name] = self._stepped.allocate(entry, self.dtype_of(entry))
         own.update(
             format=format_of(self._entries),
             gradients=LEVELS.index(self.level),
@@ -163,7 +170,7 @@ class Trainable:
 
     def member(self, state: dict[str, Any]) -> Member:
         """The parameter, which has state, as a step sees it."""
-        part, own = self.part, self.own_state(state)
+        part, own = self._stepped, self.own_state(state)
         kept = {entry.name: own[entry.name] for entry in self._entries}
         local = {name: part.local(tensor) for name, tensor in kept.items()}
         return Member(
@@ -192,7 +199,8 @@ class Trainable:
         assert self._config is not None
         size = self._geometry
         state_bytes = sum(
-            torch.Size(self.part.local_state_shape(entry)).numel() * self.dtype_of(entry).itemsize
+            torch.Size(self._stepped.local_state_shape(entry)).numel()
+            * self.dtype_of(entry).itemsize
             for entry in self._entries
         )
         return ReportRow(
@@ -268,10 +276,10 @@ def check_state(slot: Trainable, own: dict[str, Any], config: FloraConfig) -> No
         )
     for name, entry in expected.items():
         shape = tuple(slot.part.local(own[name]).shape)
-        if shape != slot.part.local_state_shape(entry):
+        if shape != slot.stepped.local_state_shape(entry):
             raise ValueError(
                 f"{name} of {slot.part.name!r} must have the local shape "
-                f"{slot.part.local_state_shape(entry)}, for a weight of {slot.part.shape}; the "
+                f"{slot.stepped.local_state_shape(entry)}, for a weight of {slot.part.shape}; the "
                 f"state has {shape}. Use the rank, block, state_bits and model of the run that "
                 "made it; if the weight was resized since, make a new optimizer."
             )

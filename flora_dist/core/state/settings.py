@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import difflib
 import math
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from flora_dist.core.records import FEW_BITS
+from flora_dist.core.state.bounds import check_choice, check_range, check_whole, is_whole
 
 SKETCHES = ("hadamard", "gaussian", "rademacher")
 MOMENTA = ("flora", "flora_strict", "blend", "ademamix", "vectors", "none")
 PROJECTED = ("blend", "ademamix")
 """Rules whose gain is the weight of a projection, which A A^T = (block/rank) I makes of M A."""
+COMPRESSIONS = ("halving", "authors")
 NORMALISATIONS = ("factored", "rows", "columns")
 TRANSFERS = ("shrink", "paper", "reset")
 STATE_DTYPES = ("float32", "bfloat16")
@@ -42,6 +43,9 @@ class FloraConfig:
     """Consecutive row elements compressed together, a power of two; "full": the smaller of rows
     and columns, as in the paper. Rows "blend, block 16", "256" and "full" are within the seeds'
     spread of 64, which costs little arithmetic and divides most widths."""
+    compress: str = "halving"
+    """Which matrices, and along which side: halving (those that it halves, along their rows) or
+    authors (2-D ones of an aspect ratio up to 4 and a rank up to the smaller side, along that)."""
     sketch: str = "hadamard"
     """Law of the projection: hadamard, gaussian (the paper) or rademacher."""
     momentum: str = "blend"
@@ -91,31 +95,32 @@ class FloraConfig:
     """One per run, equal on all ranks."""
 
     def __post_init__(self) -> None:
-        _check_whole("rank", self.rank, smallest=1, none_means="keep the group dense")
+        check_whole("rank", self.rank, smallest=1, none_means="keep the group dense")
         self._check_block()
-        _check_choice("sketch", self.sketch, SKETCHES)
+        check_choice("sketch", self.sketch, SKETCHES)
         self._check_momentum()
-        _check_choice("transfer", self.transfer, TRANSFERS)
-        _check_choice("normalise", self.normalise, NORMALISATIONS)
-        _check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
+        check_choice("transfer", self.transfer, TRANSFERS)
+        check_choice("compress", self.compress, COMPRESSIONS)
+        check_choice("normalise", self.normalise, NORMALISATIONS)
+        check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
         if self.state_bits is not None:
             check_bits("state_bits", self.state_bits, STATE_BITS)
-        _check_whole("kappa", self.kappa, smallest=1)
-        _check_range("beta1", self.beta1, 0.0, 1.0)
+        check_whole("kappa", self.kappa, smallest=1)
+        check_range("beta1", self.beta1, 0.0, 1.0)
         if self.blend_gain is not None:
-            _check_range("blend_gain", self.blend_gain, 0.0, math.inf)
-        _check_range("eps", self.eps, SMALLEST_EPS, math.inf)
+            check_range("blend_gain", self.blend_gain, 0.0, math.inf)
+        check_range("eps", self.eps, SMALLEST_EPS, math.inf)
         if self.beta2 is not None:
-            _check_range("beta2", self.beta2, 0.0, 1.0)
+            check_range("beta2", self.beta2, 0.0, 1.0)
         if self.clip is not None:
-            _check_range("clip", self.clip, 0.0, math.inf)
+            check_range("clip", self.clip, 0.0, math.inf)
             if self.clip == 0.0:
                 raise ValueError("clip must be above 0; got 0. Pass None to switch clipping off.")
         if self.growth is not None:
-            _check_range("growth", self.growth, 1.0, math.inf)
+            check_range("growth", self.growth, 1.0, math.inf)
         for name in ("scale_parameter", "stochastic_rounding", "skip_nonfinite", "strict"):
             check_bool(name, getattr(self, name))
-        if not _is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
+        if not is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(
                 f"seed must be a whole number of 64 bits; got {self.seed!r}. Pass an int."
             )
@@ -144,7 +149,7 @@ class FloraConfig:
     def _check_block(self) -> None:
         if self.block == "full":
             return
-        if not _is_whole(self.block) or int(self.block) < 1 or int(self.block).bit_count() != 1:
+        if not is_whole(self.block) or int(self.block) < 1 or int(self.block).bit_count() != 1:
             raise ValueError(
                 f"block must be a power of two or 'full'; got {self.block!r}. "
                 "Pass 16, 32, 64, 128 or 256."
@@ -156,7 +161,7 @@ class FloraConfig:
                 f"momentum names a rule, one of {', '.join(MOMENTA)}; got {self.momentum!r}. Its "
                 "decay is beta1."
             )
-        _check_choice("momentum", self.momentum, MOMENTA)
+        check_choice("momentum", self.momentum, MOMENTA)
 
     def _check_pairs(self) -> None:
         check_rank(self.rank, self.block, self.sketch_bits)
@@ -164,6 +169,11 @@ class FloraConfig:
             raise ValueError(
                 f"state_bits={self.state_bits} needs stochastic_rounding=True: rounded to nearest, "
                 "a momentum of few bits would not move. Leave it on, or pass state_bits=16."
+            )
+        if self.compress == "authors" and self.block != "full":
+            raise ValueError(
+                "compress='authors' is of whole sides; got "
+                f"block={self.block!r}. Pass block='full', or compress='halving'."
             )
         if self.momentum in PROJECTED and self.sketch != "hadamard":
             raise ValueError(
@@ -197,7 +207,7 @@ def check_rank(rank: int | None, block: int | str, bits: int) -> None:
 
 def check_bits(name: str, value: Any, choices: tuple[int, ...]) -> None:
     """Refuse bits per number that do not exist."""
-    if not _is_whole(value) or value not in choices:
+    if not is_whole(value) or value not in choices:
         raise ValueError(
             f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}. Pass one of "
             "these."
@@ -285,7 +295,7 @@ def check_settings(group: Mapping[str, Any]) -> FloraConfig:
 def check_rate(name: str, value: Any) -> None:
     """Refuse a negative, infinite or NaN ``lr`` or ``weight_decay``; tensors pass unread."""
     if isinstance(value, (int, float)):
-        _check_range(name, value, 0.0, math.inf)
+        check_range(name, value, 0.0, math.inf)
     elif not hasattr(value, "numel") or value.numel() != 1:
         raise ValueError(
             f"{name} must be a number or a tensor of one; got {value!r}. Pass a float."
@@ -312,38 +322,3 @@ def check_group_keys(keys: Collection[str], known: Collection[str]) -> None:
             raise ValueError(
                 f"a parameter group has the unknown key {key!r}. Did you mean {near[0]!r}?"
             )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_whole(
-    name: str, value: Any, *, smallest: int, none_means: Literal["keep the group dense", ""] = ""
-) -> None:
-    if value is None and none_means:
-        return
-    if not _is_whole(value) or value < smallest:
-        remedy = f", or None to {none_means}" if none_means else ""
-        raise ValueError(
-            f"{name} must be a whole number of at least {smallest}; got {value!r}. "
-            f"Pass {smallest} or more{remedy}."
-        )
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value in choices:
-        return
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else " Pass one of these."
-    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
-
-
-def _check_range(name: str, value: Any, low: float, high: float) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # An int may be below infinity and above all floats.
-    if not is_number or not low <= value < high or value > sys.float_info.max:
-        raise ValueError(
-            f"{name} must be a number in [{low:g}, {high:g}); got {value!r}. "
-            "Pass a finite number in that range."
-        )

@@ -27,6 +27,8 @@ VECTOR_EPS = 1e-12
 in attention) must not be normalised into full steps."""
 
 
+WIDEST_ASPECT = 4
+"""The authors' torch code leaves what is longer or wider dense, so as to skip embeddings."""
 SMALLEST_BATCHED = 8
 """Last dim from which a 3-D parameter is a batch of matrices; below, a 1-D convolution."""
 
@@ -107,7 +109,25 @@ def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geome
     Raises:
         ValueError: ``block="full"`` with hadamard on a side that is no power of two.
     """
-    return geometry_at(name, shape, config, rank=config.rank, bits=config.sketch_bits)
+    seen = _as_authors_see(shape, config)
+    return geometry_at(name, seen, config, rank=config.rank, bits=config.sketch_bits)
+
+
+def _as_authors_see(shape: tuple[int, ...], config: FloraConfig) -> tuple[int, ...]:
+    """Transposed where they combine rows, which are fewer than columns."""
+    if config.compress != "authors" or config.rank is None or 0 in shape:
+        return shape
+    return shape if _authors_leave(shape, config.rank) or shape[0] >= shape[1] else shape[::-1]
+
+
+def _authors_leave(shape: tuple[int, ...], rank: int) -> str:
+    """Why the authors' torch code keeps a shape dense; empty where it does not."""
+    if len(shape) != 2:
+        return "not 2-D"
+    small, large = sorted(shape)
+    if large > WIDEST_ASPECT * small:
+        return f"aspect ratio above {WIDEST_ASPECT}"
+    return f"rank {rank} above the smaller side" if rank > small else ""
 
 
 def geometry_at(
@@ -127,6 +147,10 @@ def geometry_at(
         reason = "rank=None"
     elif 0 in shape:
         reason = "no elements"
+    elif config.compress == "authors":
+        assert rank != "block", "gradients are not sketched so"
+        if not (reason := _authors_leave(shape, rank)):
+            block, kept = _block_and_rank(name, num_rows, num_columns, config, rank, bits)
     else:
         block, kept = _block_and_rank(name, num_rows, num_columns, config, rank, bits)
         if not _halves(num_columns, block, kept, bits):
