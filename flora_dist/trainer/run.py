@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flora_dist.core.parameters.advice import advice
+from flora_dist.core.parameters.advice import advice, advice_on_rate
 from flora_dist.flora import Flora
 from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import find_world, process_group, wait_for_all
@@ -160,7 +160,8 @@ def _warn(learner: Learner, steps: int, console: Console) -> None:
     if not isinstance(learner.optimizer, Flora):
         return
     held = [(slot.geometry, slot.config) for slot in learner.optimizer.slots()]
-    for sentence in advice(held, steps):
+    groups = learner.optimizer.param_groups
+    for sentence in (*advice(held, steps), *advice_on_rate(groups)):
         console.print(f"warning: {sentence}", soft_wrap=True, style="yellow")
 
 

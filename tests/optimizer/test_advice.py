@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_dist.core.parameters.advice import advice, coverage, noise_of_momentum
+from flora_dist.core.parameters.advice import advice, advice_on_rate, coverage, noise_of_momentum
 from flora_dist.core.sketch.matrices import sketch_matrix
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry, geometry_of
@@ -82,6 +82,26 @@ def test_advice_names_what_the_run_suffers_from_and_says_nothing_else(
     said = list(advice([_held(**settings)] * 2, steps))
     assert len(said) == len(words)
     assert all(word in sentence for word, sentence in zip(words, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [
+        ({"lr": 0.05}, ["Pass lr=0.001,"]),
+        ({"lr": 0.0, "initial_lr": 0.1}, ["lr=0.1 looks like a relative step"]),
+        ({"lr": torch.tensor(0.25)}, ["lr=0.25 "]),
+        ({"lr": 0.01}, []),
+        ({"lr": 0.05, "scale_parameter": True}, []),
+    ],
+    ids=str,
+)
+def test_a_learning_rate_of_the_weights_own_size_is_taken_for_a_relative_one(
+    group: dict[str, Any], said: list[str]
+) -> None:
+    groups = [{"scale_parameter": False, "lr": 1e-3}, {"scale_parameter": False, **group}]
+    found = list(advice_on_rate(groups))
+    assert len(found) == len(said)
+    assert all(word in sentence for word, sentence in zip(said, found, strict=True))
 
 
 def test_a_run_by_the_suggested_kappa_is_left_in_peace() -> None:

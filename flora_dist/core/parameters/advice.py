@@ -10,18 +10,24 @@ sketch as if it were whole, ``flora`` and ``flora_strict`` (arXiv 2402.03293).
     break-even   noise that is new at each step has the variance (1 - b) / (1 + b) of one gradient
                  in a whole average, and (1 + c) times that in a sketched one: above 1 the average
                  is noisier than the gradient it stands for
+
+A learning rate says something too. An update has a root mean square of at most ``clip``, and
+Adafactor's relative steps (arXiv 1804.04235, section 8: up to 1e-2) are meant times RMS(weight).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from flora_dist.core.sketch.matrices import relative_noise
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry
 
 ENOUGH_COVERAGE = 0.9
+USUAL_RMS = 0.02
+"""Of matrices at the start, in most language models: a step of that size replaces them."""
 _READ_WHOLE = ("flora", "flora_strict")
 
 
@@ -64,6 +70,19 @@ def advice(held: Iterable[tuple[Geometry, FloraConfig]], steps: int) -> Iterator
         yield from _of_coverage(*least, steps)
     if read_whole:
         yield from _of_noise(*max(read_whole, key=lambda held: noise_of_momentum(*held)))
+
+
+def advice_on_rate(groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """A sentence where the largest lr of these groups can only be meant as a relative one."""
+    plain = [group for group in groups if not group["scale_parameter"]]
+    largest = max((float(group.get("initial_lr", group["lr"])) for group in plain), default=0.0)
+    if largest < USUAL_RMS:
+        return
+    yield (
+        f"lr={largest:g} looks like a relative step: it is the size of an update, and the matrices "
+        f"of most models start with a root mean square of {USUAL_RMS}. Pass "
+        f"lr={largest * USUAL_RMS:.2g}, or scale_parameter=True."
+    )
 
 
 def _of_coverage(size: Geometry, config: FloraConfig, steps: int) -> Iterator[str]:
