@@ -4,10 +4,12 @@
     python -m tests.bench.quality                       about 75 minutes of 2 cores
     python -m tests.bench.quality --quick               about 3 minutes
     python -m tests.bench.quality --table compressed    about 45 minutes of a shared core
+    python -m tests.bench.quality --table sceptic --size small    every rule tuned as AdamW is
 
 Every row gets the same tokens and learning rates (`quality_plan.py`); the one with the lowest
 validation loss counts, and is run again with a second seed. Finished runs are kept in runs.jsonl at
-once: `--resume` goes on after an interruption.
+once: `--resume` goes on after an interruption. The sceptic's table (`quality_sceptic.py`) has
+sizes of its own, and tunes more than lr.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ import torch
 from rich.console import Console
 
 from flora_dist.trainer.config_data import STDLIB
-from tests.bench import quality_compressed, quality_plan, quality_table
+from tests.bench import quality_compressed, quality_plan, quality_sceptic, quality_table
 from tests.bench.quality_plan import (
     Row,
     Run,
@@ -42,6 +44,7 @@ from tests.bench.quality_plan import (
     next_runs,
     resized,
     rows_named,
+    tuned,
 )
 from tests.bench.quality_ratios import draw_ratios
 from tests.bench.quality_run import Bench, Settings, bench_of, start_worker, train_one
@@ -74,7 +77,22 @@ TABLES = {
         quick_size=quality_compressed.QUICK,
         draw=draw_ratios,
     ),
+    "sceptic": Table(
+        rows=quality_sceptic.sceptic_rows(),
+        size=quality_sceptic.FULL,
+        quick_rows=[row.name for row in quality_sceptic.sceptic_rows() if row.name == row.family],
+        quick_size=quality_sceptic.QUICK,
+        draw=quality_sceptic.draw_nothing,
+    ),
 }
+
+
+MODELS = {
+    "small": ("configs/model/llama_9m.json", 2),
+    "middle": ("configs/model/llama_9m.json", 8),
+    "large": ("configs/model/llama_26m_bytes.json", 2),
+}
+"""Model and layers by size: 0.5, 1.7 and 6.6 million parameters over bytes."""
 
 
 class Store:
@@ -190,6 +208,8 @@ def report(
 ) -> None:
     """results.json, the pictures and the printed table, of the rows that are complete."""
     bench = bench_of(settings)
+    if any(row.family for row in rows):
+        rows = tuned(rows, store.losses, settings.size)
     found = quality_table.lines(rows, store.records, store.losses, settings.size)
     about = facts(settings, bench)
     text = json.dumps({**about, "rows": found}, indent=1, allow_nan=False)
@@ -229,7 +249,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", default="optimizers", choices=tuple(TABLES))
     parser.add_argument("--quick", action="store_true", help="few rows, short runs")
     parser.add_argument("--data", default=STDLIB, help="python-stdlib, a file or a folder")
-    parser.add_argument("--model", default="configs/model/llama_9m.json")
+    parser.add_argument("--size", choices=tuple(MODELS), help="of the model, with its layers")
+    parser.add_argument("--model", help="a transformers config, in place of that of --size")
     parser.add_argument("--out", default="runs/quality", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on in --out")
     parser.add_argument("--rows", help="names of rows, separated by semicolons")
@@ -237,6 +258,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="layers of the model")
     parser.add_argument("--global-batch", type=int, help="sequences per step")
     parser.add_argument("--sequence-length", type=int, help="tokens per sequence")
+    parser.add_argument("--grid", help="exponents of the learning rates, separated by commas")
     parser.add_argument("--seeds", type=int, help="seeds of the best learning rate")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -255,7 +277,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sequence_length=args.sequence_length,
         seeds=args.seeds,
     )
-    settings = Settings(model=args.model, data=args.data, size=size, device=args.device)
+    if args.grid is not None:
+        size = replace(size, grid=tuple(int(exponent) for exponent in args.grid.split(",")))
+    model, layers = MODELS[args.size or "small"]
+    if args.layers is None and (args.size is not None or size.layers is None):
+        size = replace(size, layers=layers)
+    settings = Settings(model=args.model or model, data=args.data, size=size, device=args.device)
     rows = rows_named(table.quick_rows, table.rows) if args.quick else table.rows
     if args.rows is not None:
         rows = rows_named([name.strip() for name in args.rows.split(";")], table.rows)

@@ -48,6 +48,12 @@ class Row:
     """Flora: gradients are kept as sketches, this many numbers per block; None: dense."""
     gradient_bits: int = 32
     """Of each of these numbers."""
+    family: str = ""
+    """The rule that this row is a variant of, all of which are tuned as one; empty: its own."""
+    warmup: float = 0.05
+    """Part of the steps in which lr rises."""
+    max_norm: float | None = None
+    """Gradients are clipped to it."""
     micro_batches: int = 1
     """What a step's sketches are the sum of; in few bits they are rounded after each."""
     steps_per_batch: int = 1
@@ -86,6 +92,8 @@ class Size:
     """The first for every learning rate, the others for the best one only."""
     grid: tuple[int, ...] = GRID
     """Exponents of the learning rates that every row is run with."""
+    factor: float = 2.0
+    """From one learning rate of the grid to the next."""
     extensions: int = 2
     """Learning rates that a row whose best lies at an end of the grid may add beyond it."""
 
@@ -110,13 +118,13 @@ QUICK_ROWS = (
 )
 
 
-def lr_of(row: Row, exponent: int, initial_rms: float) -> float:
-    """The learning rate of a run: 1e-3 * 2^exponent in units of the weights.
+def lr_of(row: Row, exponent: int, initial_rms: float, factor: float = 2.0) -> float:
+    """The learning rate of a run: 1e-3 * factor^exponent in units of the weights.
 
     Optimizers that multiply by RMS(weight) get it over the RMS that matrices start with, so the
     same grid means the same sizes of the first updates for everyone.
     """
-    lr = BASE_LR * 2.0**exponent
+    lr = BASE_LR * factor**exponent
     return lr / initial_rms if row.scales_by_weight else lr
 
 
@@ -251,16 +259,46 @@ def _sketches() -> Iterator[Row]:
 
 def next_runs(rows: Sequence[Row], losses: Mapping[Run, float], size: Size) -> list[Run]:
     """Runs that are missing and can be told already: the grid, beyond it, then the other seeds."""
-    return [run for row in rows for run in _missing(row.name, losses, size)]
+    best = {row.name for row in tuned(rows, losses, size)}
+    return [
+        run
+        for row in rows
+        for run in (
+            _seeds_missing(row.name, losses, size)
+            if row.name in best
+            else _grid_missing(row.name, losses, size)
+        )
+    ]
 
 
-def _missing(row: str, losses: Mapping[Run, float], size: Size) -> list[Run]:
+def tuned(rows: Sequence[Row], losses: Mapping[Run, float], size: Size) -> list[Row]:
+    """Rows whose learning rate is found; of each family the best one, once all of it is run."""
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(row.family or row.name, []).append(row)
+
+    def loss(row: Row) -> float:
+        return losses[Run(row.name, best_exponent(row.name, losses), 0)]
+
+    return [
+        min(family, key=loss)
+        for family in families.values()
+        if not any(_grid_missing(row.name, losses, size) for row in family)
+    ]
+
+
+def _grid_missing(row: str, losses: Mapping[Run, float], size: Size) -> list[Run]:
     if missing := [r for e in size.grid if (r := Run(row, e, 0)) not in losses]:
         return missing
     tried = exponents_tried(row, losses)
     best = best_exponent(row, losses)
     if best in {tried[0], tried[-1]} and len(tried) < len(size.grid) + size.extensions:
         return [Run(row, best - 1 if best == tried[0] else best + 1, 0)]
+    return []
+
+
+def _seeds_missing(row: str, losses: Mapping[Run, float], size: Size) -> list[Run]:
+    best = best_exponent(row, losses)
     return [r for seed in range(1, size.seeds) if (r := Run(row, best, seed)) not in losses]
 
 
@@ -281,8 +319,10 @@ def best_exponent(row: str, losses: Mapping[Run, float]) -> int:
 
 def expected_runs(rows: Sequence[Row], size: Size) -> int:
     """How many runs to expect; about every other row leaves the grid once more than it must."""
-    bracket = 3  # a best between two worse ones
-    return len(rows) * (max(bracket, len(size.grid)) + size.seeds - 1) + len(rows) // 2
+    bracket = 3 if size.extensions else 0  # a best between two worse ones
+    families = len({row.family or row.name for row in rows})
+    beyond = len(rows) // 2 if size.extensions else 0
+    return len(rows) * max(bracket, len(size.grid)) + families * (size.seeds - 1) + beyond
 
 
 def resized(size: Size, **given: int | None) -> Size:

@@ -106,7 +106,7 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     config = config_of_run(settings, row, run)
     model = build_model(config.model, bench.network, seed=run.seed)
     module = spread(model, config, bench.world)
-    lr = lr_of(row, run.exponent, bench.network.initializer_range)
+    lr = lr_of(row, run.exponent, bench.network.initializer_range, settings.size.factor)
     optimizer = build(row, model, lr=lr, seed=run.seed)
     handle = keep_sketched(module.module, optimizer, config.gradients)
     sketched = None if handle is None else handle.report()
@@ -162,19 +162,21 @@ def config_of_run(settings: Settings, row: Row, run: Run) -> Config:
     """The trainer's config: every row sees the same sequences in the same order."""
     size = settings.size
     steps, sequences = size.steps * row.steps_per_batch, size.global_batch // row.steps_per_batch
+    warmup = int(steps * row.warmup)
     return Config(
         model=ModelConfig(config=settings.model),
         data=DataConfig(corpus=settings.data, sequence_length=size.sequence_length),
         # The loop takes the optimizer it is given; this section is only for its own programs.
         optimizer=OptimizerConfig(name="adamw", options={"lr": 0.0}),
         gradients=gradients_of(row),
-        schedule=ScheduleConfig(name="cosine", warmup_steps=steps // 20, final_ratio=0.1),
+        schedule=ScheduleConfig(name="cosine", warmup_steps=warmup, final_ratio=0.1),
         train=TrainConfig(
             steps=steps,
             global_batch=sequences,
             # In full the sum over micro-batches is the same, and one pass is quicker.
             micro_batch=sequences // row.micro_batches,
             seed=run.seed,
+            max_grad_norm=row.max_norm,
             log_every=max(1, steps // 40),
         ),
         evaluation=EvaluationConfig(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +44,20 @@ from tests.bench.quality_plan import (
     next_runs,
     resized,
     rows_named,
+    tuned,
 )
 from tests.bench.quality_run import Settings, build, config_of_run, gradients_of, groups_of
+from tests.bench.quality_sceptic import FULL as SCEPTICS
+from tests.bench.quality_sceptic import VARIANTS, sceptic_rows
 from tests.bench.quality_table import dense_twin
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 ROWS = {row.name: row for row in all_rows()}
 COMPRESSED = {row.name: row for row in compressed_rows()}
-EVERY_ROW = ROWS | COMPRESSED
+SCEPTIC = {row.name: row for row in sceptic_rows()}
+EVERY_ROW = ROWS | COMPRESSED | {n: row for n, row in SCEPTIC.items() if n == row.family}
+OF_THE_PAPER = {"blend", "flora", "flora_strict"}
+"""Rules of the first table; its other momenta are tuned in the sceptic's."""
 TINY = Size(
     steps=3, layers=1, global_batch=2, sequence_length=16, evaluations=1, sequences=2, extensions=0
 )
@@ -91,7 +98,7 @@ def test_every_rule_is_there_at_every_ratio() -> None:
     found = {
         (r.options["momentum"], r.options["rank"]) for r in flora_rows() if r.factor == "ratio"
     }
-    rules = set(MOMENTA) - {"none"}
+    rules = OF_THE_PAPER
     assert found == {(rule, rank) for rule in rules for rank in (32, 16, 8, 4)}
 
 
@@ -102,7 +109,7 @@ def test_every_rule_is_there_at_every_ratio() -> None:
         ("blend_gain", {1.0, 2.0, 4.0, 64 / 8}),
         ("beta1", {0.8, 0.9, 0.95}),
         ("clip", {None, 1.0, 2.0}),
-        ("momentum", set(MOMENTA)),
+        ("momentum", {*OF_THE_PAPER, "none"}),
     ],
 )
 def test_a_factor_varies_alone_around_the_centre(option: str, values: set[Any]) -> None:
@@ -177,8 +184,8 @@ def test_gradients_are_sketched_for_every_rule_at_every_ratio() -> None:
         for row in COMPRESSED.values()
         if row.gradient_rank is not None and row.gradient_bits == 32
     }
-    assert set(RULES) == set(MOMENTA)
-    assert found == {(rule, ratio) for rule in MOMENTA for ratio in (2, 4, 8, 16)}
+    assert set(RULES) == {*OF_THE_PAPER, "none"}
+    assert found == {(rule, ratio) for rule in RULES for ratio in (2, 4, 8, 16)}
     assert set(RATIOS) == {2, 4, 8, 16}
 
 
@@ -251,6 +258,42 @@ def test_a_best_at_the_end_of_the_grid_goes_on_beyond_it_twice() -> None:
     assert planned({-1: 1.0, 0: 2.0, 1: 3.0, 2: 4.0}) == [(-2, 0)]
 
 
+def test_every_rule_of_the_sceptics_table_has_as_many_variants_as_adamw() -> None:
+    for family in {row.family for row in SCEPTIC.values()}:
+        variants = [row for row in SCEPTIC.values() if row.family == family]
+        assert len(variants) == VARIANTS
+        centre = variants[0]
+        assert centre.name == family
+        for row in variants[1:]:
+            changed = {
+                key
+                for key in {*row.options, *centre.options}
+                if row.options.get(key) != centre.options.get(key)
+            }
+            assert len(changed) + (row.warmup != centre.warmup) == 1, row.name
+    rules = {row.options.get("momentum", "blend") for row in SCEPTIC.values()}
+    assert rules | OF_THE_PAPER | {"none"} == set(MOMENTA)
+
+
+def test_a_family_spends_its_other_seeds_on_its_best_variant_alone() -> None:
+    rows = [row for row in SCEPTIC.values() if row.family == "AdamW"]
+    size = replace(FULL, grid=(0, 1), extensions=0, seeds=3)
+    losses = {Run(row.name, e, 0): 2.0 for row in rows for e in (0, 1)}
+    one_left = dict(losses)
+    del one_left[Run(rows[3].name, 1, 0)]
+    assert next_runs(rows, one_left, size) == [Run(rows[3].name, 1, 0)]
+    losses[Run(rows[2].name, 1, 0)] = 1.0
+    assert next_runs(rows, losses, size) == [Run(rows[2].name, 1, seed) for seed in (1, 2)]
+    assert tuned(rows, losses, size) == [rows[2]]
+
+
+def test_learning_rates_of_the_sceptics_table_are_half_as_far_apart() -> None:
+    row = SCEPTIC["AdamW"]
+    rates = [lr_of(row, e, 0.02, SCEPTICS.factor) for e in SCEPTICS.grid]
+    assert rates[-1] == pytest.approx(5.06e-3, rel=1e-3)
+    assert all(b / a == pytest.approx(1.5) for a, b in itertools.pairwise(rates))
+
+
 def test_an_unknown_row_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"\['adam'\] are none of AdamW; none"):
         rows_named(["AdamW", "adam"], all_rows())
@@ -306,6 +349,15 @@ def test_a_slice_runs_and_resumes_to_the_same_table(settings: Settings, tmp_path
     for line in (*results["rows"], *again["rows"]):
         del line["tokens_per_second"]
     assert again["rows"] == results["rows"]
+
+
+def test_the_sceptics_table_has_one_line_for_each_rule(settings: Settings, tmp_path: Path) -> None:
+    names = ("vectors", "vectors, clip 2.0", "SCALE")
+    size = replace(settings.size, grid=(0,), seeds=1)
+    slice_of(replace(settings, size=size), tmp_path / "out", *names, table="sceptic")
+    lines = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [line["factor"] for line in lines] == ["vectors", "SCALE"]
+    assert all(line["mean"] > 0 for line in lines)
 
 
 def test_a_slice_of_sketched_gradients_runs(settings: Settings, tmp_path: Path) -> None:
