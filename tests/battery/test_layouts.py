@@ -42,7 +42,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "none"},
     {"momentum": "ademamix", "beta1": 0.99, "blend_gain": 4.0},
     {"momentum": "vectors", "normalise": "rows", "beta2": 0.95},
-    {"momentum": "none", "normalise": "columns"},
     {"momentum": "flora", "normalise": "columns"},
     {"momentum": "flora_strict", "sketch": "gaussian", "state_bits": 8},
     {"momentum": "blend", "rank": 8, "state_bits": 4, "weight_decay": 0.1},
