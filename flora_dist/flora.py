@@ -54,10 +54,10 @@ class Flora(torch.optim.Optimizer):
 
     On plain tensors ``step()`` sends nothing. On DTensors it sends one message of sums, as an
     all-reduce for each sharded axis of the mesh; ``flora_strict`` adds one message, and sharded
-    columns add another. Under ZeRO and FSDP1 it sends two all-reduces, and two exchanges among the
-    ranks that share a cut row or block. Parameters that are sharded over other axes have messages
-    of their own. More parameters do not mean more messages, and more ranks do not mean more bytes
-    from each.
+    columns add another. Under ZeRO and FSDP1 it sends two all-reduces, and from three ranks on two
+    exchanges among those that share a cut row or block. Parameters that are sharded over other axes
+    have messages of their own. More parameters do not mean more messages, and more ranks do not
+    mean more bytes from each.
 
     Args:
         params: parameters, groups, or ``model.named_parameters()`` (preferred: random
@@ -275,10 +275,10 @@ class Flora(torch.optim.Optimizer):
                 check_named(slots)
         ordered = sorted(slots, key=attrgetter("name"))
         kept = self._roster.kept_plan(ordered, self.state)
+        gradients = self._source.read(ordered)
         if kept is None:
             create_states(slots, self.state)
         self.announce()
-        gradients = self._source.read(ordered)
         plan = self._roster.planned(ordered, gradients, self.state, kept)
         # torch's DCP asks for state by a step on zeros, but not under ZeRO, which has others.
         step = partial(

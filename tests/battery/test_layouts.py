@@ -161,6 +161,11 @@ def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: s
         ("flat x3", "flora_strict", 4),
         ("flat x3", "blend", 4),
         ("flat x3", "none", 3),
+        # of two ranks both share each cut: nothing beside the sums
+        ("flat x2", "flora", 2),
+        ("flat x2", "flora_strict", 3),
+        ("flat x2", "blend", 2),
+        ("flat x2", "none", 2),
     ],
 )
 def test_the_number_of_messages_is_fixed(layout: str, momentum: str, messages: int) -> None:

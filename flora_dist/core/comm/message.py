@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TypeAlias
 
 import torch
@@ -98,13 +98,8 @@ class Message:
         if names not in self._runs:
             self._runs[names] = _lay_out(self._senders, names)
         runs = self._runs[names]
-        # Parameters of several dtypes share the message: the widest loses nothing.
-        dtype = torch.float32
-        for value in values:
-            dtype = torch.promote_types(dtype, value.dtype)
-        device = values[0].device
-        parts = [_part(self._senders, terms, run).to(device=device, dtype=dtype) for run in runs]
-        message_S = torch.cat(parts)
+        parts = [_part(self._senders, terms, run) for run in runs]
+        message_S = torch.cat(_alike(parts))
         send(message_S)
         received: dict[tuple[int, str], list[Tensor]] = {}
         for run, part_S in zip(runs, torch.split(message_S, [len(p) for p in parts]), strict=True):
@@ -162,6 +157,16 @@ def _lay_out(senders: Sequence[Sender], names: _Names) -> list[_Run]:
                 else:
                     runs.append(_Run(sender=index, term=term, first=place, count=1))
     return runs
+
+
+def _alike(parts: list[Tensor]) -> list[Tensor]:
+    """All in one dtype on one device: the widest, which loses nothing, and the first one's."""
+    first = parts[0]
+    dtypes, devices = {part.dtype for part in parts}, {part.device for part in parts}
+    if dtypes == {torch.float32} and len(devices) == 1:  # nearly always; to() asks each again
+        return parts
+    dtype = reduce(torch.promote_types, dtypes, torch.float32)
+    return [part.to(device=first.device, dtype=dtype) for part in parts]
 
 
 def _part(senders: Sequence[Sender], terms: Sequence[Terms], run: _Run) -> Tensor:

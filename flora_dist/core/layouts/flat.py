@@ -18,7 +18,14 @@ from torch import Tensor
 
 from flora_dist.core.protocols import Part, Reducer
 from flora_dist.core.state.spec import StateTensor, grid_of, matrix_sizes
-from flora_dist.core.tiles import Cuts, Interval, Tile, find_shared_cuts, tiles_of_span
+from flora_dist.core.tiles import (
+    Cuts,
+    Interval,
+    Tile,
+    find_cuts,
+    find_shared_cuts,
+    tiles_of_span,
+)
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 """Names and whole shapes of parameters, in the order of the flat tensor."""
@@ -80,7 +87,12 @@ class FlatPart:
         return 1
 
     def cuts(self, block: int) -> Cuts:
-        return find_shared_cuts(self.span.owned, self.rank, grid_of(self.shape, block))
+        grid = grid_of(self.shape, block)
+        if len(self.span.owned) > 2:
+            return find_shared_cuts(self.span.owned, self.rank, grid)
+        # Two ranks share every cut, so what they would exchange is the sum over all ranks: it
+        # travels with the other sums, and a message is saved.
+        return find_cuts([t for owned in self.span.owned for t in _tiles(self.shape, owned)], grid)
 
     def weight(self) -> Tensor:
         return self._own(self.flat.detach())

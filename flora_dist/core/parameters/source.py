@@ -22,10 +22,14 @@ class GradientSource(Protocol):
         """Whether something has come in since the last step that a checkpoint would lose."""
 
     def check(self, slots: Sequence[Trainable]) -> None:
-        """Refuse gradients that cannot be stepped, before there is state."""
+        """Refuse gradients that cannot be stepped, before anything is sent."""
 
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
-        """The gradient of each slot; every rank calls this."""
+        """The gradient of each slot; every rank calls this, before there is state.
+
+        Raises:
+            ValueError, TypeError: a layout cannot read a parameter's, which is named.
+        """
 
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
         """What ranks must agree on besides the level: of all under "", or by parameter."""
@@ -45,12 +49,7 @@ class DenseGradients:
         return False
 
     def check(self, slots: Sequence[Trainable]) -> None:
-        """Refuse those that their layouts cannot read.
-
-        Raises:
-            ValueError, TypeError: naming the parameter.
-        """
-        self.read(slots)
+        """Nothing: ``read`` refuses what a layout cannot read."""
 
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """This rank's elements of each slot's gradient."""

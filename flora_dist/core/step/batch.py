@@ -67,7 +67,7 @@ class Member:
 class Batch:
     """Parameters of one shape, dtype, settings and group of ranks; never empty.
 
-    A batch of several members holds only such whose part is one tile, equal for all.
+    A batch of several members holds only such whose part is one tile, equal for all, or none.
     """
 
     members: tuple[Member, ...]

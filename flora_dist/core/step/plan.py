@@ -232,10 +232,12 @@ def _here(member: Member, gradient: Gradient) -> Hashable:
 
 def _may_stand_with_others(member: Member, gradient: Gradient) -> bool:
     size, tiles, part = member.geometry, member.tiles, member.part
+    if not tiles:  # nothing to step: under ZeRO most parameters of each rank are such
+        return gradient is not None
     first, last = member.matrices
     is_cut = bool(tiles) and tiles[0].columns != (0, size.num_columns) and not size.is_vector
     shares_cuts = member.cuts.peers is not None and len(member.cuts.rows) > 0
-    longest = max((max(tile.sizes[1:]) for tile in tiles), default=0)
+    longest = max(max(tile.sizes[1:]) for tile in tiles)
     return (
         gradient is not None
         and len(tiles) <= 1
