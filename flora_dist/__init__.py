@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from flora_dist.flora import Flora
     from flora_dist.flora import by_position as by_position
     from flora_dist.gradients.attach import attach as attach
+    from flora_dist.gradients.in_backward import step_in_backward as step_in_backward
     from flora_dist.version import __version__
 
-__all__ = ["Flora", "Report", "__version__", "attach", "by_position"]
+__all__ = ["Flora", "Report", "__version__", "attach", "by_position", "step_in_backward"]
 
 _HOMES = {
     "Flora": "flora_dist.flora",
@@ -28,6 +29,7 @@ _HOMES = {
     "__version__": "flora_dist.version",
     "attach": "flora_dist.gradients.attach",
     "by_position": "flora_dist.flora",
+    "step_in_backward": "flora_dist.gradients.in_backward",
 }
 # Not in __all__: import * would need DeepSpeed.
 _FRAMEWORKS = ("checkpoint", "ddp", "deepspeed", "fsdp1", "torchtitan", "transformers")

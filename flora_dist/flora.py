@@ -16,6 +16,7 @@ from flora_dist.core.comm.groups import Peers, process_rank
 from flora_dist.core.consistency import compare as consistency
 from flora_dist.core.parameters import loading
 from flora_dist.core.parameters import names as naming
+from flora_dist.core.parameters.ahead import Ahead
 from flora_dist.core.parameters.checks import (
     check_as_torch_has_it,
     check_group,
@@ -169,7 +170,7 @@ class Flora(torch.optim.Optimizer):
         self._roster = Registry(phases_of, at_once_of)
         self._announced = False
         self._source: GradientSource = DenseGradients()
-        self._beginning, self._player = Beginning(), Player()
+        self._beginning, self._player, self.ahead = Beginning(), Player(), Ahead()
         super().__init__(split(naming.as_groups(params), roles), defaults)
 
     @classmethod
@@ -260,22 +261,46 @@ class Flora(torch.optim.Optimizer):
             if self._roster.is_rehearsal(self.param_groups, self.state):
                 return loss
             slots = self._present_slots()
-            with exact_products(device_types_of(slots)):
-                self._step(slots)
+            left = self.ahead.left_of(slots)
+            if left or not slots:
+                self._step(left)
+            self.ahead.tensor_ids.clear()
             if not self._roster.is_stepped_in_turns:
                 self._source.forget()
             if self._rhythm.every is not None:
                 self._rhythm.count(self, slots)
         return loss
 
+    @torch.no_grad()
+    def step_ahead(self, tensors: Sequence[Tensor]) -> None:
+        """Step these parameters now, for integrations; the coming ``step()`` leaves them out.
+
+        Ranks that share them call it together. Their gradients are the caller's to free.
+
+        Raises:
+            ValueError: their group skips whole steps (``skip_nonfinite``); nothing has changed.
+        """
+        check_not_captured()
+        wanted = set(map(id, tensors))
+        everything = self._roster.present(self.param_groups, self.state)
+        slots = [s for s in everything if id(s.tensor) in wanted and takes_part(s)]
+        self._source.check(slots)
+        self.ahead.take(slots)
+        self._step(slots)
+
     def _step(self, slots: Sequence[Trainable]) -> None:
+        with exact_products(device_types_of(slots)):
+            self._step_exactly(slots)
+
+    def _step_exactly(self, slots: Sequence[Trainable]) -> None:
         if not naming.are_named(self.param_groups):
             take_turn(self._player, slots)
             if not self._beginning.is_over:
                 check_named(slots)
         ordered = sorted(slots, key=attrgetter("name"))
         kept = self._roster.kept_plan(ordered, self.state)
-        gradients = self._source.read(ordered)
+        read = self._source.read_ahead if self.ahead.tensor_ids else self._source.read
+        gradients = read(ordered)
         if kept is None:
             create_states(slots, self.state)
         self.announce()
@@ -401,6 +426,7 @@ class Flora(torch.optim.Optimizer):
             self._roster = Registry(phases_of, at_once_of)
             self._source = DenseGradients()
             self._announced = True
+            self.ahead = Ahead()
             self._beginning = Beginning()  # a copy without its model has tensors that nobody trains
             for group in self.param_groups:
                 self._roster.enter(group["params"])
@@ -414,6 +440,7 @@ class Flora(torch.optim.Optimizer):
 
     def _current_gradients(self) -> tuple[list[Trainable], list[Gradient]]:
         check_not_in_turns(self._roster)
+        self.ahead.check_whole()
         slots = sorted(self._present_slots(), key=attrgetter("name"))
         return slots, self._source.read(slots)
 

@@ -91,6 +91,21 @@ class Averaging:
         return [means[index] for index in range(len(means))]
 
 
+def are_anywhere(means: Sequence[Mean]) -> list[bool]:
+    """Whether any rank has a gradient; asks the device only where this rank has none."""
+    present = [mean.was_here for mean in means]
+    asked = {
+        index: mean.presence
+        for index, mean in enumerate(means)
+        if not mean.was_here and mean.presence is not None
+    }
+    if asked:
+        counts = torch.stack([flag.double().cpu() for flag in asked.values()])
+        for index, count in zip(asked, counts.tolist(), strict=True):
+            present[index] = count > 0
+    return present
+
+
 def _group(
     accumulators: Sequence[Accumulator],
     routes: Sequence[Route],

@@ -21,7 +21,7 @@ from flora_dist.core.parameters.norms import scale_
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.step.basis import Sketches, draw_together
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
-from flora_dist.gradients.average import Averaging
+from flora_dist.gradients.average import Averaging, are_anywhere
 from flora_dist.gradients.cut_sketches import check_in_full, partial_sketches
 from flora_dist.gradients.flow import Flow
 from flora_dist.gradients.placeholder import stand_in_for, stands_in
@@ -186,7 +186,9 @@ class Gradients:
         warn_of_wear([flow.accumulator for flow in self.flows.values()])
         means = self._averaging.run()
         self._mean = {}
-        for flow, mean, is_here in zip(self.flows.values(), means, _present(means), strict=True):
+        for flow, mean, is_here in zip(
+            self.flows.values(), means, are_anywhere(means), strict=True
+        ):
             if is_here:
                 self._mean[flow.part.name] = _read(flow, mean)
                 self._show(flow)
@@ -256,6 +258,25 @@ class Gradients:
             for slot in slots
         ]
 
+    @property
+    def needs_others(self) -> bool:
+        """Whether a gradient is complete only once other ranks have sent theirs."""
+        return bool(self._cut) or any(flow.source.route.travels for flow in self.flows.values())
+
+    def read_ahead(self, slots: Sequence[Trainable]) -> list[Gradient]:
+        """The gradients of some slots, whose sketches end with it; nothing may travel."""
+        assert not self.needs_others, "sketches are averaged over ranks once per step"
+        return [
+            self._ended(self.flows[slot.name]) if slot.name in self.flows else slot.part.gradient()
+            for slot in slots
+        ]
+
+    def _ended(self, flow: Flow) -> SketchedGradient | None:
+        flow.accumulator.check_basis()
+        warn_of_wear([flow.accumulator])
+        (mean,) = Averaging([flow.accumulator], [flow.source.route], wire_dtype=None).run()
+        return _read(flow, mean) if mean.was_here else None
+
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
         """What travels, and rank and bits of each parameter's sketches."""
         kept = {
@@ -310,21 +331,6 @@ def _full_gradient(slot: Trainable, flow: Flow | None) -> Tensor | None:
     """The full gradient that is where a placeholder belongs; None: there is none."""
     is_placed = flow is not None and flow.source.visible is not None
     return slot.tensor.grad if is_placed and not stands_in(slot.tensor.grad) else None
-
-
-def _present(means: Sequence[Mean]) -> list[bool]:
-    """Whether any rank has a gradient; asks the device only where this rank has none."""
-    present = [mean.was_here for mean in means]
-    asked = {
-        index: mean.presence
-        for index, mean in enumerate(means)
-        if not mean.was_here and mean.presence is not None
-    }
-    if asked:
-        counts = torch.stack([flag.double().cpu() for flag in asked.values()])
-        for index, count in zip(asked, counts.tolist(), strict=True):
-            present[index] = count > 0
-    return present
 
 
 def _read(flow: Flow, mean: Mean) -> SketchedGradient:

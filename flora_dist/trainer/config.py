@@ -132,6 +132,10 @@ class TrainConfig:
     """
     max_grad_norm: StrictFloat | None = None
     """Clip the gradient's global norm to this before the step; none by default."""
+    step_in_backward: StrictBool = False
+    """Step each parameter as soon as its gradient is complete, and free that: one layer's gradients
+    at a time. Flora on none, fsdp2 and hsdp; without max_grad_norm; several micro-batches with
+    sketched gradients alone."""
     log_every: Positive = 10
     """Steps between two lines of metrics."""
     stop_at_nan: StrictBool = True

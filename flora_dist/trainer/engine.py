@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from flora_dist.trainer.backend import bound_waits, spread
 from flora_dist.trainer.config import Config, OptimizerConfig
 from flora_dist.trainer.gradients import check_level, keep_sketched
+from flora_dist.trainer.in_backward import check_in_backward, in_backward
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
 from flora_dist.trainer.replicated import Learner, World
 from flora_dist.trainer.storage import TorchStorage, TorchStorageBehind
@@ -23,10 +24,11 @@ def check_learner(config: Config, world: World) -> None:
     """Refuse what the backend cannot do.
 
     Raises:
-        ValueError: Adafactor, checkpoints or sketched gradients where they do not work, or a
-            DeepSpeed config that contradicts the run's.
+        ValueError: Adafactor, checkpoints, sketched gradients or steps in backward where they do
+            not work, or a DeepSpeed config that contradicts the run's.
     """
     check_level(config)
+    check_in_backward(config, world)
     name = config.backend.name
     if config.optimizer.name == "adafactor" and name in _DTENSORS:
         raise ValueError(
@@ -88,6 +90,7 @@ def _plain(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: 
     if handle is not None:
         # Hooks on tensors outside the model hold it, where no collector sees them.
         model_spread = replace(model_spread, close=handle.remove)
+    model_spread = in_backward(model_spread, built, config)
     factor = schedule_factor(config.schedule, config.train.steps)
     storage = TorchStorageBehind if config.checkpoint.asynchronous else TorchStorage
     return Learner(

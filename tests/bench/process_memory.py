@@ -6,9 +6,9 @@
 
 Each row is a new process, or two with gloo. Its peak of resident memory (VmHWM, set back before
 each phase) is taken above what it had before the model was built, when another had trained a step:
-libraries do not count, whatever an allocator rounds up or keeps does. Steps of 4 micro-batches of
-1 x 128 tokens with checkpointing of activations; the third is measured. The plan's total has every
-category at its most at once.
+libraries do not count, whatever an allocator rounds up or keeps does. Steps of 4 micro-batches (1
+where a row says so) of 1 x 128 tokens with checkpointing of activations; the third is measured.
+The plan's total has every category at its most at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 from tests.bench.process_plan import MODELS, PROCESSES, Row, planned, rows
 
-STEPS, MICRO_BATCHES, TOKENS = 3, 4, 128
+STEPS, TOKENS = 3, 128
 MEBI = 2**20
 TIMEOUT_SECONDS = 900.0
 _PORT = 29611
@@ -110,7 +110,7 @@ def measure(row: Row) -> None:
     found = {"parameters": numel, "built": _resident("VmRSS") - before}
     for step in range(STEPS):
         _forget_peak()
-        for loss, is_last in _losses(loop, step):
+        for loss, is_last in _losses(loop, row, step):
             loop.backward(loss, is_last)
         found["backward"] = _resident("VmHWM") - before
         _forget_peak()
@@ -121,22 +121,23 @@ def measure(row: Row) -> None:
 
 def _warm_up(row: Row) -> None:
     """Load what a first forward, backward and step load; all of it is of the libraries."""
-    small = replace(row, model="llama_tiny", backend="one", optimizer="flora")
+    small = replace(row, model="llama_tiny", backend="one", optimizer="flora", steps="after")
     loop = _own_loop(small, _model(small))
-    for loss, is_last in _losses(loop, 0, words=200, tokens=16):
+    for loss, is_last in _losses(loop, small, 0, words=200, tokens=16):
         loop.backward(loss, is_last)
     loop.step()
 
 
 def _losses(
-    loop: Loop, step: int, words: int = 32000, tokens: int = TOKENS
+    loop: Loop, row: Row, step: int, words: int = 32000, tokens: int = TOKENS
 ) -> Iterator[tuple[Any, bool]]:
     import torch
 
     generator = torch.Generator().manual_seed(1000 * step + int(os.environ["RANK"]))
-    for number in range(1, MICRO_BATCHES + 1):
+    for number in range(1, row.micro_batches + 1):
         inputs = torch.randint(words, (1, tokens), generator=generator)
-        yield loop.loss(inputs, number == MICRO_BATCHES), number == MICRO_BATCHES
+        is_last = number == row.micro_batches
+        yield loop.loss(inputs, is_last), is_last
 
 
 def _resident(name: str) -> int:
@@ -185,6 +186,8 @@ def _own_loop(row: Row, model: Any) -> Loop:
     optimizer = _optimizer(row, model)
     if row.gradients != "dense":
         flora_dist.attach(model, optimizer, row.gradients)
+    if row.steps == "within":
+        flora_dist.step_in_backward(model, optimizer)
     is_sharded = isinstance(model, FSDPModule)
     lowered = row.precision == "bfloat16" and not is_sharded
 
@@ -192,7 +195,7 @@ def _own_loop(row: Row, model: Any) -> Loop:
         if is_sharded:
             model.set_requires_gradient_sync(is_last)
         with torch.autocast("cpu", dtype=torch.bfloat16) if lowered else nullcontext():
-            return loss_of(model, tokens) / MICRO_BATCHES
+            return loss_of(model, tokens) / row.micro_batches
 
     def step() -> None:
         optimizer.step()
@@ -223,7 +226,7 @@ def _zero2(row: Row, model: Any) -> Loop:
 
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": MICRO_BATCHES,
+        "gradient_accumulation_steps": row.micro_batches,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 20_000_000},
         "bf16": {
             "enabled": True,

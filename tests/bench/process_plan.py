@@ -31,10 +31,15 @@ class Row:
     optimizer: str
     gradients: str = "dense"
     precision: str
+    steps: str = "after"
+    """``within`` backward, or after it."""
+    micro_batches: int = 4
 
     def __str__(self) -> str:
         sketched = "" if self.gradients == "dense" else f" {self.gradients}"
-        return f"{self.backend}, {self.optimizer}{sketched}, {self.precision}"
+        within = " in backward" if self.steps == "within" else ""
+        batches = "" if self.micro_batches == 4 else f", {self.micro_batches} micro-batch"
+        return f"{self.backend}, {self.optimizer}{sketched}{within}, {self.precision}{batches}"
 
     def as_json(self) -> str:
         """For another process."""
@@ -55,10 +60,23 @@ def rows(model: str) -> Iterator[Row]:
                     gradients=gradients,
                     precision=each,
                 )
+        if backend == "zero2":
+            continue
+        for steps in ("after", "within"):
+            yield Row(
+                model=model,
+                backend=backend,
+                optimizer="flora",
+                precision=PURE,
+                steps=steps,
+                micro_batches=1,
+            )
 
 
 def planned(row: Row) -> int:
-    """The plan's total in bytes; 0 for an optimizer that the planner does not know."""
+    """The plan's total in bytes; 0 for what the planner does not know."""
+    if row.steps == "within":
+        return 0
     request = Request(
         model=read_model(MODELS / f"{row.model}.json"),
         gpus=PROCESSES[row.backend],
@@ -66,7 +84,7 @@ def planned(row: Row) -> int:
         flora=FloraConfig(rank=4, block=64),
         gradients=row.gradients,
         sequence_length=128,
-        accumulate=4,
+        accumulate=row.micro_batches,
         precision=row.precision,
         checkpointing=True,
         bucket=20_000_000,

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flora_dist
 from flora_dist import Flora
+from flora_dist.core.comm.groups import MeshReducer
 from flora_dist.gradients.attach import Handle
 from flora_dist.gradients.cycle import Gradients
 from flora_dist.gradients.flow import Flow
@@ -94,6 +95,23 @@ def formed() -> Iterator[list[str]]:
         yield names
     finally:
         Gradients.take = take  # type: ignore[method-assign]
+
+
+@contextmanager
+def summed() -> Iterator[list[int]]:
+    """Numbers of each message that steps sum over the shards of DTensors meanwhile."""
+    sizes: list[int] = []
+    sum_ = MeshReducer.sum_
+
+    def noted(self: MeshReducer, message_S: Tensor) -> None:
+        sizes.append(message_S.numel())
+        sum_(self, message_S)
+
+    MeshReducer.sum_ = noted  # type: ignore[method-assign]
+    try:
+        yield sizes
+    finally:
+        MeshReducer.sum_ = sum_  # type: ignore[method-assign]
 
 
 def refused(action: Callable[[], Any], kind: type[Exception]) -> str:

@@ -31,6 +31,9 @@ class GradientSource(Protocol):
             ValueError, TypeError: a layout cannot read a parameter's, which is named.
         """
 
+    def read_ahead(self, slots: Sequence[Trainable]) -> list[Gradient]:
+        """The same of some slots, before the others' gradients are complete."""
+
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
         """What ranks must agree on besides the level: of all under "", or by parameter."""
 
@@ -54,6 +57,10 @@ class DenseGradients:
     def read(self, slots: Sequence[Trainable]) -> list[Gradient]:
         """This rank's elements of each slot's gradient."""
         return [slot.stepped.gradient() for slot in slots]
+
+    def read_ahead(self, slots: Sequence[Trainable]) -> list[Gradient]:
+        """Likewise: each stands by itself."""
+        return self.read(slots)
 
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
         """Nothing but the level."""

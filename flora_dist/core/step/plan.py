@@ -25,8 +25,9 @@ from flora_dist.core.step.views import work_limit
 # Torch cuts a sum that gives one number among threads from here on, and none that gives several:
 # what is longer stands alone, so that its bits do not depend on what else is stepped.
 LONGEST_SUM = 1 << 15
-# ZeRO steps each of its groups by itself; where gradients come and go, plans are made anew.
-MOST_PLANS = 64
+# ZeRO steps each of its groups by itself, a step in backward each parameter: of a network of 100
+# layers about a thousand. Where gradients come and go, plans are made anew.
+MOST_PLANS = 4096
 State = Mapping[Tensor, dict[str, Any]]
 PhasesOf = Callable[[Batch, Gradient], Phases]
 AtOnceOf = Callable[[Sequence[Phases]], AtOnce | None]
