@@ -104,3 +104,13 @@ install_extra() {
     "$VENV_PYTHON" -m pip install "${options[@]}" -e ".[$extra]"
     printf '%s %s\n' "$extra" "$now" >"$STAMP"
 }
+
+# install_torchtitan: it asks for older data sets than the trainer reads with, so pip would refuse both together.
+# Its container of optimizers, which our tests build, reads no data.
+install_torchtitan() {
+    "$VENV_PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torchtitan"))' &&
+        return
+    say 'installing torchtitan without its dependencies'
+    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check -c "$CONSTRAINTS" --no-deps \
+        torchtitan spmd-types tyro typeguard docstring-parser torchdata
+}

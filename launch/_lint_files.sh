@@ -32,5 +32,5 @@ printf 'compose schema: docker/compose.yaml\n'
 printf 'Kubernetes schema: launch/k8s/job.yaml\n'
 "$python" -m kubernetes_validate --quiet --no-warn --strict launch/k8s/job.yaml
 
-printf 'TrainJob schema: launch/k8s/trainjob.yaml\n'
-"$python" launch/k8s/_lint_trainjob.py launch/k8s/trainjob.yaml
+printf 'Trainer models: launch/k8s/trainjob.yaml, deepspeed.yaml\n'
+"$python" launch/k8s/_lint_trainjob.py launch/k8s/trainjob.yaml launch/k8s/deepspeed.yaml

@@ -56,6 +56,7 @@ trap finish EXIT
 begin 'environment: .venv with the dev extra'
 ensure_venv
 install_extra dev
+install_torchtitan
 
 begin 'lint: ruff check'
 "$VENV_PYTHON" -m ruff check .

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -12,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from torch.distributed.run import get_args_parser
@@ -54,8 +52,10 @@ def resources(name: str) -> dict[str, dict[str, Any]]:
 
 def pods() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "job.yaml", resources("job.yaml")["Job"]["spec"]["template"]["spec"]
-    runtime = resources("trainjob.yaml")["TrainingRuntime"]["spec"]["template"]["spec"]
-    yield "trainjob.yaml", runtime["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    for name in ("trainjob.yaml", "deepspeed.yaml"):
+        runtime = resources(name)["TrainingRuntime"]["spec"]["template"]["spec"]
+        for job in runtime["replicatedJobs"]:
+            yield name, job["template"]["spec"]["template"]["spec"]
 
 
 # The image
@@ -244,35 +244,34 @@ def test_the_commands_in_the_readme_are_commands_of_flora_dist(
 # The checks that check.sh makes of these files
 
 
-def lint(path: Path) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(K8S / "_lint_trainjob.py"), str(path)]
+MISTAKES = [
+    ("numProcPerNode", "procsPerNode", "procsPerNode"),
+    ("torch: {}", "torch: {elasticPolicy: {minNodes: 1}}", "elasticPolicy"),
+    ("kind: TrainJob", "kind: PyTorchJob", "PyTorchJob"),
+    ("runtimeRef:", "trainingRuntimeRef:", "runtimeRef"),
+    ("maxRestarts", "maxRestart", "failurePolicy.maxRestart"),
+    ("claimName", "claimname", "claimName"),
+    ("allowPrivilegeEscalation", "allowPrivilegeEscalations", "allowPrivilegeEscalations"),
+    ("    numNodes: 2", "    numNodes: two", "numNodes: Input should be a valid integer"),
+]
+
+
+def lint(*paths: Path) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, str(K8S / "_lint_trainjob.py"), *map(str, paths)]
     return subprocess.run(script, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "named"),
-    [
-        ("numProcPerNode", "procsPerNode", "procsPerNode"),
-        ("torch: {}", "torch: {elasticPolicy: {minNodes: 1}}", "elasticPolicy"),
-        ("kind: TrainJob", "kind: PyTorchJob", "PyTorchJob"),
-        ("runtimeRef:", "trainingRuntimeRef:", "trainingRuntimeRef"),
-        ("claimName", "claimname", "claimName"),
-        ("allowPrivilegeEscalation", "allowPrivilegeEscalations", "allowPrivilegeEscalations"),
-        ("    numNodes: 2", "    numNodes: two", "two"),
-    ],
-)
-def test_a_mistake_in_the_trainjob_is_found_and_named(
-    tmp_path: Path, right: str, wrong: str, named: str
-) -> None:
+def test_a_mistake_in_the_trainjob_is_found_and_named(tmp_path: Path) -> None:
     text = (K8S / "trainjob.yaml").read_text()
-    assert right in text
-    (tmp_path / "bad.yaml").write_text(text.replace(right, wrong))
-    done = lint(tmp_path / "bad.yaml")
+    bad = []
+    for right, wrong, _ in MISTAKES:
+        assert right in text
+        bad.append(tmp_path / f"{len(bad)}.yaml")
+        bad[-1].write_text(text.replace(right, wrong))
+    good = [K8S / "trainjob.yaml", K8S / "deepspeed.yaml"]
+    done = lint(*bad, *good)
     assert done.returncode == 1
-    assert named in done.stderr
-    assert lint(K8S / "trainjob.yaml").returncode == 0
-
-
-def test_the_schema_of_the_trainjob_is_a_schema() -> None:
-    schema = json.loads((K8S / "trainjob.schema.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
+    for path, (_, _, named) in zip(bad, MISTAKES, strict=True):
+        said = [line for line in done.stderr.splitlines() if line.startswith(f"{path}:")]
+        assert any(named in line for line in said), (named, said)
+    assert not any(str(path) in done.stderr for path in good)
