@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from torch import Tensor
+
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.batch import Batch, Phases
@@ -26,7 +28,7 @@ REMEDY = "pip install 'flora-dist[gpu]'"
 
 
 def gpu_phases_of(batch: Batch, gradient: Gradient) -> Phases | None:
-    """Kernels for a batch of CUDA tensors; None: torch's operators.
+    """Kernels for a batch of CUDA tensors that they step rightly here; None: torch's operators.
 
     Raises:
         RuntimeError: the variable asks for Triton, and there is none.
@@ -35,7 +37,18 @@ def gpu_phases_of(batch: Batch, gradient: Gradient) -> Phases | None:
         return None
     if reason := without_triton():
         raise RuntimeError(f"{VARIABLE}=triton asks for kernels on CUDA tensors: {reason}")
-    return None if why_not(batch, gradient) else make_phases(batch)
+    if why_not(batch, gradient):
+        return None
+    assert isinstance(gradient, Tensor)
+    # Here, since torch's operators need no trial.
+    from flora_dist.kernels.gpu.self_check import is_sound
+
+    return make_phases(batch) if is_sound(batch, gradient, _phases_of) else None
+
+
+def _phases_of(batch: Batch, gradient: Gradient) -> Phases:
+    del gradient
+    return make_phases(batch)
 
 
 def _is_wanted() -> bool:

@@ -31,6 +31,7 @@ from flora_dist.kernels.gpu import inputs
 from flora_dist.kernels.gpu.choice import make_phases
 from flora_dist.kernels.gpu.cover import why_not
 from flora_dist.kernels.gpu.graph import CapturedStep, Record, record_graph
+from tests.kernels.gpu import self_checked
 from tests.kernels.gpu.bits import wrong_bits
 from tests.kernels.gpu.sketch_runs import wrong_sketches
 from tests.kernels.paths import Case, case_of, parted
@@ -213,6 +214,7 @@ def verdict(cases: range) -> dict[str, Any]:
         "unnoticed": unnoticed(),
         "wrong bits": wrong_bits(DEVICE),
         "wrong sketches": wrong_sketches(DEVICE),
+        "self-check": self_checked.verdict(DEVICE),
         "by graph": by_graph(GRAPHED, record_graph if DEVICE == "cuda" else again),
     }
 

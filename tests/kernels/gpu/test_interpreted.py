@@ -55,3 +55,25 @@ def test_a_replayed_step_takes_nothing_from_the_step_that_was_recorded(
 
 def test_sketches_of_rows_in_bf16_have_the_precision_of_fp32(verdict: dict[str, Any]) -> None:
     assert verdict["wrong sketches"] == []
+
+
+def test_kernels_that_pass_their_self_check_are_taken(verdict: dict[str, Any]) -> None:
+    assert verdict["self-check"]["right"] == ["GpuPhases", "GpuPhases", "GpuVectorPhases"]
+
+
+def test_wrong_kernels_are_left_to_torch_with_a_warning_that_names_them(
+    verdict: dict[str, Any],
+) -> None:
+    for kernel, said in verdict["self-check"]["wrong"].items():
+        assert said.startswith("NoneType: the Triton kernels must step as torch's operators do"), (
+            said
+        )
+        assert f"they part in {kernel} by" in said
+
+
+def test_kernels_that_do_not_run_are_left_to_torch_with_a_warning(
+    verdict: dict[str, Any],
+) -> None:
+    said = verdict["self-check"]["failing"]
+    assert said.startswith("NoneType: ")
+    assert "they do not run: OSError: no C compiler" in said

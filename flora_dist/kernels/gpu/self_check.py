@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before the Triton kernels step a batch: whether they do so rightly on this very device.
+
+A small parameter with the batch's settings, of random numbers, takes some steps by the kernels and
+by torch's operators. Each kind of batch is tried once in a process. What no such trial can find is
+a kernel that reads memory which is not its own: CUDA then fails for the whole process.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_dist.core.layouts.replicated import ReplicatedLayout
+from flora_dist.core.parameters.trainable import make_trainables
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.spec import LEVELS
+from flora_dist.core.step.batch import Batch, Phases
+from flora_dist.core.step.gradient import Gradient
+from flora_dist.core.step.matrix import MatrixPhases
+from flora_dist.core.step.phases import run_step
+from flora_dist.core.step.plan import PhasesOf, make_plan
+from flora_dist.core.step.vector import VectorPhases
+
+MOST_ROWS = 40
+"""Of the parameter that is tried: more than a program of any kernel takes at once."""
+STEPS, KAPPA = 3, 2
+"""The second one begins a window of sketches."""
+LR, DECAY = 1e-2, 0.1
+LARGEST_DISTANCE = 2e-5
+"""Of the movement: sums of float32 taken in another order part by some 1e-6 of what is summed."""
+LARGEST_ROUNDED = 2.0**-4
+"""The same in 16 bits, where a number may be rounded to the other side: a step of the grid is up to
+2^-7 of a number, and numbers are some times the movement."""
+KERNELS = {
+    "row": "measure",
+    "column": "settle",
+    "second": "vector",
+    "momentum": "finish",
+    "weight": "finish",
+}
+"""Which kernel writes what, in the order in which they run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What is tried."""
+
+    shape: tuple[int, ...]
+    config: FloraConfig
+    maximize: bool
+    dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    device: torch.device
+
+
+def is_sound(batch: Batch, gradient: Tensor, make: PhasesOf) -> bool:
+    """Whether kernels may step a batch; a warning names the one that may not, and why.
+
+    ``make``: the kernels of a batch.
+    """
+    trial = _trial_of(batch, gradient)
+    # In float32 nothing but the order of sums may differ; then as the batch is.
+    trials = dict.fromkeys([_in_float32(trial), trial])
+    return not any(_fault(each, make) for each in trials)
+
+
+@functools.cache
+def _fault(trial: Trial, make: PhasesOf) -> str:
+    """What is wrong, told once for each kind of batch; empty if nothing is."""
+    try:
+        what = fault(trial, make)
+    except Exception as error:  # whatever a compiler, a driver or a launch raises
+        what = f"do not run: {type(error).__name__}: {error}"
+    if what:
+        warnings.warn(
+            f"the Triton kernels must step as torch's operators do; on {trial.device} with "
+            f"{trial.dtype} weights and momentum={trial.config.momentum!r} they {what}. Torch's "
+            "operators step such parameters. Unset FLORA_DIST_GPU_KERNELS, and report this with "
+            "the names of the GPU and of Triton's version.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return what
+
+
+def fault(trial: Trial, make: PhasesOf) -> str:
+    """The first kernel that parts from torch's operators, and how far; empty if none does."""
+    start, expected = _run(trial, _by_torch)
+    _, found = _run(trial, make)
+    for name, kernel in KERNELS.items():
+        if name not in expected:
+            continue
+        own, other = found[name].double(), expected[name].double()
+        moved = (other - start.double()).norm() if name == "weight" else other.norm()
+        is_rounded = torch.float32 not in {trial.dtype, found[name].dtype}
+        distance = ((own - other).norm() / moved).item()
+        if not distance <= (LARGEST_ROUNDED if is_rounded else _largest(trial)):
+            return f"part in {kernel} ({name}) by {distance:.1e} of the movement"
+    return ""
+
+
+def _largest(trial: Trial) -> float:
+    """Of what is kept in float32: a momentum in 16 bits rounds what follows from it."""
+    is_rounded = trial.config.state_dtype == "bfloat16" or trial.config.state_bits is not None
+    return LARGEST_ROUNDED if is_rounded else LARGEST_DISTANCE
+
+
+def _trial_of(batch: Batch, gradient: Tensor) -> Trial:
+    first, size = batch.members[0], batch.geometry
+    shape: tuple[int, ...] = (min(size.num_columns, MOST_ROWS),)
+    if not size.is_vector:
+        matrices = () if size.num_matrices == 1 else (2,)
+        shape = (*matrices, min(size.num_rows, MOST_ROWS), size.num_columns)
+    # As they came out for the whole shape; they depend on the rows too.
+    cut: dict[str, Any] = {"rank": size.rank}
+    if size.rank is not None:
+        cut["block"] = size.block
+    return Trial(
+        shape=shape,
+        config=replace(batch.config, kappa=KAPPA, strict=False, **cut),
+        maximize=batch.sign < 0,
+        dtype=first.weight.dtype,
+        gradient_dtype=gradient.dtype,
+        device=batch.device,
+    )
+
+
+def _in_float32(trial: Trial) -> Trial:
+    config = replace(trial.config, state_dtype="float32", state_bits=None)
+    return replace(trial, config=config, dtype=torch.float32, gradient_dtype=torch.float32)
+
+
+def _by_torch(batch: Batch, gradient: Gradient) -> Phases:
+    del gradient
+    return VectorPhases(batch) if batch.geometry.is_vector else MatrixPhases(batch)
+
+
+def _run(trial: Trial, phases_of: PhasesOf) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weight before, and weight and state after some steps; the same numbers for all."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(dtype: torch.dtype) -> Tensor:
+        return torch.randn(trial.shape, generator=draw).to(device=trial.device, dtype=dtype)
+
+    weight = 0.02 * random(trial.dtype)
+    start = weight.clone()
+    group = {
+        "params": [weight],
+        "param_names": ["self-check"],
+        "lr": LR,
+        "weight_decay": DECAY,
+        "maximize": trial.maximize,
+    }
+    (slot,) = make_trainables([group], {}, [ReplicatedLayout()], LEVELS[0])
+    state: dict[str, Any] = {}
+    slot.configure(trial.config, state)
+    slot.create_state(state)
+    for _ in range(STEPS):
+        gradients = [random(trial.gradient_dtype)]
+        plan = make_plan([slot.member(state)], gradients, phases_of, lambda _: None)
+        run_step(plan, gradients, may_only_create_state=False)
+    kept = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return start, {"weight": weight, **kept}
