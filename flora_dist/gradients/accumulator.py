@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.records import FULL_BITS, Code
-from flora_dist.core.sketch import ops
 from flora_dist.core.sketch.keys import Purpose
 from flora_dist.core.sketch.ops import exact_products
 from flora_dist.core.sketch.quantise import (
@@ -36,6 +35,7 @@ from flora_dist.core.step.gradient import Records
 from flora_dist.core.step.views import inside, work_limit
 from flora_dist.core.tiles import Tile, split
 from flora_dist.gradients.lines import Lines
+from flora_dist.kernels.sketching import add_sketched_
 
 _REPLICA_BITS = 20
 """Of a number that tells draws apart: ranks below, micro-batches above."""
@@ -163,16 +163,26 @@ class Accumulator:
         sketch_ERB = self.sketch(device)
         with exact_products({device.type}):
             for given, kept in cut.pieces:
-                rows_ENW = gradient_ENW[given].to(self.dtype)
+                rows_ENW = gradient_ENW[given]
                 if any(cut.padding):
                     rows_ENW = functional.pad(rows_ENW, cut.padding)
                 own_ENKR, own_ERB = sums_ENKR[kept], sketch_ERB[kept[0]]
-                if self.code is None:
-                    ops.add_compressed_(own_ENKR, rows_ENW, own_ERB, first_column=first_column)
-                else:
-                    added = ops.compress(rows_ENW, own_ERB, first_column=first_column)
+                added = own_ENKR if self.code is None else self._no_sums(own_ENKR)
+                add_sketched_(
+                    added,
+                    rows_ENW,
+                    own_ERB,
+                    first_column=first_column,
+                    is_hadamard=self._sketches.is_hadamard,
+                )
+                if self.code is not None:
                     own_ENKR.copy_(self._records(own_ENKR, added, kept, self.code))
         self.num_added += 1
+
+    def _no_sums(self, like_ENKR: Tensor) -> Tensor:
+        return torch.zeros(
+            (*like_ENKR.shape[:-1], self.rank), dtype=self.dtype, device=like_ENKR.device
+        )
 
     def _records(
         self, kept_ENKR: Tensor, added_ENKR: Tensor, where: tuple[slice, slice], code: Code

@@ -18,11 +18,7 @@ from flora_dist.kernels.gpu.choice import gpu_phases_of, said_on_gpu
 from flora_dist.kernels.library import found
 from flora_dist.kernels.native import NativePhases
 from flora_dist.kernels.native_vector import NativeVectorPhases
-from flora_dist.kernels.tables import DTYPES, RULES, beyond_kernels
-
-LARGEST_SKETCH = 1 << 15
-"""Numbers of a sketch matrix that the kernels take: it must stay in a CPU's cache. Beyond, products
-are nearly all of the work, and those of torch's library are better."""
+from flora_dist.kernels.tables import DTYPES, LARGEST_SKETCH, RULES, beyond_kernels
 
 
 def phases_of(batch: Batch, gradient: Gradient) -> Phases:

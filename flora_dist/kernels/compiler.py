@@ -125,7 +125,8 @@ def _objects(torch: Torch, work: Path) -> Iterator[tuple[Sequence[str], Path]]:
         "-isystem",
         str(torch.include),
     )
-    yield (*exact, *stable, "-c", str(SOURCES / "library.cpp")), work / "library.o"
+    for name in ("library", "gradients"):
+        yield (*exact, *stable, "-c", str(SOURCES / f"{name}.cpp")), work / f"{name}.o"
     yield (*exact, "-c", str(SOURCES / "settle.cpp")), work / "settle.o"
     sets = _INSTRUCTION_SETS.get(platform.machine().lower(), {"baseline": ()})
     for name, own in sets.items():

@@ -25,6 +25,9 @@ TILE_ELEMENTS = 1 << 16
 """Of a tile, about: enough to pay for the sums that are kept of each, few enough for a cache."""
 ROWS_PER_SUM = 32
 """Least rows of a tile for each sum by columns: a step's memory stays below 4 % of the weights."""
+LARGEST_SKETCH = 1 << 15
+"""Numbers of a sketch matrix that the kernels take: it must stay in a CPU's cache. Beyond, products
+are nearly all of the work, and those of torch's library are better."""
 CHUNK = 512
 """``kChunk``: what stands in for the block of a dense momentum."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

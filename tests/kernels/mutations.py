@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCES = Path("flora_dist/kernels/cpu")
 FIXED = "tests/kernels/test_paths.py::test_a_fixed_run_is_the_same_by_kernels_and_by_torch"
+SKETCHING = "tests/kernels/test_sketching.py"
 SPANS = "tests/battery/test_layouts.py::test_a_layout_equals_the_reference_in_float32"
 
 
@@ -118,6 +119,20 @@ MUTATIONS = {
         new="k0 += 0x9E3779B8u;",
         test=FIXED,
         select="bfloat16",
+    ),
+    "sketched sums": Mutation(
+        file="gradients.h",
+        old="sums[r] += numbers[k * padded + r];",
+        new="sums[r] = numbers[k * padded + r];",
+        test=SKETCHING,
+        select="sum_is_that",
+    ),
+    "random words": Mutation(
+        file="gradients.cpp",
+        old="first + line % rows * stride + start",
+        new="first + line % rows * stride",
+        test=SKETCHING,
+        select="random_words",
     ),
 }
 

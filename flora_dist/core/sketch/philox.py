@@ -14,6 +14,7 @@ The layout of the counter is a fixed part of the format:
 
 import enum
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,6 +44,33 @@ class Stream(enum.IntEnum):
     INTEGERS = 0
     SIGNS = 1
     ROW_DRAWS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """Counters of a grid: for each key some rows of as many that follow each other."""
+
+    keys: Sequence[int]
+    """64-bit."""
+    first: int
+    """Index of the first one."""
+    count: int
+    """In each row."""
+    rows: int = 1
+    stride: int = 0
+    """From a row's first one to the next row's."""
+    stream: Stream
+
+
+Drawer = Callable[[Counters, torch.device], Tensor]
+"""Words of counters, key after key and row after row, as int64 (keys rows count, 2): the lowest
+words in the low halves."""
+_drawers: dict[str, Drawer] = {}
+
+
+def draw_by(device_type: str, drawer: Drawer) -> None:
+    """Let compiled code draw on such devices; its bits must be those of ``drawn_by_torch``."""
+    _drawers[device_type] = drawer
 
 
 def philox_4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -88,10 +116,10 @@ def grid16(
         int32 (rows, columns), values in [0, 65536).
     """
 
-    def unpack_(out: Tensor, words: list[Tensor]) -> None:
+    def unpack_(out: Tensor, packed: Tensor) -> None:
         # uint16 is read in the order of memory: the low half first on little-endian machines,
         # which are all that torch is built for with a GPU.
-        out.copy_(_packed(words).view(torch.uint16))
+        out.copy_(packed.view(torch.uint16))
 
     out = torch.empty(0, _INTEGERS_PER_COUNTER, dtype=torch.int32, device=device)
     return _grid(key, Stream.INTEGERS, out, unpack_, rows, columns, num_columns)
@@ -134,14 +162,13 @@ def draws63(key: int, *, count: int) -> Tensor:
     Returns:
         int64 (count,), values in [0, 2^63).
     """
-    index = torch.arange(-(-count // 2), dtype=torch.int64, device="cpu")
-    packed = _packed(_words(key, index, Stream.ROW_DRAWS))
-    return packed.bitwise_and_((1 << 63) - 1).flatten()[:count]
+    return draws63_of_each([key], count=count)[0]
 
 
 def draws63_of_each(keys: Sequence[int], *, count: int) -> Tensor:
     """As `draws63`, of many keys in one pass: (keys, count)."""
-    packed = _packed(_words_of_each(keys, -(-count // 2), Stream.ROW_DRAWS, "cpu"))
+    counters = Counters(keys=keys, first=0, count=-(-count // 2), stream=Stream.ROW_DRAWS)
+    packed = _drawn(counters, torch.device("cpu"))
     return packed.bitwise_and_((1 << 63) - 1).view(len(keys), -1)[:, :count]
 
 
@@ -152,9 +179,9 @@ def row_signs_of_each(keys: Sequence[int], *, count: int, device: torch.device |
         int8 (keys, count), values -1 and +1.
     """
     per_key = -(-count // _SIGNS_PER_COUNTER)
-    words = _words_of_each(keys, per_key, Stream.SIGNS, device)
+    counters = Counters(keys=keys, first=0, count=per_key, stream=Stream.SIGNS)
     signs = torch.empty(len(keys) * per_key, _SIGNS_PER_COUNTER, dtype=torch.int8, device=device)
-    _unpack_signs_(signs, words)
+    _unpack_signs_(signs, _drawn(counters, signs.device))
     return signs.view(len(keys), -1)[:, :count]
 
 
@@ -162,7 +189,7 @@ def _grid(
     key: int,
     stream: Stream,
     out: Tensor,
-    unpack_: Callable[[Tensor, list[Tensor]], None],
+    unpack_: Callable[[Tensor, Tensor], None],
     rows: tuple[int, int],
     columns: tuple[int, int],
     num_columns: int,
@@ -176,13 +203,16 @@ def _grid(
     touched, height = stop - first, rows[1] - rows[0]
     out = out.new_empty(height * touched, per_counter)
     for row, start, count, width in _chunks(height, touched, out.device):
-        index = torch.arange(width, dtype=torch.int64, device=out.device)
-        if count > 1:
-            down = torch.arange(count, dtype=torch.int64, device=out.device) * counters_per_row
-            index = (down.unsqueeze(-1) + index).flatten()
-        index += (rows[0] + row) * counters_per_row + first + start
+        counters = Counters(
+            keys=(key,),
+            first=(rows[0] + row) * counters_per_row + first + start,
+            count=width,
+            rows=count,
+            stride=counters_per_row,
+            stream=stream,
+        )
         position = row * touched + start
-        unpack_(out[position : position + len(index)], _words(key, index, stream))
+        unpack_(out[position : position + count * width], _drawn(counters, out.device))
     skip = columns[0] - first * per_counter
     grid = out.view(height, touched * per_counter)
     return grid[:, skip : skip + columns[1] - columns[0]].contiguous()
@@ -200,23 +230,27 @@ def _chunks(height: int, width: int, device: torch.device) -> Iterator[tuple[int
             yield row, start, min(step, height - row), min(chunk, width - start)
 
 
-def _words(key: int, index: Tensor, stream: Stream) -> list[Tensor]:
-    """Four random words (n,) each for counters (n,) of a stream."""
-    assert 0 <= key < 1 << 64, key
-    return _encrypt_(_counter(index, stream), (key & _MASK_32, key >> 32))
+def _drawn(counters: Counters, device: torch.device) -> Tensor:
+    """The words of counters as int64 (keys rows count, 2), by whoever draws on this device."""
+    assert all(0 <= key < 1 << 64 for key in counters.keys), counters.keys
+    return _drawers.get(device.type, drawn_by_torch)(counters, device)
 
 
-def _words_of_each(
-    keys: Sequence[int], counters: int, stream: Stream, device: torch.device | str
-) -> list[Tensor]:
-    """Four random words each for the first counters of a stream, key after key, flat."""
-    assert all(0 <= key < 1 << 64 for key in keys), keys
-    halves = [[key & _MASK_32 for key in keys], [key >> 32 for key in keys]]
+def drawn_by_torch(counters: Counters, device: torch.device) -> Tensor:
+    """The same by torch's operators, on any device."""
+    halves = [[key & _MASK_32 for key in counters.keys], [key >> 32 for key in counters.keys]]
+    index = torch.arange(counters.count, dtype=torch.int64, device=device)
+    if counters.rows > 1:
+        down = torch.arange(counters.rows, dtype=torch.int64, device=device) * counters.stride
+        index = (down.unsqueeze(-1) + index).flatten()
+    index += counters.first
+    if len(counters.keys) == 1:
+        return _packed(_encrypt_(_counter(index, counters.stream), (halves[0][0], halves[1][0])))
     low, high = torch.tensor(halves, dtype=torch.int64, device=device).repeat_interleave(
-        counters, 1
+        len(index), 1
     )
-    index = torch.arange(counters, dtype=torch.int64, device=device).repeat(len(keys))
-    return _encrypt_(_counter(index, stream), (low, high))
+    index = index.repeat(len(counters.keys))
+    return _packed(_encrypt_(_counter(index, counters.stream), (low, high)))
 
 
 def _counter(index: Tensor, stream: Stream) -> list[Tensor]:
@@ -228,9 +262,9 @@ def _counter(index: Tensor, stream: Stream) -> list[Tensor]:
     ]
 
 
-def _unpack_signs_(out: Tensor, words: list[Tensor]) -> None:
+def _unpack_signs_(out: Tensor, packed: Tensor) -> None:
     bit = torch.arange(8, dtype=torch.uint8, device=out.device)
-    octets = _packed(words).view(torch.uint8).unsqueeze(-1)
+    octets = packed.view(torch.uint8).unsqueeze(-1)
     out.copy_(((octets >> bit) & 1).flatten(1)).mul_(-2).add_(1)
 
 

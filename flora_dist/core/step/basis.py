@@ -198,6 +198,11 @@ class Sketches:
         return self._rank / self._block
 
     @property
+    def is_hadamard(self) -> bool:
+        """Whether A is some rows of a Hadamard matrix, times signs and ``entry_scale``."""
+        return self._config.sketch == "hadamard"
+
+    @property
     def transfer_scale(self) -> float:
         """S of a window change; 0: the momentum starts anew."""
         if self._config.transfer == "shrink":

@@ -2,6 +2,7 @@
 // All kernels for one instruction set. Compiled several times, with FLORA_ISA naming the set; a CPU is given the
 // newest that it has. The same file serves every architecture: the compiler makes vectors of what there is.
 #include "finish.h"
+#include "gradients.h"
 #include "measure.h"
 #include "vector.h"
 
@@ -13,8 +14,8 @@
 namespace flora {
 
 const Kernels* FLORA_NAME(FLORA_ISA)() {
-  static const Kernels kernels = {FLORA_TEXT(FLORA_ISA), measure,        couple, finish,
-                                  measure_vector,        finish_vector};
+  static const Kernels kernels = {FLORA_TEXT(FLORA_ISA), measure,       couple,     finish,
+                                  measure_vector,        finish_vector, accumulate, random_words};
   return &kernels;
 }
 

@@ -5,12 +5,11 @@
 // flora_dist/kernels/native.py calls them, and says what each is for. Memory that stands in a table by its address
 // is kept alive there.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <memory>
-#include <optional>
 #include <string>
 
+#include "chosen.h"
 #include "local.h"
 #include "parallel.h"
 #include "plan.h"
@@ -21,46 +20,7 @@
 #define FLORA_TEXT(text) FLORA_QUOTE(text)
 
 namespace flora {
-
-const Kernels* kernels_baseline();
-#if defined(__x86_64__)
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-#endif
-
 namespace {
-
-using torch::stable::Tensor;
-using Numbers = std::vector<double>;
-using Integers = std::vector<int64_t>;
-using Maybe = std::optional<Tensor>;
-
-// The newest set of instructions that this CPU has.
-const Kernels* choose() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return kernels_avx512();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    return kernels_avx2();
-#endif
-  return kernels_baseline();
-}
-
-const Kernels& kernels() {
-  static const Kernels* chosen = choose();
-  return *chosen;
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-template <class T>
-T* data(const Maybe& tensor) {
-  return tensor.has_value() ? data<T>(*tensor) : nullptr;
-}
 
 Plan checked(const Plan& plan) {
   STD_TORCH_CHECK(plan.header->version == kTableVersion, "a table of version ", plan.header->version,

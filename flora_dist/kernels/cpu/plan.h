@@ -153,6 +153,21 @@ struct FinishOptions {
   double* squares;             // by tile: |U|^2 alone is asked for, nothing is written; else null
 };
 
+// Gradients (E, N, W) that are added to sketches of their rows' blocks.
+struct Sketching {
+  const void* gradient;
+  int64_t dtype;
+  float* sums;                 // C (E, N, K, R)
+  const float* sketch_ERB;
+  int64_t num_rows;            // N
+  int64_t width;               // W
+  int64_t first_column;        // of the whole row
+  int64_t blocks;              // K
+  int64_t block;
+  int64_t rank;
+  int64_t is_hadamard;
+};
+
 // One instruction set's versions of everything that takes time.
 struct Kernels {
   const char* name;
@@ -166,6 +181,8 @@ struct Kernels {
                          float* scratch);
   void (*finish_vector)(const Plan&, int64_t tile, const Gradients&, const Now&, const Settled&,
                         const FinishOptions&, float* scratch);
+  void (*accumulate)(const Sketching&, int64_t first, int64_t last, float* scratch);
+  void (*random_words)(uint64_t key, uint64_t first, int64_t count, uint32_t stream, uint32_t* words);
 };
 
 // Columns that are in work at one time, so that all their buffers stay in the first-level cache.
@@ -173,6 +190,10 @@ constexpr int64_t kChunk = 512;
 constexpr int64_t kLineRows = 4;  // rows read side by side
 
 static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t floats_for(const Sketching& s) {
+  const int64_t padded = up(s.rank, 8);
+  return up(s.blocks * s.block, 16) + s.blocks * padded + s.block * padded;
+}
 static inline int64_t chunk_blocks(int64_t block) { return block >= kChunk ? 1 : kChunk / block; }
 
 // Floats that one thread needs for a tile: rows in fp32, and the buffers of a chunk.
