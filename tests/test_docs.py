@@ -122,7 +122,7 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
         re.sub(r"\*| \(.*\)", "", name): [float(value.removesuffix(" GiB")) for value in values[:3]]
         for name, *values in rows
     }
-    sketches = ("--gradients", "compressed", "--gradient-rank", "16", "--rank", "8")
+    sketches = ("--gradients", "compressed", "--rank", "8")
     dense, sketched = ([planned(gpus, *how) for gpus in (1, 2, 8)] for how in ((), sketches))
     methods = {
         "AdamW": ("AdamW", dense),
@@ -130,7 +130,7 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
         "Flora": ("Flora 1/4, dense", dense),
         "Flora, weights in bf16 alone": ("Flora 1/4, dense, bf16 alone", dense),
         "Flora, rank 8, gain 2": ("Flora 1/8, dense", dense),
-        "Flora, rank 8, gradients as sketches": ("Flora 1/8, compressed 1/4", sketched),
+        "Flora, rank 8, gradients as sketches": ("Flora 1/8, compressed, 4 bits", sketched),
         "GaLore, rank 512": ("GaLore, rank 512 (ddp)", dense),
         "LoRA, rank 64": ("LoRA, rank 64", dense),
     }

@@ -11,6 +11,31 @@ FEW_BITS = (8, 4, 2, 1)
 """Bits per number that need a scale."""
 SCALE_BYTES = 2
 """Of a block's scale, a bfloat16."""
+DEFAULT_BITS = 4
+"""Of "compressed" without further words, which keeps all numbers of a block: of what was measured,
+the most bytes saved at the loss of dense gradients in any number of micro-batches up to 64."""
+SMALLEST_MEAN_BITS = 4
+"""Of a mean: it is a sum of rounded numbers, to which one or two bits would add as much again."""
+
+
+def gradient_bits(
+    level: str, *, rank: int | None, bits: int | None, wire_bits: int | None, wire_dtype: str
+) -> int:
+    """Bits of each number that is kept of a gradient, where some of this is left out.
+
+    >>> said = {"bits": None, "wire_bits": None, "wire_dtype": "float32"}
+    >>> [gradient_bits("compressed", rank=rank, **said) for rank in (None, 16)]
+    [4, 32]
+    """
+    if bits is not None:
+        return bits
+    says_nothing = rank is wire_bits is None and wire_dtype == "float32"
+    return DEFAULT_BITS if level == "compressed" and says_nothing else FULL_BITS
+
+
+def mean_bits(wire_bits: int) -> int:
+    """Bits in which means are kept until the step, and gathered."""
+    return max(wire_bits, SMALLEST_MEAN_BITS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

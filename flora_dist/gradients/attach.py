@@ -68,8 +68,8 @@ def attach(
             leave the sketches out.
         gradient_rank: numbers per block, over the blocks of the optimizer's groups; None: their
             ``rank``, or below 16 bits all numbers of a block.
-        gradient_bits: of each number that is kept: 32 (also None), 16, or 8, 4, 2 or 1 with a
-            scale per block.
+        gradient_bits: of each number that is kept: 32, 16, or 8, 4, 2 or 1 with a scale per block.
+            None: 4 under "compressed" where nothing is said of ranks, bits and dtypes, else 32.
         wire_bits: of each number that travels under "compressed"; None: ``gradient_bits``.
         wire_dtype: what travels in 32 bits: "float32", or "bfloat16", which is ``wire_bits=16``.
 

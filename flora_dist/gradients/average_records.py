@@ -2,9 +2,11 @@
 """Sketches in few bits over the network: an all-to-all of records, summed where they are kept.
 
 A reduce-scatter of records is every rank's records for each owner, summed there in the arithmetic's
-dtype, in the order of ranks, and rounded once more as the mean. Without a scatter each rank owns
-some lines of every parameter, and the means are gathered. All ranks round a mean by the same random
-bits, so that every layout of as many ranks has the same one.
+dtype, in the order of ranks, and rounded once more as the mean. Ranks that keep the same share
+its lines among them: each owns some, and they gather the means. Those are all ranks without a
+scatter, and replicas of a shard (HSDP), whose records go to their owner at once, over one group of
+all ranks: sums of some of them would have to travel in full, or be rounded twice. All ranks round a
+mean by the same random bits, so that every layout of as many ranks has the same one.
 
 Lines are the rows of all matrices of a tile. A bucket has some whole lines for each rank. Shape
 suffixes: L lines, K blocks, R rank, O bytes.
@@ -19,15 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flora_dist.core.comm.groups import exchange_octets
-from flora_dist.core.records import Code
+from flora_dist.core.comm.groups import exchange_octets, gather
+from flora_dist.core.records import Code, mean_bits
 from flora_dist.core.sketch.quantise import read_records
 from flora_dist.core.step.gradient import Records
 from flora_dist.gradients.accumulator import Accumulator, Share
 from flora_dist.gradients.route import Mean, Route
-
-SMALLEST_MEAN_BITS = 4
-"""Of a mean: it is a sum of rounded numbers, to which one or two bits would add as much again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +46,59 @@ class _Lines:
         return (self.last - self.first) * self.share.shape[2] * code.bytes
 
 
-def mean_bits(wire_bits: int) -> int:
-    """Bits in which means are kept until the step, and gathered."""
-    return max(wire_bits, SMALLEST_MEAN_BITS)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Owners:
+    """Ranks of one group, and what each owns: some lines of what its replicas keep, too."""
+
+    group: dist.ProcessGroup
+    places: tuple[tuple[int, int], ...]
+    """By rank of the group: which of the route's ``kept``, and place among its replicas."""
+    replicas: dist.ProcessGroup | None
+    """This rank's; None: it keeps what it owns."""
+
+    @property
+    def num_replicas(self) -> int:
+        """Of everything that is kept."""
+        return 1 if self.replicas is None else dist.get_world_size(self.replicas)
+
+    @property
+    def me(self) -> int:
+        """This rank."""
+        return dist.get_rank(self.group)
+
+    @property
+    def replicas_of_me(self) -> list[int]:
+        """Ranks that keep the same, in the order of ``replicas``."""
+        kept = self.places[self.me][0]
+        return sorted(
+            (rank for rank, place in enumerate(self.places) if place[0] == kept),
+            key=lambda rank: self.places[rank][1],
+        )
+
+
+def _owners_of(route: Route) -> _Owners:
+    """All ranks of the route must call this."""
+    assert len(route.sums) <= 1, route
+    replicas = route.sums[0] if route.sums else None
+    if route.scatter is None:
+        assert replicas is not None, route
+        places = tuple((0, rank) for rank in range(dist.get_world_size(replicas)))
+        return _Owners(group=replicas, places=places, replicas=replicas)
+    if replicas is None:
+        places = tuple((rank, 0) for rank in range(dist.get_world_size(route.scatter)))
+        return _Owners(group=route.scatter, places=places, replicas=None)
+    own = (dist.get_rank(), route.rank, dist.get_rank(replicas))
+    everyone = sorted(gather(own, [route.scatter, replicas]))
+    group = dist.group.WORLD
+    if len(everyone) < dist.get_world_size():
+        ranks = [rank for rank, _, _ in everyone]
+        group = dist.new_group(ranks, use_local_synchronization=True)
+    assert group is not None
+    return _Owners(
+        group=group,
+        places=tuple((kept, replica) for _, kept, replica in everyone),
+        replicas=replicas,
+    )
 
 
 class RecordBuckets:
@@ -62,22 +111,10 @@ class RecordBuckets:
         wire_bits: int,
         bucket_bytes: int,
     ) -> None:
-        """All routes go over the same ranks, by one scatter or one sum.
-
-        Raises:
-            ValueError: they go by both.
-        """
-        route = routes[0]
-        groups = [*([route.scatter] if route.scatter is not None else []), *route.sums]
-        if len(groups) != 1:
-            raise ValueError(
-                "sketches in few bits are averaged over one group of ranks; these have "
-                f"{len(groups)}, replicas of shards (HSDP). Pass gradient_bits=32 and "
-                "wire_bits=32, or shard over one axis."
-            )
-        self._own, self._divisor, self._group = accumulators, route.divisor, groups[0]
-        self._gathers = route.scatter is None
-        self._ranks, self._me = dist.get_world_size(self._group), dist.get_rank(self._group)
+        """All routes go over the same ranks; each of those must call this."""
+        self._own, self._divisor = accumulators, routes[0].divisor
+        self._owners = _owners_of(routes[0])
+        self._ranks, self._me = len(self._owners.places), self._owners.me
         self._wire = [Code(bits=wire_bits, numbers=each.rank) for each in accumulators]
         self._mean = [Code(bits=mean_bits(wire_bits), numbers=each.rank) for each in accumulators]
         self._shares = [
@@ -97,11 +134,13 @@ class RecordBuckets:
     def _line(self, routes: Sequence[Route], rank: int) -> Iterator[_Lines]:
         """What one rank owns of every parameter."""
         for index, (each, route) in enumerate(zip(self._own, routes, strict=True)):
-            for place, tile in enumerate(route.kept[0 if self._gathers else rank]):
+            kept, replica = self._owners.places[rank]
+            for place, tile in enumerate(route.kept[kept]):
                 share = each.share_of(tile)
-                first, last = 0, share.num_lines
-                if self._gathers:
-                    first, last = (last * (rank + more) // self._ranks for more in (0, 1))
+                first, last = (
+                    share.num_lines * (replica + more) // self._owners.num_replicas
+                    for more in (0, 1)
+                )
                 if first < last:
                     yield _Lines(index=index, place=place, share=share, first=first, last=last)
 
@@ -149,7 +188,9 @@ class RecordBuckets:
             packed += parts
             given.append(sum(len(part) for part in parts))
         mine = given[self._me]
-        received = exchange_octets(torch.cat(packed), given, [mine] * self._ranks, self._group)
+        received = exchange_octets(
+            torch.cat(packed), given, [mine] * self._ranks, self._owners.group
+        )
         return list(torch.split(received, mine)) if mine else [received] * self._ranks
 
     def _drop_packed(self, number: int) -> None:
@@ -184,13 +225,14 @@ class RecordBuckets:
         mine = torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device)])
         if rounded:
             mine = torch.cat([records.reshape(-1) for records in rounded])
-        if not self._gathers:
+        replicas, ranks = self._owners.replicas, self._owners.replicas_of_me
+        if replicas is None:
             yield self._me, mine
             return
-        taken = [sum(p.octets(self._mean[p.index]) for p in pieces) for pieces in owners]
-        given = [len(mine)] * self._ranks
-        received = exchange_octets(mine.repeat(self._ranks), given, taken, self._group)
-        yield from enumerate(torch.split(received, taken))
+        taken = [sum(p.octets(self._mean[p.index]) for p in owners[rank]) for rank in ranks]
+        given = [len(mine)] * len(ranks)
+        received = exchange_octets(mine.repeat(len(ranks)), given, taken, replicas)
+        yield from zip(ranks, torch.split(received, taken), strict=True)
 
 
 def _put(

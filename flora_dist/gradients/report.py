@@ -7,9 +7,8 @@ import math
 from dataclasses import dataclass
 
 from flora_dist.columns import aligned
-from flora_dist.core.records import Code
+from flora_dist.core.records import Code, mean_bits
 from flora_dist.core.state.spec import Geometry
-from flora_dist.gradients.average_records import mean_bits
 from flora_dist.gradients.flow import Flow
 from flora_dist.gradients.request import Wire
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from flora_dist.core.records import FEW_BITS, FULL_BITS
+from flora_dist.core.records import FEW_BITS, FULL_BITS, gradient_bits
 from flora_dist.core.state.settings import FloraConfig, check_bits, check_rank
 from flora_dist.core.state.spec import LEVELS, Geometry, geometry_at
 
@@ -50,7 +50,13 @@ class SketchRequest:
     @property
     def bits(self) -> int:
         """Of each number that is kept."""
-        return FULL_BITS if self.gradient_bits is None else self.gradient_bits
+        return gradient_bits(
+            self.gradients,
+            rank=self.gradient_rank,
+            bits=self.gradient_bits,
+            wire_bits=self.wire_bits,
+            wire_dtype=self.wire_dtype,
+        )
 
     @property
     def wire(self) -> Wire:

@@ -44,9 +44,12 @@ class Route:
 
     @property
     def replica(self) -> int:
-        """This rank's place among those that have gradients of the same elements."""
+        """This rank's place among those that have gradients of the same elements.
+
+        Shards of a replica follow each other, as in a mesh.
+        """
         place = 0
-        for group in (*([] if self.scatter is None else [self.scatter]), *self.sums):
+        for group in (*self.sums, *([] if self.scatter is None else [self.scatter])):
             place = place * dist.get_world_size(group) + dist.get_rank(group)
         return place
 

@@ -60,7 +60,7 @@ class GradientsConfig:
     rank: Positive | None = None
     """Numbers per block of the sketches; None: the optimizer's `rank`, or all below 16 bits."""
     bits: Literal[32, 16, 8, 4, 2, 1] | None = None
-    """Of each number that is kept; None: 32."""
+    """Of each number that is kept; None: 32, or 4 under `compressed` where no more is said."""
     wire_bits: Literal[32, 16, 8, 4, 2, 1] | None = None
     """Of each number that travels; None: `bits`."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flora_dist.core.comm import groups
-from flora_dist.core.sketch import keys
-from flora_dist.core.step import plan
+from flora_dist.core.sketch import keys, quantise
+from flora_dist.core.step import elements, plan
 from flora_dist.core.step.basis import BatchSketches
 from flora_dist.frameworks import fsdp1
 
@@ -88,13 +88,46 @@ FSDP1_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 """Those of FSDP1's map; its arithmetic has those above."""
 
 
+def _another_key(original: Any) -> Callable[..., int]:
+    return lambda **parts: int(original(**parts)) ^ 1
+
+
+def _first_code_highest(original: Any) -> Callable[..., Tensor]:
+    """Written so; read as ever."""
+
+    def packed(codes_R: Tensor, bits: int) -> Tensor:
+        groups = codes_R.view(*codes_R.shape[:-1], -1, 8 // bits)
+        reversed_R: Tensor = original(groups.flip(-1).reshape(codes_R.shape), bits)
+        return reversed_R
+
+    return packed
+
+
+def _half_a_scale(original: Any) -> Callable[..., Tensor]:
+    def round_records(*given: Any) -> Tensor:
+        records: Tensor = original(*given)
+        records[..., -2] ^= 0x40  # a bit of the scale's mantissa
+        return records
+
+    return round_records
+
+
+RECORD_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "scale": (elements, "round_records", _half_a_scale),
+    "rotation": (keys, "derive_key", _another_key),
+    "rounding key": (elements, "derive_key", _another_key),
+    "packing order": (quantise, "_packed", _first_code_highest),
+}
+"""Those of momenta in few bits."""
+
+
 @contextmanager
 def mutated(name: str) -> Iterator[None]:
     """Break one mechanism; none for the empty name."""
     if not name:
         yield
         return
-    home, attribute, mutate = {**MUTATIONS, **FSDP1_MUTATIONS}[name]
+    home, attribute, mutate = {**MUTATIONS, **FSDP1_MUTATIONS, **RECORD_MUTATIONS}[name]
     original = getattr(home, attribute)
     setattr(home, attribute, mutate(original))
     try:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.battery import layouts
-from tests.battery.mutations import MUTATIONS
+from tests.battery.mutations import MUTATIONS, RECORD_MUTATIONS, mutated
 from tests.battery.oracle import Case, distances, reference_run
 from tests.conftest import pool_of
 from tests.harness.covering import by_default
@@ -120,6 +120,15 @@ def test_the_battery_sees_a_broken_mechanism(mutation: str, momentum: str) -> No
     # Spans are the one layout that uses every mechanism.
     _, worst = _distances("flat x3", Case(settings={"momentum": momentum}), mutation)
     assert not worst < 1e6 * EXACT  # NaN counts as seen
+
+
+@pytest.mark.parametrize("mutation", RECORD_MUTATIONS)
+def test_the_battery_sees_momenta_in_few_bits_that_are_broken(mutation: str) -> None:
+    (case,) = [case for case in EXACT_CASES if case.settings.get("state_bits") == 4]
+    expected = _expected(str(case))
+    with mutated(mutation):
+        _, worst = distances(*expected, layouts.on_plain(case))
+    assert not worst < 1e6 * EXACT
 
 
 def test_the_battery_sees_norms_that_are_not_summed_for_growth() -> None:

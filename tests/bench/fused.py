@@ -64,7 +64,7 @@ class Run:
             self.model.named_parameters(), lr=1e-3, rank=plan.rank, block=BLOCK, seed=SEED
         )
         if level != "dense":
-            flora_dist.attach(self.model, self.optimizer, level)
+            flora_dist.attach(self.model, self.optimizer, level, gradient_bits=32)
 
     def backward(self, tokens: Tensor) -> None:
         """Forward and backward of every micro-batch."""

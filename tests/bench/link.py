@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -30,16 +31,34 @@ WARM_UP = 2
 """DDP builds its buckets anew after the first step; PowerSGD starts in the third."""
 STEPS = 5
 RATIO = 16
-ROWS: dict[str, tuple[tuple[str, int | None, str], ...]] = {
+
+
+class Row(NamedTuple):
+    """A setup, but for what all have in common."""
+
+    layout: str
+    ratio: int | None = None
+    wire_dtype: str = "float32"
+    bits: int | None = None
+
+
+ROWS: dict[str, tuple[Row, ...]] = {
     "ddp": (
-        ("ddp", None, "float32"),
-        ("ddp, PowerSGD", RATIO, "float32"),
-        ("ddp, flora_hook", RATIO, "float32"),
-        ("ddp", RATIO, "float32"),
-        ("ddp", RATIO, "bfloat16"),
+        Row("ddp"),
+        Row("ddp, PowerSGD", ratio=RATIO),
+        Row("ddp, flora_hook", ratio=RATIO),
+        Row("ddp", ratio=RATIO),
+        Row("ddp", ratio=RATIO, wire_dtype="bfloat16"),
+        Row("ddp", bits=4),
+        Row("ddp", bits=1),
     ),
-    "zero-2": (("zero-2", None, "float32"), ("zero-2", RATIO, "float32")),
-    "fsdp2": (("fsdp2", None, "float32"), ("fsdp2", RATIO, "float32")),
+    "zero-2": (
+        Row("zero-2"),
+        Row("zero-2", ratio=RATIO),
+        Row("zero-2", bits=4),
+        Row("zero-2", bits=1),
+    ),
+    "fsdp2": (Row("fsdp2"), Row("fsdp2", ratio=RATIO), Row("fsdp2", bits=4), Row("fsdp2", bits=1)),
 }
 """By whom a row is compared with, the first of its kind."""
 
@@ -102,14 +121,12 @@ def print_link(only: str) -> None:
                 _print_rows(base, rows, pair)
 
 
-def _print_rows(
-    base: Setup, rows: Sequence[tuple[str, int | None, str]], pair: Sequence[Host]
-) -> None:
+def _print_rows(base: Setup, rows: Sequence[Row], pair: Sequence[Host]) -> None:
     pool = pool_on(pair)
     first: Timed | None = None
     try:
-        for layout, ratio, wire_dtype in rows:
-            setup = replace(base, layout=layout, ratio=ratio, wire_dtype=wire_dtype)
+        for row in rows:
+            setup = replace(base, **row._asdict())
             # Ranks begin a step together and wait for each other in it: any of them will do.
             found = pool(timed, setup, timeout=400.0)[0]
             first = first or found

@@ -185,7 +185,7 @@ def _own_loop(row: Row, model: Any) -> Loop:
 
     optimizer = _optimizer(row, model)
     if row.gradients != "dense":
-        flora_dist.attach(model, optimizer, row.gradients)
+        flora_dist.attach(model, optimizer, row.gradients, gradient_bits=32)
     if row.steps == "within":
         flora_dist.step_in_backward(model, optimizer)
     is_sharded = isinstance(model, FSDPModule)

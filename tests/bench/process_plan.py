@@ -83,6 +83,7 @@ def planned(row: Row) -> int:
         backend=BACKENDS["ddp" if row.backend == "one" else row.backend],
         flora=FloraConfig(rank=4, block=64),
         gradients=row.gradients,
+        gradient_bits=32,
         sequence_length=128,
         accumulate=row.micro_batches,
         precision=row.precision,

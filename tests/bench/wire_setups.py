@@ -104,12 +104,19 @@ class Setup:
     ratio: int | None = None
     """Of compressed gradients; None: dense."""
     wire_dtype: str = "float32"
+    bits: int | None = None
+    """Of each number of a block that is kept and sent, in place of ``ratio``; None: 32."""
     micro_batches: int = 1
     block: int = BLOCK
 
     @property
     def level(self) -> str:
-        return "dense" if self.ratio is None else "compressed"
+        return "dense" if self.ratio is self.bits is None else "compressed"
+
+    @property
+    def sketches(self) -> dict[str, Any]:
+        """Settings of sketched gradients."""
+        return {"gradient_bits": self.bits or 32, "wire_dtype": self.wire_dtype}
 
     @property
     def flora(self) -> dict[str, Any]:
@@ -130,6 +137,8 @@ class Setup:
         return [geometry_of(name, tuple(p.shape), config) for name, p in named]
 
     def __str__(self) -> str:
+        if self.bits is not None:
+            return f"{self.layout}, {self.bits} bits"
         if self.ratio is None:
             return f"{self.layout}, dense"
         return f"{self.layout}, 1/{self.ratio} {self.wire_dtype}"
@@ -254,8 +263,8 @@ def _plain_loop(
     """What a user of torch writes; only the last micro-batch of a step is synchronised."""
     optimizer = Flora(wrapped.named_parameters(), **setup.flora)
     reduce = _nothing
-    if setup.ratio is not None and compress:
-        handle = flora_dist.attach(wrapped, optimizer, "compressed", wire_dtype=setup.wire_dtype)
+    if setup.level != "dense" and compress:
+        handle = flora_dist.attach(wrapped, optimizer, setup.level, **setup.sketches)
         reduce = handle.gradients.reduce
 
     def forward(sample: Tensor, is_last: bool) -> Tensor:
@@ -297,8 +306,8 @@ def _engine(setup: Setup, stage: int) -> Training:
         "zero_optimization": {"stage": stage},
         "steps_per_print": 10**9,
     }
-    if setup.ratio is not None:
-        config["flora"] = {"gradients": "compressed", "wire_dtype": setup.wire_dtype}
+    if setup.level != "dense":
+        config["flora"] = {"gradients": setup.level, **setup.sketches}
     engine, *_ = flora_dist.deepspeed.initialize(model=model, config=config)
 
     def backward(loss: Tensor, is_last: bool) -> None:

@@ -54,7 +54,7 @@ def held(stage: int, level: str) -> tuple[int, int, int]:
                 "stage3_max_reuse_distance": 0,
             },
             gradient_accumulation_steps=MICRO_BATCHES,
-            flora={"gradients": level},
+            flora={"gradients": level} | ({} if level == "dense" else {"gradient_bits": 32}),
         ),
         model=Deep(),
     )

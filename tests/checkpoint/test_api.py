@@ -183,7 +183,7 @@ def test_how_sketched_gradients_come_about_may_change(tmp_path: Path) -> None:
     ends = []
     for level in ("compressed", "fused"):
         model, optimizer = trained(steps=0)
-        flora_dist.attach(model, optimizer, level)
+        flora_dist.attach(model, optimizer, level, gradient_bits=32)
         if level == "compressed":
             train(model, optimizer, 2)
             checkpoint.save(tmp_path, model, optimizer, step=2)

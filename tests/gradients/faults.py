@@ -20,6 +20,7 @@ from flora_dist.gradients import cycle as gradients
 from flora_dist.gradients.accumulator import Accumulator
 from flora_dist.gradients.average_records import RecordBuckets
 from flora_dist.gradients.cut_sketches import PartialSketches
+from tests.battery.mutations import RECORD_MUTATIONS
 
 Mutate = Callable[[Any], Any]
 
@@ -140,6 +141,7 @@ FAULTS: dict[str, tuple[Any, str, Mutate]] = {
     "rounding key": (Sketches, "rounding_key", _one_key),
     "owner's sum": (RecordBuckets, "_round", _first_rank_twice),
     "scale": (few_bits, "level_records", _half_a_scale),
+    "packing order": RECORD_MUTATIONS["packing order"],
     "levels of sums": (Accumulator, "_records", _always_levels),
     "clipping": (flora, "scale_", _unscaled),
     "blocks kept twice": (norms, "_square_sum_of_sketches", _every_block),

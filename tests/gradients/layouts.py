@@ -63,4 +63,4 @@ LAYOUTS = {
 def run(layout: str, case: SketchedCase, fault: str = "") -> tuple[Weights, list[float]]:
     """One rank's share of a run; ``fault`` breaks one mechanism first."""
     with broken(fault):
-        return LAYOUTS[layout][1](case)
+        return train(LAYOUTS_OF_TORCH[layout], case)

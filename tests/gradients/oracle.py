@@ -28,7 +28,7 @@ class SketchedCase(Case):
 
     level: str = "compressed"
     gradient_rank: int | None = None
-    gradient_bits: int | None = None
+    gradient_bits: int | None = 32
     wire_bits: int | None = None
     wire_dtype: str = "float32"
     micro_batches: int = 1
@@ -39,7 +39,7 @@ class SketchedCase(Case):
         words = [super().__str__(), self.level, f"x{self.micro_batches} of {self.samples}"]
         if self.gradient_rank is not None:
             words.append(f"gradient_rank={self.gradient_rank}")
-        if self.gradient_bits is not None or self.wire_bits is not None:
+        if (self.gradient_bits, self.wire_bits) != (32, None):
             words.append(f"bits={self.gradient_bits}-{self.wire_bits}")
         if self.max_norm is not None:
             words.append(f"max_norm={self.max_norm}")

@@ -59,8 +59,9 @@ def my_inputs(step: int, rows: int = 12) -> Tensor:
 def attached(
     model: nn.Module, level: str = "compressed", settings: dict[str, Any] | None = None, **more: Any
 ) -> tuple[Flora, Handle]:
+    """All numbers in full unless ``more`` says otherwise: tests compare them with exact ones."""
     optimizer = Flora(model.named_parameters(), **{**SETTINGS, **(settings or {})})
-    return optimizer, flora_dist.attach(model, optimizer, level, **more)
+    return optimizer, flora_dist.attach(model, optimizer, level, **{"gradient_bits": 32, **more})
 
 
 def on_ddp(**options: Any) -> tuple[nn.Module, Small]:

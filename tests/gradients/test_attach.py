@@ -141,7 +141,7 @@ def test_a_full_gradient_written_by_hand_is_refused(started: tuple[Small, Flora]
 def test_a_second_attach_is_the_same_one() -> None:
     model = Small()
     optimizer, handle = attached(model)
-    assert flora_dist.attach(model, optimizer, "compressed") is handle
+    assert flora_dist.attach(model, optimizer, "compressed", gradient_bits=32) is handle
     with pytest.raises(ValueError, match=r"in one way.*remove\(\)"):
         flora_dist.attach(model, optimizer, "compressed", gradient_rank=4)
 

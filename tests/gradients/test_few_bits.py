@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+import flora_dist
+from flora_dist import Flora
 from flora_dist.gradients.request import SketchRequest
 from tests.battery.oracle import distances
 from tests.battery.test_layouts import EXACT
+from tests.battery.wrapped import ALIGNED, LAYOUTS
 from tests.conftest import pool_of
 from tests.gradients import layouts
 from tests.gradients.few_bits import reference_run
@@ -39,15 +42,17 @@ RUNS = [
     ("plain", case_of(8, None, 3, state_bits=4)),
     ("ddp x2", case_of(4, 1, 2)),
     ("ddp x2", case_of(32, 4, 1)),
-    ("fsdp2 x2", case_of(4, None, 2)),
     ("fsdp2 x3", case_of(2, None, 1, momentum="flora", state_bits=8)),
     ("columns x2", case_of(4, None, 1)),
+    ("hsdp 2x2", case_of(4, 2, 2)),
+    (ALIGNED, case_of(4, None, 1)),
 ]
 FAULTS = [
     ("ddp x2", "rounding key", 1),
     ("ddp x2", "owner's sum", 1),
     ("ddp x2", "basis of its own", 1),
     ("plain", "scale", 1),
+    ("plain", "packing order", 1),
     ("plain", "levels of sums", 2),
     ("plain", "micro-batches", 2),
 ]
@@ -61,13 +66,13 @@ def _expected(case: str, ranks: int) -> tuple[Weights, Weights]:
 
 @pytest.mark.parametrize(("layout", "case"), RUNS, ids=str)
 def test_a_layout_is_the_reference_of_as_many_ranks(layout: str, case: SketchedCase) -> None:
-    ranks, _ = layouts.LAYOUTS[layout]
-    everyone = pool_of(ranks)(layouts.run, layout, case)
+    held = LAYOUTS[layout]
+    everyone = pool_of(held.ranks)(layouts.run, layout, case)
     weights, norms = everyone[0]
     for theirs, their_norms in everyone[1:]:
         assert their_norms == norms
         assert all(torch.equal(value, weights[name]) for name, value in theirs.items())
-    _, worst = distances(*_expected(str(case), ranks), weights)
+    _, worst = distances(*_expected(str(case), held.shares or held.ranks), weights)
     assert worst < EXACT
 
 
@@ -124,15 +129,36 @@ def test_what_cannot_be_kept_in_few_bits_is_refused(options: dict[str, Any], mes
     attached(model)  # nothing has changed
 
 
-def test_bits_in_full_are_what_attach_does_without_words() -> None:
-    plain = SketchRequest(gradients="compressed")
-    assert SketchRequest(gradients="compressed", gradient_bits=32, wire_bits=32).wire == plain.wire
+def test_without_words_all_numbers_of_a_block_are_kept_and_sent_in_4_bits() -> None:
+    bare = SketchRequest(gradients="compressed")
+    assert (bare.bits, bare.wire.bits) == (4, 4)
+    model = Small()
+    handle = flora_dist.attach(
+        model, Flora(model.named_parameters(), block=8, rank=2), "compressed"
+    )
+    (row,) = [row for row in handle.report().rows if row.name == "first.weight"]
+    assert row.how == "compressed, 8 per block of 8 in 4 bits"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"gradient_rank": 2},
+        {"wire_dtype": "bfloat16"},
+        {"wire_bits": 4},
+        {"gradients": "fused"},
+        {"gradients": "sharded"},
+    ],
+)
+def test_whoever_says_more_has_numbers_in_full(said: dict[str, Any]) -> None:
+    assert SketchRequest(**{"gradients": "compressed", **said}).bits == 32
+
+
+def test_half_precision_has_two_names() -> None:
     half = SketchRequest(gradients="compressed", wire_dtype="bfloat16")
     assert SketchRequest(gradients="compressed", wire_bits=16).wire == half.wire
 
 
-@pytest.mark.ranks(4)
-def test_replicas_of_shards_are_refused() -> None:
-    case = case_of(4, None, 1)
-    with pytest.raises(Exception, match=r"averaged over one group of ranks; these have 2"):
-        pool_of(4)(layouts.run, "hsdp 2x2", case)
+def test_blocks_that_tensor_parallelism_cuts_are_refused() -> None:
+    with pytest.raises(Exception, match=r"must cut no block of gradients in few bits"):
+        pool_of(2)(layouts.run, "tp x2", case_of(4, None, 1))

@@ -125,7 +125,7 @@ def trained(use: Use, level: str, steps: int) -> tuple[dict[str, Tensor], dict[s
     """(C of two micro-batches, gradients of what is dense) at the last step."""
     model = use.build().double()
     optimizer = Flora(model.named_parameters(), **SETTINGS)
-    handle = flora_dist.attach(model, optimizer, level)
+    handle = flora_dist.attach(model, optimizer, level, gradient_bits=32)
     for step in range(steps):
         for micro_batch in range(2):
             use.loss(model, data(2 * step + micro_batch)).backward()

@@ -82,7 +82,7 @@ def by_hand() -> Model:
 
 
 def test_fsdp2_by_hand() -> None:
-    asks = request(by_hand(), gradients="compressed")
+    asks = request(by_hand(), gradients="compressed", gradient_bits=32)
     found = estimate(asks, asked(asks))
     # Rank 0 has 3 of 5 rows, 3 of 6, 32 of 64: 3 x 64 + 3 x 64 + 32 = 416 elements.
     assert found.held["weights"].total == 4 * 416
@@ -100,6 +100,21 @@ def test_fsdp2_by_hand() -> None:
     assert found.wire["sketches"] == 4 * 2 * (2 + 48) // 2
     # Presence and two sums of 64 columns of each matrix, two numbers of the norm; two passes.
     assert found.wire["messages"] == 4 * (129 + 129 + 2)
+
+
+def test_few_bits_by_hand() -> None:
+    asks = request(by_hand(), gradients="compressed")
+    found = estimate(asks, asked(asks))
+    assert found.label == "Flora 1/8, compressed, 4 bits"
+    # 64 numbers in 4 bits and a scale for the one block of each of 11 rows; A twice, 64 x 64.
+    assert found.held["accumulators"].total == 11 * (32 + 2) + 4 * 2 * 2 * 64 * 64
+    # Half of them, and of two flags for each of two ranks, goes to the other rank.
+    assert found.wire["sketches"] == (11 * 34 + 2 * 2) // 2
+    asks = request(by_hand(), backend="ddp", gradients="compressed", gradient_bits=8, wire_bits=1)
+    found = estimate(asks, asked(asks))
+    assert found.held["accumulators"].total == 11 * (64 + 2) + 4 * 2 * 2 * 64 * 64
+    # The means of what each has summed go back, in 4 bits.
+    assert found.wire["sketches"] == (11 * 10 + 2 * 2) // 2 + 11 * 34 // 2
 
 
 def test_zero2_by_hand() -> None:

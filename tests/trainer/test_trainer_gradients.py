@@ -24,7 +24,8 @@ Tiny = Callable[..., Config]
 FLORA = "optimizer={name: flora, lr: 1e-2, rank: 8}"
 CLIPPED = "train.max_grad_norm=0.1"
 EVERY = "checkpoint={every: 2, keep: null}"
-COMPRESSED = "gradients.level=compressed"
+COMPRESSED = "gradients={level: compressed, bits: 32}"
+"""In full: few bits are another run on another number of processes."""
 LEVELS = ("sharded", "compressed", "fused")
 
 # float32 sums in another order, 6e-8 each, through six steps; as for dense gradients under Flora.
@@ -110,7 +111,7 @@ def test_deepspeed_has_the_clipped_curve_of_one_process(
     changes = ", ".join(f"{key}: null" for key in dropped)
     backend = f"backend={{name: deepspeed, config: {path}, changes: {{{changes}}}}}"
     overrides = tiny_overrides(corpus, tmp_path, backend, FLORA, CLIPPED)
-    overrides.append(f"gradients.level={level}")
+    overrides.append(f"gradients={{level: {level}, bits: 32}}")
     for found in launched_pool_of(2)(trained, overrides):
         curve = [r[k] for r in found["records"] for k in ("loss", "validation_loss") if k in r]
         assert curve == pytest.approx(alone["clipped"], rel=TOLERANCE)
@@ -175,7 +176,7 @@ def test_the_command_says_what_is_sketched(
     assert line in said
     assert "sketches of them" in said
     assert load_config(tmp_path / "tiny" / "config.yaml").gradients == GradientsConfig(
-        level="compressed", rank=2
+        level="compressed", rank=2, bits=32
     )
 
 
@@ -273,14 +274,15 @@ def flora_block(tiny: Tiny, tmp_path: Path) -> Callable[..., Any]:
 
 def test_the_section_becomes_the_block_of_the_json(flora_block: Callable[..., Any]) -> None:
     full = {"gradients": "compressed", "gradient_rank": 4, "wire_dtype": "bfloat16"}
-    section = [COMPRESSED, "gradients.rank=4", "gradients.wire_dtype=bfloat16"]
+    level = "gradients.level=compressed"
+    section = [level, "gradients.rank=4", "gradients.wire_dtype=bfloat16"]
     assert flora_block(None) is None
     assert flora_block({}) == flora_block({"gradients": "dense"}) == {"gradients": "dense"}
     assert flora_block(None, *section) == full
     assert flora_block({"gradients": "auto", "gradient_rank": 4}, *section) == full
     assert flora_block(full, *section) == full
     plain = {"gradients": "compressed", "wire_dtype": "float32"}
-    assert flora_block({"gradients": "compressed"}, COMPRESSED) == plain
+    assert flora_block({"gradients": "compressed"}, level) == plain
 
 
 @pytest.mark.parametrize(

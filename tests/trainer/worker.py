@@ -44,16 +44,27 @@ BACKENDS = {
 }
 
 FLORA = ["optimizer={name: flora, lr: 1e-2, rank: 8}"]
+
+
+def in_full(level: str) -> str:
+    """Few bits are another run on another number of processes."""
+    return (
+        f"gradients.level={level}"
+        if level == "dense"
+        else f"gradients={{level: {level}, bits: 32}}"
+    )
+
+
 SKETCHED = {
     2: {
-        f"{name}.{level}": [f"backend.name={name}", f"gradients.level={level}"]
+        f"{name}.{level}": [f"backend.name={name}", in_full(level)]
         for name, levels in {
             "ddp": ("compressed", "fused"),
             "fsdp2": ("dense", "sharded", "compressed", "fused"),
         }.items()
         for level in levels
     },
-    4: {"hsdp.compressed": [*BACKENDS[4]["hsdp"], "gradients.level=compressed"]},
+    4: {"hsdp.compressed": [*BACKENDS[4]["hsdp"], in_full("compressed")]},
 }
 
 LOW = "train.precision=bfloat16"

@@ -16,7 +16,7 @@ from tests.gradients.oracle import GradientSketch, SketchedCase, norm_of
 from tests.zero.engines import MAX_NORM, SAMPLES, Run, Weights, build, masters, start, take_step
 from tests.zero.expected import distances_that_move, reference_for
 
-COMPRESSED = {"flora": {"gradients": "compressed"}}
+COMPRESSED = {"flora": {"gradients": "compressed", "gradient_bits": 32}}
 FUSED = {"flora": {"gradients": "fused"}}
 
 

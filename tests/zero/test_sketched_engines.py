@@ -35,7 +35,7 @@ from tests.zero.test_checkpoint import contents
 
 pytestmark = pytest.mark.deepspeed
 
-COMPRESSED = {"flora": {"gradients": "compressed"}}
+COMPRESSED = {"flora": {"gradients": "compressed", "gradient_bits": 32}}
 CLOSE = 1e-6
 """Of weights around 0.1 after some steps of 1e-2; fp32 in another order."""
 
@@ -81,7 +81,7 @@ def test_four_micro_batches_at_ratio_16_reduce_fifty_times_less_than_zero_2() ->
     assert pool(reduced, {}) == [4 * everything] * 2
     # A sixteenth once and the bias four times. To each of two ranks also who has a gradient, a
     # block that both keep (4), and padding to the longer share: the row that the border cuts (32).
-    for elements in pool(reduced, {"gradients": "compressed"}):
+    for elements in pool(reduced, COMPRESSED["flora"]):
         assert 0 <= elements - (6 * 256 * 512 // 16 + 4 * 256) <= 2 * (6 + 4 + 32)
         assert 4 * everything / elements > 50
 

@@ -23,6 +23,7 @@ from flora_dist.cluster.planner.model import Model
 from flora_dist.cluster.planner.picture import check_picture, draw
 from flora_dist.cluster.planner.request import (
     BACKENDS,
+    BITS,
     PRECISIONS,
     PURE,
     WIRE_DTYPES,
@@ -33,7 +34,7 @@ from flora_dist.cluster.planner.request import (
 from flora_dist.cluster.planner.search import LIMIT, SmallestCluster, largest_micro_batch, search
 from flora_dist.cluster.planner.table import search_table, table
 from flora_dist.cluster.planner.verdict import verdict
-from flora_dist.core.state.settings import MOMENTA, STATE_DTYPES, FloraConfig
+from flora_dist.core.state.settings import MOMENTA, STATE_BITS, STATE_DTYPES, FloraConfig
 from flora_dist.core.state.spec import LEVELS
 
 __all__ = ["add_arguments", "start"]
@@ -127,8 +128,25 @@ def _add_flora(parser: argparse.ArgumentParser) -> None:
     flora.add_argument("--block", type=int, default=defaults.block)
     flora.add_argument("--momentum", choices=MOMENTA, default=defaults.momentum)
     flora.add_argument("--momentum-dtype", choices=STATE_DTYPES, default=defaults.state_dtype)
+    flora.add_argument(
+        "--state-bits",
+        type=int,
+        choices=STATE_BITS,
+        help="of each number of a sketched momentum (default: --momentum-dtype's)",
+    )
     flora.add_argument("--gradients", choices=LEVELS, default=LEVELS[0], help="their level")
-    flora.add_argument("--gradient-rank", type=int, metavar="R", help="per block (default: --rank)")
+    flora.add_argument(
+        "--gradient-rank",
+        type=int,
+        metavar="R",
+        help="numbers per block (default: --rank, or all below 16 bits)",
+    )
+    for option, default in (
+        ("--gradient-bits", "4 for compressed where nothing else is said, or 32"),
+        ("--wire-bits", "--gradient-bits"),
+    ):
+        help_ = f"of each number (default: {default})"
+        flora.add_argument(option, type=int, choices=BITS, help=help_)
     flora.add_argument("--wire-dtype", choices=WIRE_DTYPES, default="float32", help="of sketches")
 
 
@@ -189,9 +207,12 @@ def _request(parsed: argparse.Namespace) -> Request:
             block=parsed.block,
             momentum=parsed.momentum,
             state_dtype=parsed.momentum_dtype,
+            state_bits=parsed.state_bits,
         ),
         gradients=parsed.gradients,
         gradient_rank=parsed.gradient_rank,
+        gradient_bits=parsed.gradient_bits,
+        wire_bits=parsed.wire_bits,
         wire_dtype=parsed.wire_dtype,
         micro_batch=parsed.micro_batch,
         sequence_length=min(SEQUENCE, model.sizes.positions) if length is None else length,

@@ -40,7 +40,7 @@ from flora_dist.cluster.planner.methods import FP32, Method
 from flora_dist.cluster.planner.model import ROOT, TABLES, Parameter
 from flora_dist.cluster.planner.request import DENSE, Request, Sharding
 from flora_dist.cluster.planner.shards import Shard, line_length, shards_by_rank
-from flora_dist.cluster.planner.wire import sketch_numbers
+from flora_dist.cluster.planner.wire import kept_bytes
 
 PERSISTENT = 100_000
 """Elements below which ZeRO-3 keeps a parameter whole: stage3_param_persistence_threshold."""
@@ -207,7 +207,7 @@ def _accumulators(request: Request, method: Method) -> CategoryBytes:
     sharding: Sharding = method.backend.sharding if method.level == "sharded" else "whole"
 
     def both(shard: Shard) -> int:
-        return FP32 * (sketch_numbers(shard, method.sketch) + _matrix(shard, method))
+        return kept_bytes(shard, method) + FP32 * _matrix(shard, method)
 
     return _sum(shards_by_rank(method.trained, sharding, request.shards)[0], both)
 
@@ -235,7 +235,7 @@ def _fused(method: Method) -> tuple[int, int] | None:
     if method.level != "fused":
         return None
     assert isinstance(method.sketch.block, int)
-    assert method.sketch.rank is not None
+    assert isinstance(method.sketch.rank, int)
     return method.sketch.rank, method.sketch.block
 
 

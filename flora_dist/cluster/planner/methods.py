@@ -38,9 +38,10 @@ from flora_dist.cluster.planner.request import (
     PURE,
     Backend,
     Request,
+    Sketch,
 )
 from flora_dist.cluster.planner.shards import Shard
-from flora_dist.core.records import FULL_BITS
+from flora_dist.core.records import DEFAULT_BITS, FULL_BITS
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry, geometry_at, state_tensors
 
@@ -74,8 +75,8 @@ class Method:
     flora: FloraConfig | None = None
     """None: another optimizer."""
     level: str = DENSE
-    sketch: FloraConfig
-    """Blocks and numbers of sketched gradients, unless the level is dense."""
+    sketch: Sketch
+    """Of gradients, unless the level is dense."""
     adapter_rank: int = 0
     """Of LoRA."""
     in_backward: bool = False
@@ -95,15 +96,13 @@ class Method:
         """How its gradient is sketched; None: it is not."""
         if self.level == DENSE:
             return None
-        geometry = blocks_of(parameter, self.sketch)
+        geometry = _sketched(parameter.shape, self.sketch)
         return None if geometry.rank is None else geometry
 
 
 def asked(request: Request) -> Method:
     """Flora as the request has it."""
-    return _flora(
-        request, request.flora, request.gradients, request.gradient_config, request.precision
-    )
+    return _flora(request, request.flora, request.gradients, request.sketch, request.precision)
 
 
 def compared(request: Request) -> Iterator[Method]:
@@ -111,14 +110,24 @@ def compared(request: Request) -> Iterator[Method]:
     first = asked(request)
     yield first
     seen = {first.label}
+    for level, config, sketch in _variants(request):
+        for precision in _precisions(request):
+            other = _flora(request, config, level, sketch, precision)
+            if other.label not in seen:
+                seen.add(other.label)
+                yield other
+    yield from others(request)
+
+
+def _variants(request: Request) -> Iterator[tuple[str, FloraConfig, Sketch]]:
+    """Levels and ratios with all numbers in full, and all numbers of a block in few bits."""
+    full = replace(request.sketch, bits=FULL_BITS, wire_bits=FULL_BITS)
     for level in request.backend.levels:
         for config in _ratios(request.flora):
-            for precision in _precisions(request):
-                other = _flora(request, config, level, config, precision)
-                if other.label not in seen:
-                    seen.add(other.label)
-                    yield other
-    yield from others(request)
+            yield level, config, replace(full, rank=config.rank)
+        if level == "compressed":
+            few = replace(full, rank="block", bits=DEFAULT_BITS, wire_bits=DEFAULT_BITS)
+            yield level, request.flora, few
 
 
 def _precisions(request: Request) -> Iterator[str]:
@@ -136,7 +145,7 @@ def others(request: Request) -> Iterator[Method]:
         precision="bfloat16" if request.precision == PURE else request.precision,
         trained=request.model.parameters,
         state=adamw_state,
-        sketch=request.flora,
+        sketch=request.sketch,
     )
     yield base
     yield replace(base, label="AdamW, 8-bit", state=adamw_8bit_state)
@@ -175,6 +184,11 @@ def blocks_of(parameter: Parameter, config: FloraConfig) -> Geometry:
 @lru_cache(maxsize=4096)
 def _geometry(shape: tuple[int, ...], rank: int | None, block: int | str, bits: int) -> Geometry:
     return geometry_at("", shape, FloraConfig(rank=None, block=block), rank=rank, bits=bits)
+
+
+@lru_cache(maxsize=4096)
+def _sketched(shape: tuple[int, ...], sketch: Sketch) -> Geometry:
+    return sketch.geometry(shape)
 
 
 # ---- state
@@ -266,7 +280,7 @@ def _sides(parameter: Parameter, rank: int) -> tuple[int, int, int] | None:
 
 
 def _flora(
-    request: Request, config: FloraConfig, level: str, sketch: FloraConfig, precision: str
+    request: Request, config: FloraConfig, level: str, sketch: Sketch, precision: str
 ) -> Method:
     label = _label(config, level, sketch)
     return Method(
@@ -281,16 +295,19 @@ def _flora(
     )
 
 
-def _label(config: FloraConfig, level: str, sketch: FloraConfig) -> str:
-    label = f"Flora 1/{_ratio(config)}, {level}"
-    is_other = level != DENSE and sketch.rank != config.rank
-    return f"{label} 1/{_ratio(sketch)}" if is_other else label
+def _label(config: FloraConfig, level: str, sketch: Sketch) -> str:
+    label = f"Flora 1/{_ratio(config.block, config.rank)}, {level}"
+    if level == DENSE:
+        return label
+    if sketch.rank not in ("block", config.rank):
+        label = f"{label} 1/{_ratio(sketch.block, sketch.rank)}"
+    return label if sketch.bits == FULL_BITS else f"{label}, {sketch.bits} bits"
 
 
-def _ratio(config: FloraConfig) -> str:
-    assert isinstance(config.block, int)
-    assert config.rank is not None
-    return f"{config.block / config.rank:g}"
+def _ratio(block: int | str, rank: int | str | None) -> str:
+    assert isinstance(block, int)
+    assert isinstance(rank, int)
+    return f"{block / rank:g}"
 
 
 def _ratios(config: FloraConfig) -> Iterator[FloraConfig]:

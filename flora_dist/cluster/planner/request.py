@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from flora_dist.cluster.planner.activations import MicroBatchShape
 from flora_dist.cluster.planner.model import Model
-from flora_dist.core.state.settings import FloraConfig
-from flora_dist.core.state.spec import LEVELS
+from flora_dist.core.records import FEW_BITS, FULL_BITS, gradient_bits
+from flora_dist.core.state.settings import FloraConfig, check_bits, check_rank
+from flora_dist.core.state.spec import LEVELS, Geometry, geometry_at
 
 PURE = "bfloat16-pure"
 """The weights themselves are in bfloat16, and there are no others."""
@@ -57,6 +58,25 @@ BACKENDS = {
 """Name -> how it holds a model."""
 
 
+BITS = (FULL_BITS, 16, *FEW_BITS)
+"""Of a gradient's numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sketch:
+    """What of a gradient's block is kept and sent."""
+
+    rank: int | Literal["block"] | None
+    block: int | str
+    bits: int
+    wire_bits: int
+
+    def geometry(self, shape: tuple[int, ...]) -> Geometry:
+        """A parameter in blocks."""
+        config = FloraConfig(rank=None, block=self.block)
+        return geometry_at("", shape, config, rank=self.rank, bits=self.bits)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One question; ``ValueError`` where it makes no sense."""
@@ -70,7 +90,11 @@ class Request:
     gradients: str = DENSE
     """Level, of ``LEVELS``."""
     gradient_rank: int | None = None
-    """Numbers per block of sketched gradients; None: the momentum's."""
+    """Numbers per block of sketched gradients; None: the momentum's, or all in few bits."""
+    gradient_bits: int | None = None
+    """Of each number; None: as ``flora_dist.attach`` takes it."""
+    wire_bits: int | None = None
+    """Of each number that travels; None: ``gradient_bits``."""
     wire_dtype: str = "float32"
     micro_batch: int = 1
     """Sequences of a rank's forward."""
@@ -92,8 +116,13 @@ class Request:
             check_whole(option, getattr(self, option))
         if self.gradient_rank is not None:
             check_whole("gradient_rank", self.gradient_rank)
-            replace(self.flora, rank=self.gradient_rank)  # checks that it is below the block
         _check_choice("gradients", self.gradients, LEVELS)
+        for name in ("gradient_bits", "wire_bits"):
+            if getattr(self, name) is not None:
+                check_bits(name, getattr(self, name), BITS)
+        self._check_bits()
+        # All numbers of a block are legal in few bits alone.
+        check_rank(self.gradient_rank, self.flora.block, self.sketch.bits)
         _check_choice("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
         _check_choice("precision", self.precision, tuple(PRECISIONS))
         if self.precision == PURE and not self.backend.can_be_pure:
@@ -141,11 +170,36 @@ class Request:
         )
 
     @property
-    def gradient_config(self) -> FloraConfig:
-        """Blocks and numbers per block of sketched gradients."""
-        if self.gradient_rank is None:
-            return self.flora
-        return replace(self.flora, rank=self.gradient_rank)
+    def sketch(self) -> Sketch:
+        """Of gradients."""
+        bits = gradient_bits(
+            self.gradients,
+            rank=self.gradient_rank,
+            bits=self.gradient_bits,
+            wire_bits=self.wire_bits,
+            wire_dtype=self.wire_dtype,
+        )
+        rank = self.flora.rank if self.gradient_rank is None else self.gradient_rank
+        is_whole = bits in FEW_BITS and self.gradient_rank is None
+        return Sketch(
+            rank="block" if is_whole else rank,
+            block=self.flora.block,
+            bits=bits,
+            wire_bits=bits if self.wire_bits is None else self.wire_bits,
+        )
+
+    def _check_bits(self) -> None:
+        kept, sent = self.sketch.bits, self.sketch.wire_bits
+        if self.gradients != "compressed" and (kept, sent) != (FULL_BITS, FULL_BITS):
+            raise ValueError(
+                "--gradient-bits and --wire-bits below 32 need --gradients compressed; it is "
+                f"{self.gradients}, with {kept} and {sent} bits. Leave them out, or change it."
+            )
+        if sent > kept:
+            raise ValueError(
+                f"--wire-bits must not exceed --gradient-bits; they are {sent} and {kept}. Lower "
+                "it, or leave it out."
+            )
 
 
 def check_whole(option: str, value: int) -> None:

@@ -16,7 +16,9 @@ bandwidth). gloo takes two for a reduce-scatter. Sources of what is sent, and ho
                   where they are more than max_reuse_distance (10^9)
     zero 1, 2     one all-gather of the updated weights
     sketches      one message per step: presence of each parameter and its sketches, a line for
-                  every rank, each as long as the longest (gradients/average.py)
+                  every rank, each as long as the longest (gradients/average.py); in few bits
+                  an all-to-all to owners, and of their means among replicas
+                  (gradients/average_records.py)
     Flora's step  where parameters are sharded, an all-reduce of column sums
                   (core/step/matrix.py); the few numbers of rows that two ranks share are left out
 """
@@ -30,6 +32,7 @@ from flora_dist.cluster.planner.methods import Method, blocks_of
 from flora_dist.cluster.planner.model import ROOT, Parameter
 from flora_dist.cluster.planner.request import DENSE, WIRE_DTYPES, Request
 from flora_dist.cluster.planner.shards import Shard, chunk, line_length, shards_by_rank
+from flora_dist.core.records import FEW_BITS, FULL_BITS, Code, mean_bits
 from flora_dist.core.state.settings import FloraConfig
 
 RING_PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "all_to_all": 1}
@@ -109,24 +112,75 @@ def _of_gradients(request: Request, method: Method) -> Iterator[Payload]:
 def _of_sketches(request: Request, method: Method) -> Iterator[Payload]:
     if method.level in {DENSE, "sharded"}:
         return
-    sketched = [p for p in method.trained if method.sketch_of(p) is not None]
+    if method.sketch.wire_bits in FEW_BITS or method.sketch.bits != FULL_BITS:
+        yield from _of_records(request, method)
+        return
+    half = method.sketch.wire_bits == 16
     longest = max(
-        sum(sketch_numbers(shard, method.sketch) for shard in shards)
+        sum(_sketch_numbers(shard, method) for shard in shards)
         for shards in shards_by_rank(method.trained, method.backend.sharding, request.shards)
     )
-    line = (len(sketched) + longest) * WIRE_DTYPES[request.wire_dtype]
+    number = 2 if half else WIRE_DTYPES[request.wire_dtype]
+    line = (_num_sketched(method) + longest) * number
     if method.backend.sharding == "whole":
         yield Payload(purpose="sketches", kind="all_reduce", buffer=line, ranks=request.ranks)
     else:
         yield from _scattered(request, "sketches", line)
 
 
-def sketch_numbers(shard: Shard, config: FloraConfig) -> int:
-    """Numbers of C for what a rank holds of a parameter; 0 where its gradient stays dense."""
-    geometry = blocks_of(shard.parameter, config)
-    if geometry.rank is None:
+def _of_records(request: Request, method: Method) -> Iterator[Payload]:
+    """An all-to-all to who sums each, with a flag per parameter for every rank; means gathered.
+
+    A block that two ranks of ZeRO keep is counted once.
+    """
+    wire_bits, everyone = method.sketch.wire_bits, request.ranks
+    (everything,) = shards_by_rank(method.trained, "whole", 1)
+    own = everything
+    replicas = everyone
+    if method.backend.sharding != "whole":
+        own = shards_by_rank(method.trained, method.backend.sharding, request.shards)[0]
+        replicas = everyone // request.shards
+    sent = sum(_bytes_in(shard, method, wire_bits) for shard in everything)
+    flags = _num_sketched(method) * everyone
+    # Not a ring: each of a node's ranks has a message of its own for those of the others.
+    together = request.gpus
+    yield Payload(
+        purpose="sketches",
+        kind="all_to_all",
+        buffer=sent + flags,
+        ranks=everyone,
+        together=together,
+    )
+    kept = sum(_bytes_in(shard, method, mean_bits(wire_bits)) for shard in own)
+    yield Payload(
+        purpose="sketches", kind="all_to_all", buffer=kept, ranks=replicas, together=together
+    )
+
+
+def kept_bytes(shard: Shard, method: Method) -> int:
+    """Of C for what a rank holds of a parameter; 0 where its gradient stays dense."""
+    return _bytes_in(shard, method, method.sketch.bits)
+
+
+def _bytes_in(shard: Shard, method: Method, bits: int) -> int:
+    geometry = method.sketch_of(shard.parameter)
+    if geometry is None or geometry.rank is None:
+        return 0
+    if bits == FULL_BITS:
+        return _FP32 * _sketch_numbers(shard, method)
+    blocks = sum(tile.num_blocks(geometry.block) for tile in shard.tiles)
+    return blocks * Code(bits=bits, numbers=geometry.rank).bytes
+
+
+def _sketch_numbers(shard: Shard, method: Method) -> int:
+    geometry = method.sketch_of(shard.parameter)
+    if geometry is None or geometry.rank is None:
         return 0
     return sum(tile.num_blocks(geometry.block) for tile in shard.tiles) * geometry.rank
+
+
+def _num_sketched(method: Method) -> int:
+    return sum(method.sketch_of(parameter) is not None for parameter in method.trained)
 
 
 def _scattered(request: Request, purpose: str, kept: int) -> Iterator[Payload]:

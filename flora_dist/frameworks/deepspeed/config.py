@@ -8,7 +8,6 @@ import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from flora_dist.core.records import FULL_BITS
 from flora_dist.core.state.settings import KNOBS
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.gradients.request import WIRE_DTYPES, SketchRequest
@@ -213,12 +212,6 @@ def gradient_request(config: Mapping[str, Any]) -> SketchRequest:
         )
     if request.gradients != LEVELS[0]:
         request.check()
-    if request.bits != FULL_BITS or request.wire_bits not in (None, FULL_BITS):
-        raise ValueError(
-            "under DeepSpeed gradients are kept and sent in 32 bits; "
-            f'got "gradient_bits": {request.gradient_bits}, "wire_bits": {request.wire_bits}. '
-            "Leave them out, or train under DDP or FSDP2."
-        )
     return request
 
 

@@ -12,6 +12,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 from torch.optim import Optimizer
 
+from flora_dist.core.records import FEW_BITS
 from flora_dist.flora import Flora
 from flora_dist.frameworks.build_lock import telling
 from flora_dist.frameworks.deepspeed.attach import attach
@@ -44,9 +45,10 @@ def initialize(
     The optimizer is the one given (a Flora, or a callable that makes one), else built from the
     config: ``"optimizer": {"type": "Flora", "params": {"lr": 1e-3, "rank": 8}}``, over
     ``model_parameters`` or all parameters that need a gradient. ``"flora": {"gradients":
-    "compressed", "gradient_rank": 8, "wire_dtype": "float32"}`` says what is compressed of the
-    gradients: "dense" nothing, "compressed" what is kept and sent, "fused" also what linear layers
-    form. ``zero_allow_untested_optimizer`` and ``zero_force_ds_cpu_optimizer`` are set.
+    "compressed"}`` says what is compressed of the gradients: "dense" nothing, "compressed" what is
+    kept and sent, "fused" also what linear layers form; ``"gradient_bits"``, ``"wire_bits"``,
+    ``"gradient_rank"`` and ``"wire_dtype"`` beside it are those of ``flora_dist.attach``.
+    ``zero_allow_untested_optimizer`` and ``zero_force_ds_cpu_optimizer`` are set.
 
     Args:
         args: an object with ``deepspeed_config``, where ``config`` is not given.
@@ -134,12 +136,14 @@ def _check_owned(optimizer: Flora, model: nn.Module) -> None:
 
 def _check_gradient_rank(optimizer: Flora, config: dict[str, Any]) -> None:
     """Refuse a rank that blocks cannot have before DeepSpeed builds anything."""
-    rank = gradient_request(config).gradient_rank
+    request = gradient_request(config)
+    rank, few = request.gradient_rank, request.bits in FEW_BITS
     for group in optimizer.param_groups:
         block = group["block"]
-        if rank is not None and block != "full" and rank >= block:
+        if rank is not None and block != "full" and rank >= block + few:
+            rule = "must not exceed" if few else "must be below"
             raise ValueError(
-                f'"flora"."gradient_rank" must be below block; got {rank}, and a group with '
+                f'"flora"."gradient_rank" {rule} block; got {rank}, and a group with '
                 f"block={block}. Lower it, or raise block."
             )
 

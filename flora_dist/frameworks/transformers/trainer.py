@@ -35,6 +35,8 @@ class SketchedGradients:
         *args: Any,
         gradients: str = LEVELS[0],
         gradient_rank: int | None = None,
+        gradient_bits: int | None = None,
+        wire_bits: int | None = None,
         wire_dtype: str = "float32",
         **more: Any,
     ) -> None:
@@ -51,7 +53,12 @@ class SketchedGradients:
                 )
         super().__init__(*args, **more)
         self._level = gradients
-        self._how: dict[str, Any] = {"gradient_rank": gradient_rank, "wire_dtype": wire_dtype}
+        self._how: dict[str, Any] = {
+            "gradient_rank": gradient_rank,
+            "gradient_bits": gradient_bits,
+            "wire_bits": wire_bits,
+            "wire_dtype": wire_dtype,
+        }
         if gradients != LEVELS[0] and is_under_deepspeed():
             given = {key: value for key, value in self._how.items() if value is not None}
             prepare_deepspeed(gradients=gradients, **given)
@@ -104,7 +111,7 @@ class SketchedGradients:
 
 
 class FloraTrainer(SketchedGradients, Trainer):
-    """``Trainer(..., gradients="compressed", gradient_rank=16)``.
+    """``Trainer(..., gradients="compressed")``.
 
-    Under DeepSpeed the two arguments become the config's block "flora", unless it has one.
+    Under DeepSpeed the arguments become the config's block "flora", unless it has one.
     """
