@@ -174,6 +174,7 @@ class Accumulator:
                     own_ERB,
                     first_column=first_column,
                     is_hadamard=self._sketches.is_hadamard,
+                    scale=self._sketches.entry_scale,
                 )
                 if self.code is not None:
                     own_ENKR.copy_(self._records(own_ENKR, added, kept, self.code))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients added to their sketches, C += G A^T, by the compiled kernels where these cover it.
+"""Gradients added to their sketches, C += G A^T, by whichever kernels cover it.
 
 Shape suffixes: E matrices, N rows, W columns here, K blocks, B block, R rank.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flora_dist.core.sketch import ops
+from flora_dist.kernels.gpu.sketched import add_by_triton_, gpu_sketches
 from flora_dist.kernels.library import found
 from flora_dist.kernels.tables import DTYPES, LARGEST_SKETCH
 
@@ -21,6 +22,7 @@ def add_sketched_(
     *,
     first_column: int,
     is_hadamard: bool,
+    scale: float,
 ) -> None:
     """C += G A^T, in the precision of C. Both ways give the same to rounding.
 
@@ -30,8 +32,12 @@ def add_sketched_(
         sketch_ERB: the sketch matrices, in the dtype of C.
         first_column: place of the first column in the whole row.
         is_hadamard: whether A is some rows of a Hadamard matrix, times signs and one number.
+        scale: in every entry of A; bfloat16 holds A over it exactly.
     """
     assert sums_ENKR.is_contiguous(), sums_ENKR.shape
+    if gpu_sketches(sums_ENKR, gradient_ENW, sketch_ERB, first_column):
+        add_by_triton_(sums_ENKR, gradient_ENW, sketch_ERB, scale)
+        return
     operators = found().operators if _covers(sums_ENKR, gradient_ENW, sketch_ERB) else None
     if operators is None:
         rows_ENW = gradient_ENW.to(sums_ENKR.dtype)

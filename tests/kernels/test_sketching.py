@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_dist.core.sketch.matrices import sketch_matrices
+from flora_dist.core.sketch.matrices import entry_scale, sketch_matrices
 from flora_dist.core.sketch.philox import Counters, Stream, drawn_by_torch
 from flora_dist.kernels.random_bits import drawn
 from flora_dist.kernels.sketching import add_sketched_
@@ -97,5 +97,12 @@ def sums(
     for _ in range(2):
         gradient = torch.randn(shape, generator=generator).to(dtype)
         with path(name):
-            add_sketched_(kept, gradient, sketch, first_column=first, is_hadamard=law == "hadamard")
+            add_sketched_(
+                kept,
+                gradient,
+                sketch,
+                first_column=first,
+                is_hadamard=law == "hadamard",
+                scale=entry_scale(law, rank=rank),
+            )
     return kept

@@ -33,7 +33,7 @@ def gpu_phases_of(batch: Batch, gradient: Gradient) -> Phases | None:
     Raises:
         RuntimeError: the variable asks for Triton, and there is none.
     """
-    if not _is_wanted():
+    if not is_wanted():
         return None
     if reason := without_triton():
         raise RuntimeError(f"{VARIABLE}=triton asks for kernels on CUDA tensors: {reason}")
@@ -51,7 +51,7 @@ def _phases_of(batch: Batch, gradient: Gradient) -> Phases:
     return make_phases(batch)
 
 
-def _is_wanted() -> bool:
+def is_wanted() -> bool:
     """Asked for: no GPU has run the kernels yet, and a training run is no place to find out."""
     asked = os.environ.get(VARIABLE, "")
     if asked not in {"", "torch", "triton"}:
@@ -85,7 +85,7 @@ def without_triton() -> str:
 
 def said_on_gpu(slots: Sequence[Trainable]) -> str:
     """What steps these parameters, for reports."""
-    if not _is_wanted():
+    if not is_wanted():
         return f"torch; {VARIABLE}=triton asks for kernels, which no GPU has run yet"
     if reason := without_triton():
         return f"torch: {reason}"

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from flora_dist import Flora
-from flora_dist.kernels.gpu import choice, inputs, self_check
+from flora_dist.kernels.gpu import choice, inputs, self_check, sketches
+from flora_dist.kernels.gpu import sketched as gpu_sketched
 from flora_dist.kernels.gpu.choice import VARIABLE, gpu_phases_of
 
 SHAPE = (20, 70)
@@ -75,4 +76,26 @@ def verdict(device: str) -> dict[str, Any]:
     with mock.patch.object(choice, "make_phases", side_effect=OSError("no C compiler")):
         failing = taken("blend", SHAPE, torch.float32, device)
     self_check._fault.cache_clear()
-    return {"right": right, "wrong": broken, "failing": failing}
+    return {
+        "right": right,
+        "wrong": broken,
+        "failing": failing,
+        "sketched": sketched(device, 1.0),
+        "sketched wrongly": sketched(device, 0.99),
+    }
+
+
+def sketched(device: str, factor: float) -> str:
+    """What is said of a kernel that multiplies by a scale that is wrong by this factor."""
+    right = sketches.add_sketch_
+
+    def add(c: torch.Tensor, x: torch.Tensor, unit: torch.Tensor, *, scale: float) -> None:
+        right(c, x, unit, scale=factor * scale)
+
+    kernel = mock.patch.object(sketches, "add_sketch_", add)
+    with kernel, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        gpu_sketched.fault.cache_clear()
+        gpu_sketched.fault(torch.bfloat16, 8, 16, torch.device(device))
+    gpu_sketched.fault.cache_clear()
+    return "; ".join(str(each.message) for each in warned)

@@ -77,3 +77,12 @@ def test_kernels_that_do_not_run_are_left_to_torch_with_a_warning(
     said = verdict["self-check"]["failing"]
     assert said.startswith("NoneType: ")
     assert "they do not run: OSError: no C compiler" in said
+
+
+def test_a_kernel_that_sketches_wrongly_is_left_to_torch_with_a_warning(
+    verdict: dict[str, Any],
+) -> None:
+    assert verdict["self-check"]["sketched"] == ""
+    said = verdict["self-check"]["sketched wrongly"]
+    assert said.startswith("the Triton kernel accumulate must sketch as torch's operators do")
+    assert "it parts by " in said
