@@ -4,6 +4,10 @@
     python -m tests.bench.step --threads 1
     python -m tests.bench.step --only 60m --clock thread --peers all
 
+Peers are measured where they can be imported. To install them beside this environment, not in it:
+pip install --no-deps --target FOLDER torchao bitsandbytes galore-torch apollo-torch, and
+PYTHONPATH=FOLDER.
+
 Interleaved in one process, so that all meet the same other work on the machine; medians with
 quartiles: read the ratios. ``--clock thread`` counts this thread's CPU time, which other work
 disturbs less; with one thread only. One table and one line of JSON for each set of shapes and
@@ -21,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +61,18 @@ PEERS = {
     "APOLLO AdamW": ("apollo_torch", "APOLLOAdamW"),
     "Flora (flora-opt)": ("flora_opt.optimizers.torch.flora", "Flora"),
 }
+# What their papers keep of a matrix, at a rank whose state is about that of rank 8 of 64 here.
+PROJECTED: dict[str, dict[str, object]] = {
+    "GaLore AdamW": {"rank": 16, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+    "APOLLO AdamW": {
+        "rank": 16,
+        "proj": "random",
+        "scale_type": "channel",
+        "scale": 1.0,
+        "update_proj_gap": 200,
+        "proj_type": "std",
+    },
+}
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
@@ -89,12 +106,21 @@ def _peer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | 
         return None
     try:
         made: torch.optim.Optimizer = getattr(importlib.import_module(module), attribute)(
-            parameters, lr=1e-5
+            _groups(name, parameters), lr=1e-5
         )
     except Exception as error:
         print(f"skipped: {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
         return None
     return made
+
+
+def _groups(name: str, parameters: list[nn.Parameter]) -> list[Any]:
+    """Matrices in a group of their own where a peer has to be told what to project."""
+    if name not in PROJECTED:
+        return parameters
+    matrices = [each for each in parameters if each.ndim == 2]
+    others = [each for each in parameters if each.ndim != 2]
+    return [{"params": others}, {"params": matrices, **PROJECTED[name]}]
 
 
 def measure(
