@@ -124,6 +124,9 @@ class DataConfig:
     """Tokens per sequence."""
     validation_every: Annotated[StrictInt, Field(ge=2)] = 20
     """Every so many documents, one goes to validation and never to training."""
+    cache: StrictStr | None = None
+    """A folder where corpora are kept as tokens: one process tokenizes, and all of this and later
+    runs map what it wrote. None: every process tokenizes at each start."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) != (self.response is None):

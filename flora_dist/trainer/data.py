@@ -165,7 +165,7 @@ def read_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
 
 
 def _train_and_held_out(config: DataConfig, tokenizer: Tokenizer) -> tuple[Packed, Packed]:
-    if _is_of_tokens(config, config.corpus) or config.validation is not None:
+    if is_of_tokens(config, config.corpus) or config.validation is not None:
         whole = _read(config, config.corpus, tokenizer)
         return (whole, whole) if config.validation is not None else _cut(whole, config)
     documents = _documents(config, config.corpus, tokenizer)
@@ -178,7 +178,7 @@ def _train_and_held_out(config: DataConfig, tokenizer: Tokenizer) -> tuple[Packe
 
 def _read(config: DataConfig, corpus: str, tokenizer: Tokenizer) -> Packed:
     """All of one corpus."""
-    if not _is_of_tokens(config, corpus):
+    if not is_of_tokens(config, corpus):
         return _pack(_documents(config, corpus, tokenizer), config)
     files, _ = files_of(corpus, config.format)
     if len(files) != 1:
@@ -187,7 +187,8 @@ def _read(config: DataConfig, corpus: str, tokenizer: Tokenizer) -> Packed:
     return Packed(tokens=tokens, length=config.sequence_length)
 
 
-def _is_of_tokens(config: DataConfig, corpus: str) -> bool:
+def is_of_tokens(config: DataConfig, corpus: str) -> bool:
+    """Whether a corpus is a file of tokens already."""
     return corpus != STDLIB and files_of(corpus, config.format)[1] == "tokens"
 
 

@@ -66,7 +66,8 @@ def documents_of(config: DataConfig, corpus: str, tokenizer: Tokenizer) -> Itera
             conversation, or a tokenizer that cannot tell its turns.
     """
     if corpus == STDLIB:
-        yield from (_whole(text, tokenizer) for text in _standard_library())
+        for path in standard_library():
+            yield _whole(path.read_text(encoding="utf-8", errors="replace"), tokenizer)
         return
     for row in _rows(config, corpus):
         if config.messages is not None:
@@ -212,8 +213,9 @@ def _fault_of_parquet(file: Path) -> str | None:
     return None
 
 
-def _standard_library() -> Iterator[str]:
+def standard_library() -> Iterator[Path]:
+    """The files of `python-stdlib`, in sorted order."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if not _SKIPPED & set(path.relative_to(root).parts):
-            yield path.read_text(encoding="utf-8", errors="replace")
+            yield path

@@ -13,7 +13,8 @@ from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import check_world
 from flora_dist.trainer.checkpoint import Start, find_start
 from flora_dist.trainer.config import AUTO, DENSE, Config, OptimizerConfig
-from flora_dist.trainer.data import Corpus, Order, read_corpus
+from flora_dist.trainer.corpus_cache import open_corpus
+from flora_dist.trainer.data import Corpus, Order
 from flora_dist.trainer.engine import check_learner
 from flora_dist.trainer.gradients import check_sizes
 from flora_dist.trainer.model import read_model_config, shapes_only, vocabulary_in_file
@@ -97,7 +98,7 @@ def check_run(config: Config, world: World) -> CheckedRun:
     check_learner(config, world)
     tokenizer = open_tokenizer(config.data.tokenizer)
     network = read_model_config(config.model, tokenizer, config.data.sequence_length)
-    corpus = read_corpus(config.data, tokenizer)
+    corpus = open_corpus(config.data, tokenizer)
     order = Order(
         sequences=len(corpus.train),
         global_batch=config.train.global_batch,
