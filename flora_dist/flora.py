@@ -260,19 +260,24 @@ class Flora(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_not_captured()
-        with torch.no_grad():
-            if self._roster.is_rehearsal(self.param_groups, self.state):
-                return loss
-            slots = self._present_slots()
-            left = self.ahead.left_of(slots)
-            if left or not slots:
-                self._step(left)
-            self.ahead.tensor_ids.clear()
-            if not self._roster.is_stepped_in_turns:
-                self._source.forget()
-            if self._rhythm.every is not None:
-                self._rhythm.count(self, slots)
+        self._update()
         return loss
+
+    # A compiler gains nothing here, and traced for minutes what names and settings decide.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+    @torch.no_grad()
+    def _update(self) -> None:
+        if self._roster.is_rehearsal(self.param_groups, self.state):
+            return
+        slots = self._present_slots()
+        left = self.ahead.left_of(slots)
+        if left or not slots:
+            self._step(left)
+        self.ahead.tensor_ids.clear()
+        if not self._roster.is_stepped_in_turns:
+            self._source.forget()
+        if self._rhythm.every is not None:
+            self._rhythm.count(self, slots)
 
     @torch.no_grad()
     def step_ahead(self, tensors: Sequence[Tensor]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -129,3 +130,15 @@ def test_ranks_agree_whichever_of_them_have_gradients(
         # What rank 1 holds is empty: nothing there is NaN, and nothing is skipped.
         steps_made = 2 if settings and 0 not in ranks else 1
         assert steps == ([steps_made] * 2 if ranks else [])
+
+
+def test_a_compiled_step_is_the_plain_one_and_is_not_traced() -> None:
+    """Traced, four steps took minutes: what they decide on is Python's."""
+    plain, compiled = runs.build(), runs.build()
+    runs.train(Flora(plain.items(), **runs.SETTINGS), plain, range(3))
+    optimizer = Flora(compiled.items(), **runs.SETTINGS)
+    counter = CompileCounter()
+    optimizer.step = torch.compile(optimizer.step, backend=counter)  # type: ignore[method-assign]
+    runs.train(optimizer, compiled, range(3))
+    runs.assert_equal(runs.values(compiled), runs.values(plain))
+    assert counter.frame_count == 0
