@@ -92,6 +92,9 @@ class Flora(torch.optim.Optimizer):
         clip: largest root mean square of an update, per matrix; None: no clipping.
         growth: largest growth of a matrix's update from step to step, as a factor of its norm, in
             place of ``clip``: 1.01 in Fira and APOLLO; compiled kernels do without it.
+        orthogonalise: side of the square tiles of a matrix's update whose singular values are made
+            alike, as Muon does with whole matrices; each keeps its size. Needs tiles that are whole
+            on a rank. Not for head and embedding: pass None for them in ``roles``.
         weight_decay: decoupled, times lr.
         scale_parameter: multiply lr by max(1e-3, RMS(weight)), per matrix.
         state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
@@ -151,6 +154,7 @@ class Flora(torch.optim.Optimizer):
         eps: float = 1e-30,
         clip: float | None = 1.0,
         growth: float | None = None,
+        orthogonalise: int | None = None,
         weight_decay: float | Tensor = 0.0,
         scale_parameter: bool = False,
         state_dtype: str = "float32",

@@ -51,6 +51,7 @@ class ReferenceSettings:
     normalise: str = "factored"
     clip: float | None = 1.0
     growth: float | None = None
+    orthogonalise: int | None = None
     weight_decay: float = 0.0
     scale_parameter: bool = False
     state_dtype: torch.dtype | None = None
@@ -124,6 +125,21 @@ def nearest_levels(x: Tensor, levels: Tensor) -> Tensor:
     # s = |x|^2 / <x, q>, to bf16
     scale = x.square().sum(-1, keepdim=True) / (x * q).sum(-1, keepdim=True).clamp(min=tiny)
     return scale.to(torch.bfloat16).to(x.dtype) * q
+
+
+def _split(x: Tensor, size: int, dim: int) -> list[Tensor]:
+    return [x.narrow(dim, i, min(size, x.shape[dim] - i)) for i in range(0, x.shape[dim], size)]
+
+
+def alike(tile: Tensor) -> Tensor:
+    """Return a tile with singular values about 1, at its own size: Muon's Newton-Schulz steps."""
+    if not tile.any():
+        return tile
+    y = tile / tile.square().sum().sqrt()
+    for _ in range(5):
+        s = y @ y.T
+        y = 3.4445 * y - 4.7750 * s @ y + 2.0315 * s @ s @ y
+    return y * (rms(tile) / rms(y))
 
 
 def _second_moment_rate(t: int, beta2: float | None) -> float:
@@ -298,6 +314,9 @@ class Reference:
                 # what is bounded: X before these rules, U after the others
                 early = s.momentum in _CLIP_FIRST
                 state["norm"][e] = (clipped(x, own.clip) if early else update).norm()
+            if s.orthogonalise is not None and x.ndim == 2:
+                rows = [_split(r, s.orthogonalise, 1) for r in _split(update, s.orthogonalise, 0)]
+                update = torch.cat([torch.cat([alike(tile) for tile in row], 1) for row in rows])
             # W <- (1 - lr wd) W - lr scale U
             scale = rms(w).clamp(min=1e-3) if s.scale_parameter else 1.0
             w.copy_((1 - s.lr * s.weight_decay) * w - s.lr * scale * update)

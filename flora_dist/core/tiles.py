@@ -118,14 +118,17 @@ def _cut(start: int, stop: int, width: int) -> Iterator[tuple[Interval, Interval
             start = end
 
 
-def split(tile: Tile, *, max_elements: int) -> Iterator[Tile]:
-    """Cut a tile into smaller ones of at most ``max_elements`` (one row at least), in order."""
+def split(tile: Tile, *, max_elements: int, unit: int = 1) -> Iterator[Tile]:
+    """Cut a tile into smaller ones of at most ``max_elements``, in order.
+
+    Rows stay together by ``unit``, of which a part has one at least.
+    """
     _, rows, columns = tile.sizes
     if tile.num_elements <= max_elements:
         yield tile
         return
-    step_rows = max(1, min(rows, max_elements // columns))
-    step_matrices = max(1, max_elements // (rows * columns)) if step_rows == rows else 1
+    step_rows = max(unit, min(rows, max_elements // columns) // unit * unit)
+    step_matrices = max(1, max_elements // (rows * columns)) if step_rows >= rows else 1
     for matrix in range(tile.matrices[0], tile.matrices[1], step_matrices):
         for row in range(tile.rows[0], tile.rows[1], step_rows):
             yield Tile(

@@ -38,6 +38,8 @@ def beyond_kernels(config: FloraConfig) -> Iterator[str]:
     """Settings that step matrices by torch's operators alone, as they are written."""
     if config.growth is not None:
         yield f"growth={config.growth}"
+    if config.orthogonalise is not None:
+        yield f"orthogonalise={config.orthogonalise}"
     if config.normalise != "factored":
         yield f"normalise={config.normalise!r}"
 

@@ -32,6 +32,8 @@ LATE = 0.2
 """Part of the steps that a long warm-up takes."""
 VARIANTS = 6
 Change = Mapping[str, Any]
+SHARP: Change = {"orthogonalise": None}
+"""Of the ends of a model, as in Muon."""
 
 
 def sceptic_rows() -> tuple[Row, ...]:
@@ -62,6 +64,13 @@ def sceptic_rows() -> tuple[Row, ...]:
             {"beta2": 0.99},
             {"growth": 1.1},
             {"roles": {"head": {"momentum": "blend", "rank": None}}},
+        ),
+        *_family(
+            "orthogonal tiles",
+            {"orthogonalise": 64, "roles": {"head": SHARP, "embedding": SHARP}},
+            {"orthogonalise": 32},
+            {"momentum": "vectors"},
+            {"beta1": 0.95},
         ),
         *_family("SCALE", SCALE, {"beta1": 0.95}, {"clip": 1.0}, {"beta2": 0.95}),
     )

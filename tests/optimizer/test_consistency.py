@@ -154,6 +154,7 @@ def _every_setting() -> dict[str, str]:
         "blend_gain": 1.5,
         "growth": 1.5,
         "normalise": "rows",
+        "orthogonalise": 4,
         "compress": "authors",
         "beta1": 0.8,
         "kappa": 9,

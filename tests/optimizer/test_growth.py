@@ -109,7 +109,9 @@ def test_a_checkpoint_keeps_the_norms(tmp_path: Path) -> None:
     runs.assert_equal(dict(modules[1].state_dict()), dict(modules[0].state_dict()))
 
 
-@pytest.mark.parametrize("settings", [{"growth": GROWTH}, {"normalise": "rows"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"growth": GROWTH}, {"normalise": "rows"}, {"orthogonalise": 4}], ids=str
+)
 def test_compiled_kernels_leave_matrices_that_they_cannot_step_to_torch(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

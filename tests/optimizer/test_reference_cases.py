@@ -29,6 +29,7 @@ _DECKS: dict[str, list[Any]] = {
     "beta2": [None, 0.0, 0.9, 0.999],
     "clip": [None, 0.05, 0.3, 1.0, 10.0],
     "growth": [None, None, 1.0, 1.01, 2.0],
+    "orthogonalise": [None, None, None, 4, 64],
     "normalise": ["factored", "factored", "rows", "columns"],
     "scale_parameter": [False, True],
     "weight_decay": [0.0, 0.1],

@@ -28,6 +28,7 @@ from flora_dist.core.state.spec import (
 )
 from flora_dist.core.step.basis import Sketches
 from flora_dist.core.step.batch import Member, arithmetic_dtype
+from flora_dist.core.step.orthogonal import check_tiles
 
 Group = dict[str, Any]
 _DTYPES = {32: "float32", 16: "bfloat16"}
@@ -69,6 +70,7 @@ class Trainable:
         self._entries = state_tensors(self._geometry, config)
         if part.trains:
             check_compressed(part.name, self._geometry, config)
+        check_tiles(self._stepped, self._geometry, config.orthogonalise)
         if self.has_state(state):
             check_state(self, self.own_state(state), config)
         self._cuts = self._stepped.cuts(self._geometry.block)

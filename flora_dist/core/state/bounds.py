@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from typing import Any, Literal
+from typing import Any
 
 
 def is_whole(value: Any) -> bool:
@@ -13,9 +13,7 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_whole(
-    name: str, value: Any, *, smallest: int, none_means: Literal["keep the group dense", ""] = ""
-) -> None:
+def check_whole(name: str, value: Any, *, smallest: int, none_means: str = "") -> None:
     """Refuse what is no whole number of at least ``smallest``, nor None where that means much."""
     if value is None and none_means:
         return

@@ -77,6 +77,9 @@ class FloraConfig:
     growth: float | None = None
     """Largest growth of a matrix's update from step to step, as a factor of its norm, in place of
     ``clip``; None: ``clip``. 1.01 in Fira (arXiv 2410.01623) and APOLLO (arXiv 2412.05270)."""
+    orthogonalise: int | None = None
+    """Side of the square tiles of a matrix's update whose singular values are made alike, each tile
+    by itself and at its size, by Muon's Newton-Schulz iteration; None: as the rule made it."""
     scale_parameter: bool = False
     """Multiply lr by max(1e-3, RMS(weight)), as Adafactor does."""
     state_dtype: str = "float32"
@@ -105,6 +108,9 @@ class FloraConfig:
         check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
         if self.state_bits is not None:
             check_bits("state_bits", self.state_bits, STATE_BITS)
+        check_whole(
+            "orthogonalise", self.orthogonalise, smallest=2, none_means="leave updates alone"
+        )
         check_whole("kappa", self.kappa, smallest=1)
         check_range("beta1", self.beta1, 0.0, 1.0)
         if self.blend_gain is not None:

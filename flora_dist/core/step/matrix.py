@@ -40,6 +40,7 @@ from flora_dist.core.step.elements import (
 )
 from flora_dist.core.step.momentum_rules import Squares, rule_of
 from flora_dist.core.step.normalise import column_scale, row_scale
+from flora_dist.core.step.orthogonal import orthogonalised
 from flora_dist.core.step.pieces import Piece, build_pieces
 from flora_dist.core.step.views import as_batches
 
@@ -280,6 +281,8 @@ class MatrixPhases:
                 writer.write_momentum_(
                     piece.momenta, momentum, members=piece.members, tile=piece.tile
                 )
+            if self._batch.config.orthogonalise is not None:
+                update_ENW = orthogonalised(update_ENW, self._batch.config.orthogonalise)
             own_rate = rate if settled.weight_H is None else _at(rate, here)
             writer.step_weights_(
                 piece.weights,

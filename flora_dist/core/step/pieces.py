@@ -73,7 +73,7 @@ def build_pieces(batch: Batch, weights: Sequence[Sequence[Tensor]]) -> list[Piec
             _cut(batch, whole, tile, index)
             for index, own in enumerate(wholes)
             for whole in own
-            for tile in _cut_tile(whole.tile, num_columns=size.num_columns, limit=limit)
+            for tile in _cut_tile(whole.tile, batch, limit)
         ]
     together = max(1, limit // max(1, per_member))
     firsts = [own[0] for own in wholes if own]
@@ -160,11 +160,12 @@ def _piece(batch: Batch, views: _Views, members: slice, here: slice) -> Piece:
     )
 
 
-def _cut_tile(tile: Tile, *, num_columns: int, limit: int) -> Iterator[Tile]:
+def _cut_tile(tile: Tile, batch: Batch, limit: int) -> Iterator[Tile]:
     """Cut a tile into smaller ones; where its rows are cut, each stays inside one matrix."""
-    if tile.columns == (0, num_columns):
-        yield from split(tile, max_elements=limit)
+    unit = batch.config.orthogonalise or 1
+    if tile.columns == (0, batch.geometry.num_columns):
+        yield from split(tile, max_elements=limit, unit=unit)
         return
     for matrix in range(*tile.matrices):
         single = Tile(matrices=(matrix, matrix + 1), rows=tile.rows, columns=tile.columns)
-        yield from split(single, max_elements=limit)
+        yield from split(single, max_elements=limit, unit=unit)
