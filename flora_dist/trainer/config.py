@@ -186,12 +186,20 @@ class BackendConfig:
     timeout_minutes: StrictFloat | None = None
     """How long a process waits for the others in any message; then the run fails. None: what
     `flora-dist launch --timeout` says, else 10."""
+    peak_tflops: StrictFloat | None = None
+    """What one device can do at most in `train.precision`, in 10^12 operations a second: metrics
+    then have `mfu`. None: known for some GPUs in bfloat16, else `mfu` is left out."""
 
     def __post_init__(self) -> None:
         if self.timeout_minutes is not None and not self.timeout_minutes > 0.0:
             raise ValueError(
                 "backend.timeout_minutes must be above 0; it is "
                 f"{self.timeout_minutes!r}. Give the minutes that a slow process may need."
+            )
+        if self.peak_tflops is not None and not self.peak_tflops > 0.0:
+            raise ValueError(
+                f"backend.peak_tflops must be above 0; it is {self.peak_tflops!r}. Give what the "
+                "device's maker says, or null."
             )
         if self.name != "deepspeed" and (self.config is not None or self.changes):
             raise ValueError(
@@ -257,6 +265,8 @@ class OutputConfig:
     """Replace a run of this name instead of refusing; with checkpoint.resume: auto, see there."""
     tensorboard: StrictBool = True
     """Write TensorBoard scalars beside metrics.jsonl."""
+    tracker: StrictStr | None = None
+    """Another that gets them: wandb, or one that a package offers as `flora_dist.trackers`."""
     progress: StrictBool = True
     """Show a progress bar on process 0."""
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -23,6 +24,10 @@ with needs_train_extra():
 
 STDLIB: Final = "python-stdlib"
 BYTE: Final = "byte"
+HUB: Final = "hub:"
+"""What a name of the Hugging Face hub begins with, so that nothing is fetched unasked."""
+
+_OF_THE_HUB = frozenset({"model.pretrained", "data.corpus", "data.validation", "data.tokenizer"})
 
 KNOWN = ConfigDict(extra="forbid", allow_inf_nan=False)
 Positive = Annotated[StrictInt, Field(ge=1)]
@@ -35,16 +40,24 @@ def found(key: str, reserved: str | None = None) -> AfterValidator:
         folder: Path | None = info.context  # None where there is no file
         if folder is None or value == reserved:
             return value
+        if value.startswith(HUB) and key in _OF_THE_HUB:
+            return value
         for candidate in (Path(value), folder / value):
             if candidate.exists():
                 return str(candidate)
         also = f" (the one built in is {reserved!r})" if reserved else ""
+        hub = f", or write {HUB}{value} for the hub's" if _may_be_of_the_hub(key, value) else ""
         raise ValueError(
             f"{key} must name something that exists; {value!r} does not, neither from the working "
-            f"directory nor from {str(folder)!r}. Correct the path{also}."
+            f"directory nor from {str(folder)!r}. Correct the path{also}{hub}."
         )
 
     return AfterValidator(find)
+
+
+def _may_be_of_the_hub(key: str, value: str) -> bool:
+    """Whether it looks like `owner/name`, and with a path behind it for texts."""
+    return key in _OF_THE_HUB and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", value) is not None
 
 
 @dataclass(frozen=True, kw_only=True, config=KNOWN)
@@ -79,7 +92,7 @@ class ModelConfig:
     """A transformers config (.json); its weights are drawn from `train.seed`."""
     pretrained: Annotated[StrictStr, found("model.pretrained")] | None = None
     """A local folder written by `save_pretrained`, or that of a run: its newest weights, without
-    optimizer state, are the starting point."""
+    optimizer state, are the starting point. `hub:owner/name` fetches one of the hub first."""
     frozen: tuple[StrictStr, ...] = ()
     """Patterns of names of parameters that stand still, such as `model.embed_tokens.*`."""
     lora: LoraConfig | None = None
@@ -104,7 +117,8 @@ class DataConfig:
     """Which text is read, what of it counts, and how it is cut into sequences."""
 
     corpus: Annotated[StrictStr, found("data.corpus", STDLIB)]
-    """A file, a folder of files, or `python-stdlib`: the sources of the Python that runs."""
+    """A file, a folder of files, `python-stdlib`: the sources of the Python that runs, or
+    `hub:owner/name/path`: a file or folder of a data set of the hub."""
     validation: Annotated[StrictStr, found("data.validation")] | None = None
     """Text of the same form to validate on; None: some of the corpus is held out."""
     format: Literal["auto", "text", "jsonl", "parquet", "tokens"] = "auto"
@@ -119,7 +133,8 @@ class DataConfig:
     messages: StrictStr | None = None
     """The column of conversations, lists of `{role, content}`: only the assistant's turns count."""
     tokenizer: Annotated[StrictStr, found("data.tokenizer", BYTE)] = BYTE
-    """`byte` (256 bytes and one end-of-document token) or a local Hugging Face folder."""
+    """`byte` (256 bytes and one end-of-document token), a local Hugging Face folder, or
+    `hub:owner/name`."""
     sequence_length: Positive = 256
     """Tokens per sequence."""
     validation_every: Annotated[StrictInt, Field(ge=2)] = 20

@@ -59,6 +59,8 @@ class TrainingRun:
     """Its learning rate."""
     gradients: SketchTotals | None
     """What of the gradients is kept as sketches; None: nothing."""
+    load: float | None = None
+    """Seconds that a token takes one device at its peak; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ def train(
         clock.add(taken.tokens, time.perf_counter() - began, settled=step > measured_step)
         record: Record = {}
         if _due(done, run.config.train.log_every, steps):
-            record, unlogged = training_record(taken, clock, run.world, steps=steps), None
+            record, unlogged = _training_record(run, taken, clock), None
         if _due(done, run.config.evaluation.every, steps):
             record |= validation_record(_evaluate(run))
         if record:
@@ -160,11 +162,15 @@ def train(
         if finite.fault is not None:
             break
     if unlogged is not None:  # stopped between two lines
-        record = training_record(unlogged, clock, run.world, steps=steps)
+        record = _training_record(run, unlogged, clock)
         _keep(metrics, finite, unlogged.step, record | {"seconds": clock.seconds})
     if checkpoints is not None and stop.agreed is not None and finite.fault is None:
         checkpoints.save(position, finite)
     return _result(run, position, clock, bytes_sent, metrics.records, finite.fault)
+
+
+def _training_record(run: TrainingRun, taken: Taken, clock: Clock) -> Record:
+    return training_record(taken, clock, run.world, steps=run.config.train.steps, load=run.load)
 
 
 def _keep(metrics: Metrics, finite: Finite, step: int, record: Record) -> None:

@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""metrics.jsonl and TensorBoard: process 0 has them, the others nothing."""
+"""metrics.jsonl and trackers: process 0 has them, the others nothing."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-from flora_dist.trainer.optional_imports import needs_train_extra
+from flora_dist.trainer.trackers import Opener, Tracked, Tracker, open_trackers
 from flora_dist.trainer.utf8 import read_utf8
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Record = dict[str, float | int | None]
 """One line of metrics.jsonl: `step`, and what was measured there; None where it was not finite."""
@@ -22,7 +19,7 @@ Record = dict[str, float | int | None]
 TIMED = frozenset(
     {
         *("seconds", "tokens_per_second", "tokens_per_second_per_device", "eta_seconds"),
-        "peak_memory_bytes",
+        *("peak_memory_bytes", "mfu"),
     }
 )
 """What of a record depends on the machine and its load; the rest follows from the config."""
@@ -34,9 +31,9 @@ class Metrics:
     records: list[Record]
     """Every record of the run, those before a resume included."""
 
-    def __init__(self, file: IO[str] | None, board: SummaryWriter | None) -> None:
+    def __init__(self, file: IO[str] | None, trackers: Sequence[Tracker]) -> None:
         self.records = []
-        self._file, self._board = file, board
+        self._file, self._trackers = file, trackers
 
     def add(self, record: Record) -> None:
         """Keep a record and write it out at once: a run that dies keeps all its lines."""
@@ -48,46 +45,35 @@ class Metrics:
         if self._file is not None:
             self._file.write(_line(clean))
             self._file.flush()
-        if self._board is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(key, value, record["step"])
-            self._board.flush()
+        told = {key: value for key, value in record.items() if value is not None}
+        step = int(told.pop("step"))
+        for tracker in self._trackers:
+            tracker.add(step, told)
 
 
 @contextmanager
-def open_metrics(
-    folder: Path | None, board_folder: Path | None, *, first_step: int
-) -> Iterator[Metrics]:
-    """Metrics that append to `folder/metrics.jsonl`; None writes nothing.
+def open_metrics(folder: Path | None, openers: Sequence[Opener], run: Tracked) -> Iterator[Metrics]:
+    """Metrics that append to `folder/metrics.jsonl` and tell trackers; None does neither.
 
-    Lines of steps after `first_step` are dropped: a run that resumes from an older checkpoint takes
-    those steps again. A kill meanwhile leaves the file as it was.
+    Lines of steps after `run.first_step` are dropped: a run that resumes from an older checkpoint
+    takes those steps again. A kill meanwhile leaves the file as it was.
 
     Raises:
-        ValueError: a line is not a record.
+        ValueError: a line is not a record, or a tracker cannot start.
     """
     if folder is None:
-        yield Metrics(None, None)
+        yield Metrics(None, ())
         return
     path = folder / "metrics.jsonl"
-    earlier = _read_until(path, first_step)
-    board = None
-    if board_folder is not None:
-        with needs_train_extra():
-            from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(str(board_folder), purge_step=first_step + 1)
-    partial = folder / ".metrics.jsonl.partial"
-    partial.write_text("".join(map(_line, earlier)), encoding="utf-8")
-    partial.replace(path)
-    try:
+    earlier = _read_until(path, run.first_step)
+    with open_trackers(openers, run) as trackers:
+        partial = folder / ".metrics.jsonl.partial"
+        partial.write_text("".join(map(_line, earlier)), encoding="utf-8")
+        partial.replace(path)
         with path.open("a", encoding="utf-8") as file:
-            metrics = Metrics(file, board)
+            metrics = Metrics(file, trackers)
             metrics.records += earlier
             yield metrics
-    finally:
-        if board is not None:
-            board.close()
 
 
 def _line(record: Record) -> str:

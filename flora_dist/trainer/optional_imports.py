@@ -37,7 +37,7 @@ def _needs(requirement: str) -> Iterator[None]:
 
 
 def stay_offline() -> None:
-    """Forbid the Hugging Face libraries every download: models, tokenizers and data are local.
+    """Forbid the Hugging Face libraries every download: what is named of the hub is fetched before.
 
     The libraries read these once, when they are imported.
     """

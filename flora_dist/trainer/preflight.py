@@ -22,6 +22,7 @@ from flora_dist.trainer.optimizers import build_optimizer
 from flora_dist.trainer.replicated import World
 from flora_dist.trainer.summary import RESULTS
 from flora_dist.trainer.tokenizer import Tokenizer, open_tokenizer
+from flora_dist.trainer.trackers import Opener, find_tensorboard, find_tracker
 from flora_dist.trainer.trained import CHECKPOINTS
 from flora_dist.trainer.utf8 import read_utf8
 
@@ -51,6 +52,8 @@ class CheckedRun:
     """What a checkpoint must share with this run."""
     start: Start
     """Where it begins."""
+    trackers: tuple[Opener, ...]
+    """Who hears its records."""
 
     @property
     def folder(self) -> Path:
@@ -120,10 +123,20 @@ def check_run(config: Config, world: World) -> CheckedRun:
         tokenizer=tokenizer,
         identity=identity,
         start=find_start(config.checkpoint, checkpoint_folder(folder), identity, world),
+        trackers=_trackers(config, world),
     )
     _check_length(checked)
     _check_folder(checked)
     return checked
+
+
+def _trackers(config: Config, world: World) -> tuple[Opener, ...]:
+    """Process 0 alone tells them: the others need no package of theirs."""
+    if not world.speaks:
+        return ()
+    board = (find_tensorboard(),) if config.output.tensorboard else ()
+    named = config.output.tracker
+    return board if named is None else (*board, find_tracker(named))
 
 
 def _identity(config: Config, network: Any, corpus: Corpus) -> dict[str, Any]:

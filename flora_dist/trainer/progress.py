@@ -60,6 +60,7 @@ def _words(record: Record) -> list[str]:
     forms = {
         "loss": "loss {:.3f}",
         "tokens_per_second": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}",
         "lr": "lr {:.3g}",
         "gradient_norm": "gradient norm {:.3g}",
         "validation_loss": "validation loss {:.4f}",

@@ -58,8 +58,13 @@ class Clock:
         return self._tokens / self._seconds if self._seconds else None
 
 
-def training_record(taken: Taken, clock: Clock, world: World, *, steps: int) -> Record:
-    """What is known after a step, of the `steps` of the run; every process calls it."""
+def training_record(
+    taken: Taken, clock: Clock, world: World, *, steps: int, load: float | None
+) -> Record:
+    """What is known after a step, of the `steps` of the run; every process calls it.
+
+    `load`: seconds that a token takes one device at its peak; None: not known.
+    """
     loss = float(sum_over_processes(taken.losses)) / taken.tokens
     rate, left = clock.rate, steps - taken.step
     record: Record = {"loss": loss, "lr": taken.lr, "tokens": taken.tokens}
@@ -71,6 +76,8 @@ def training_record(taken: Taken, clock: Clock, world: World, *, steps: int) -> 
         "eta_seconds": None if rate is None else left * taken.tokens / rate,
         "peak_memory_bytes": peak_memory(world.device),
     }
+    if load is not None:
+        timed["mfu"] = None if rate is None else load * rate / world.size
     return record | timed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,15 @@ from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import find_world, process_group, wait_for_all
 from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, resume
 from flora_dist.trainer.config import CheckpointConfig, Config, OptimizerConfig
-from flora_dist.trainer.configfile import as_yaml
+from flora_dist.trainer.configfile import as_tree, as_yaml
 from flora_dist.trainer.engine import build_learner
 from flora_dist.trainer.failure import EXIT_CODE, say
 from flora_dist.trainer.gradients import totals
+from flora_dist.trainer.hub import fetched
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import RunResult, TrainingRun, train
 from flora_dist.trainer.metrics import open_metrics
+from flora_dist.trainer.mfu import load_of_a_token
 from flora_dist.trainer.model import build_model, parameter_count, weight_dtype
 from flora_dist.trainer.optimizers import LABELS, schedule_factor
 from flora_dist.trainer.optional_imports import needs_train_extra, stay_offline
@@ -28,6 +31,7 @@ from flora_dist.trainer.preflight import RESOLVED, CheckedRun, check_run, checkp
 from flora_dist.trainer.progress import open_progress
 from flora_dist.trainer.replicated import Learner
 from flora_dist.trainer.summary import Summary, summary_table, write_summary
+from flora_dist.trainer.trackers import Tracked
 from flora_dist.trainer.trained import write_card
 
 if TYPE_CHECKING:
@@ -44,10 +48,11 @@ def run(config: Config) -> int:
             raised before anything is written; or a checkpoint is damaged.
         Failed: anything else went wrong with more than one process about.
     """
+    world = find_world(config.backend)
+    config = fetched(config)
     stay_offline()
     with needs_train_extra():
         from rich.console import Console
-    world = find_world(config.backend)
     console = Console() if world.speaks else None
     checked = check_run(config, world)
     if checked.is_done:
@@ -122,17 +127,18 @@ def _one(
             f"{checked.world.size} x {checked.world.device.type}, {config.backend.name}",
             soft_wrap=True,
         )
+    load = load_of_a_token(model, checked.network, config, checked.world)
     learner = build_learner(model, optimizer_config, config, checked.world)
     if console is not None:
         _warn(learner, config.train.steps, console)
-    training = _training_run(checked, learner, console)
+    training = replace(_training_run(checked, learner, console), load=load)
     folder = checkpoint_folder(checked.folder)
     start = Start() if compared else _resumed(checked, learner, console)
-    metrics_folder, board = _metric_folders(checked, label, compared=compared)
+    metrics_folder, tracked = _tracked(checked, label, start, compared=compared)
     shown = console if config.output.progress else None
     saving = CheckpointConfig() if compared else config.checkpoint
     with (
-        open_metrics(metrics_folder, board, first_step=start.position.step) as metrics,
+        open_metrics(metrics_folder, checked.trackers, tracked) as metrics,
         open_progress(shown, label, config.train.steps) as progress,
         Checkpoints(
             folder, saving, learner, checked.identity, start, steps=config.train.steps
@@ -238,13 +244,19 @@ def _not_finite(label: str, fault: str, newest: Path | None) -> str:
     )
 
 
-def _metric_folders(
-    checked: CheckedRun, label: str, *, compared: bool
-) -> tuple[Path | None, Path | None]:
-    """Folders of metrics.jsonl and of TensorBoard on process 0; AdamW's lie below the run's."""
+def _tracked(
+    checked: CheckedRun, label: str, start: Start, *, compared: bool
+) -> tuple[Path | None, Tracked]:
+    """The folder of metrics.jsonl on process 0, AdamW's below the run's; what trackers are told."""
+    tracked = Tracked(
+        name=checked.config.output.name,
+        label=f"{label}, compare" if compared else label,
+        folder=checked.folder,
+        config=as_tree(checked.config),
+        first_step=start.position.step,
+    )
     if not checked.world.speaks:
-        return None, None
+        return None, tracked
     folder = checked.folder / "compare" if compared else checked.folder
     folder.mkdir(exist_ok=True)
-    board = checked.folder / "tensorboard" / (f"{label}, compare" if compared else label)
-    return folder, board if checked.config.output.tensorboard else None
+    return folder, tracked

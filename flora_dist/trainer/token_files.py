@@ -9,6 +9,7 @@ from typing import Any
 
 from flora_dist.trainer.config_data import BYTE, STDLIB, DataConfig
 from flora_dist.trainer.documents import Document, documents_of
+from flora_dist.trainer.hub import text, tokenizer_of
 from flora_dist.trainer.optional_imports import needs_train_extra, stay_offline
 from flora_dist.trainer.tokenizer import open_tokenizer
 
@@ -31,6 +32,7 @@ def tokenize(corpus: str, target: Path, *, tokenizer: str, field: str) -> int:
     Raises:
         ValueError: a corpus or tokenizer that cannot be read, or a target that is taken.
     """
+    corpus, tokenizer = text("CORPUS", corpus), tokenizer_of("--tokenizer", tokenizer)
     stay_offline()
     for name, path, built_in in (("CORPUS", corpus, STDLIB), ("--tokenizer", tokenizer, BYTE)):
         if path != built_in and not Path(path).exists():

@@ -129,7 +129,7 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
         measured = train(
             training,
             stop=StopRequest(),
-            metrics=Metrics(None, None),
+            metrics=Metrics(None, ()),
             progress=Silence(),
         )
     tokens = config.train.global_batch * settings.size.sequence_length

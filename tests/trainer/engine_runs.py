@@ -96,7 +96,7 @@ def _training_run(config: Config, world: World, learner: Learner) -> TrainingRun
 def _quietly() -> dict[str, Any]:
     return {
         "stop": StopRequest(),
-        "metrics": Metrics(None, None),
+        "metrics": Metrics(None, ()),
         "progress": Silence(),
     }
 

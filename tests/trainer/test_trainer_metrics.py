@@ -72,7 +72,7 @@ def test_metrics_are_what_they_are_called(optimizer: str, tiny: Tiny, tmp_path: 
     # Step 3 is the one whose messages are counted.
     assert [r["step"] for r in records if "gradient_norm" not in r] == [3]
     for record in records:
-        assert record.keys() >= TIMED
+        assert record.keys() & TIMED == TIMED - {"mfu"}  # nobody knows this device's peak
         assert record["tokens_per_second_per_device"] == record["tokens_per_second"]
         left = 6 - record["step"]
         eta = left * record["tokens"] / record["tokens_per_second"]
