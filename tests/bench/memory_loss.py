@@ -1,108 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation loss against the peak memory of a process, with AdamW and with Flora.
+"""Draws validation loss against peak memory, from committed results alone; trains nothing.
 
-    python -m tests.bench.memory_loss            trains, and writes results/loss_by_memory.*
-    python -m tests.bench.memory_loss --draw     draws results/loss_by_memory.json again
+    python -m tests.bench.memory_loss        writes results/loss_by_memory.png
 
-configs/memory_demo.yaml (85 million parameters) on one process, each with the better of two rates
-of learning, one seed, no limit of memory. It says what fits and that it trains, not what is better.
+Losses are those measured on the small model of the quality bench (results/*.json); memory is what
+the planner computes for a llama of 1.3 billion parameters on one GPU, as in the README's table.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import io
 import json
-import subprocess
-import sys
-import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tests.bench.quality import machine
+from flora_dist import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results" / "loss_by_memory.json"
-SETUPS = {
-    "AdamW": ["optimizer={name: adamw, lr: LR}"],
-    "Flora, ratio 16": ["optimizer.lr=LR"],
-    "Flora, gradients as sketches": [
-        *("optimizer.lr=LR", "gradients.level=compressed", "gradients.rank=16")
-    ],
+RESULTS = Path(__file__).parent / "results"
+PICTURE = RESULTS / "loss_by_memory.png"
+COMMAND = (
+    *("plan", "--model", str(ROOT / "configs/model/llama_1b.json"), "--gpus", "1", "--json"),
+    *("--backend", "fsdp2", "--precision", "bfloat16", "--checkpointing", "--micro-batch", "8"),
+)
+LIMIT_GIB = 16.0
+SKETCHED = ("--rank", "8", "--gradients", "compressed", "--gradient-rank", "16")
+# What the picture calls it: results' file and row; the plan's arguments and method.
+POINTS = {
+    "AdamW": ("quality", "AdamW", (), "AdamW"),
+    "Flora (default: rank 16)": (
+        *("projection", "blend, ratio 4, blend_gain 1"),
+        *((), "Flora 1/4, dense"),
+    ),
+    "Flora, rank 8, gain 2": ("quality", "blend, ratio 8", (), "Flora 1/8, dense"),
+    "Flora, rank 8,\ngradients as sketches": (
+        *("compressed_long", "blend, gradient ratio 4"),
+        *(SKETCHED, "Flora 1/8, compressed 1/4"),
+    ),
 }
-RATES = (5e-4, 1e-3)
-MIB = 2.0**20
 
 
-def trained(settings: list[str], lr: float) -> dict[str, Any]:
-    """Train once in a process of its own; what it measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        sets = [setting.replace("LR", str(lr)) for setting in settings]
-        sets += [f"output.folder={folder}", "output.tensorboard=false"]
-        command = [sys.executable, "-m", "flora_dist.trainer", "--config"]
-        command += ["configs/memory_demo.yaml", *(w for each in sets for w in ("--set", each))]
-        subprocess.run(command, cwd=ROOT, check=True)
-        summary = json.loads((Path(folder) / "memory_demo" / "summary.json").read_text())
-        measured = summary["measured"]
+def seeds_of(file: str, row: str) -> list[float]:
+    """Validation losses of one row of committed results, one for each seed."""
+    rows = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["rows"]
+    (found,) = (each for each in rows if each["row"] == row)
+    losses: list[float] = found["seeds"]
+    return losses
+
+
+def gib_of(method: str, arguments: tuple[str, ...]) -> float:
+    """GiB on one GPU by the planner."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert cli.main([*COMMAND, *arguments]) == 0
+    plans: list[dict[str, Any]] = json.loads(told.getvalue())["plans"]
+    (plan,) = (each for each in plans if each["method"] == method)
+    return float(plan["total_bytes"]) / 2**30
+
+
+def points() -> dict[str, tuple[float, list[float]]]:
+    """Memory and losses by name."""
     return {
-        "lr": lr,
-        "validation_loss": measured["validation_loss"],
-        "peak_memory_bytes": measured["peak_memory_bytes"],
-        "state_bytes": measured["state_bytes"],
-        "parameters": summary["parameters"],
-        "tokens": measured["tokens"],
+        name: (gib_of(method, arguments), seeds_of(file, row))
+        for name, (file, row, arguments, method) in POINTS.items()
     }
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Loss against peak memory, a point for each setup."""
+def draw(path: Path) -> None:
+    """A point for each method, a line from seed to seed."""
     figure = Figure(figsize=(7.0, 4.0), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, row in found["rows"].items():
-        x, y = row["peak_memory_bytes"] / MIB, row["validation_loss"]
-        axes.plot(x, y, "o", markersize=9)
-        words = f"{name}\n{x:,.0f} MiB, lr {row['lr']:g}"
-        axes.annotate(words, (x, y), textcoords="offset points", xytext=(0, 10), ha="center")
-    axes.margins(x=0.25, y=0.45)
-    axes.set_xlabel("peak memory of the process (MiB)")
-    axes.set_ylabel("validation loss (nats/byte)")
-    axes.set_title(f"85 million parameters, {found['tokens']:,} tokens, one seed", fontsize=10)
+    for name, (gib, losses) in points().items():
+        mean = sum(losses) / len(losses)
+        (drawn,) = axes.plot([gib] * len(losses), losses, "-", linewidth=2)
+        axes.plot(gib, mean, "o", markersize=9, color=drawn.get_color())
+        words = f"{name}\n{gib:.1f} GiB, {mean:.2f}"
+        # Two points are neighbours: words to the left of one, to the right of the other.
+        place, side = ((-10, 0), "right") if gib < LIMIT_GIB - 1.5 else ((10, 0), "left")
+        axes.annotate(words, (gib, mean), place, textcoords="offset points", ha=side, va="center")
+    axes.axvline(LIMIT_GIB, color="0.6", linestyle=":")
+    axes.annotate("16 GiB", (LIMIT_GIB, 0.02), xycoords=("data", "axes fraction"), color="0.4")
+    axes.margins(y=0.2)
+    axes.set_xlim(4.0, 29.0)
+    axes.set_xlabel("GiB on one GPU, computed for 1.3 billion parameters")
+    axes.set_ylabel("validation loss, measured on 0.5 million\n(nats/byte, two seeds)")
     axes.grid(alpha=0.3)
     figure.savefig(path)
 
 
-def main() -> None:
-    """Trains, or draws again."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draw", action="store_true", help="train nothing")
-    if not parser.parse_args().draw:
-        rows: dict[str, Any] = {}
-        for name, settings in SETUPS.items():
-            tries = [trained(settings, lr) for lr in RATES]
-            rows[name] = min(tries, key=lambda one: one["validation_loss"])
-        found = {
-            "command": "python -m tests.bench.memory_loss",
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "machine": machine(torch.device("cpu")),
-            "torch": torch.__version__,
-            "tokens": next(iter(rows.values()))["tokens"],
-            "rows": rows,
-        }
-        RESULTS.write_text(json.dumps(found, indent=2) + "\n")
-    found = json.loads(RESULTS.read_text())
-    draw(found, RESULTS.with_suffix(".png"))
-    for name, row in found["rows"].items():
-        print(
-            f"{name:30} {row['peak_memory_bytes'] / MIB:8,.0f} MiB  "
-            f"state {row['state_bytes'] / MIB:6,.0f} MiB  loss {row['validation_loss']:.3f}  "
-            f"lr {row['lr']:g}"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    draw(PICTURE)
+    print(f"wrote {PICTURE}")
