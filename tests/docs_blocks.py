@@ -3,6 +3,8 @@
 
     python -m tests.docs_blocks
 
+The one that is for two processes runs in two forks of it, which need no start of their own.
+
 The names are those that a block takes for granted: a small model, a batch, an optimizer over it.
 """
 
@@ -11,8 +13,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,12 +93,46 @@ def run(code: str) -> dict[str, Any]:
     return found
 
 
+def said(name: str) -> None:
+    """Say which block comes now."""
+    sys.stdout.write(f"{name}\n")
+    sys.stdout.flush()
+
+
+def run_on_two_processes(code: str) -> None:
+    """Run a block as a program under a launcher; nothing may have started a thread before."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ.update(WORLD_SIZE="2", MASTER_PORT=str(server.getsockname()[1]))
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        ended = 1
+        try:
+            exec(code, {"__name__": "__main__"})
+            ended = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(ended)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], codes
+
+
 def main() -> None:
     """Runs all, says each before it starts."""
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT="0", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     import torch.distributed as dist
 
+    every = list(blocks("python"))
+    for name, code in every:
+        if ON_TWO_PROCESSES in code:
+            said(name)
+            run_on_two_processes(code)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_PORT="0")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("configs").symlink_to(ROOT / "configs")
@@ -102,12 +140,11 @@ def main() -> None:
         Path("zero2.json").write_text(json.dumps(json.loads(zero2)))
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         # Those of DeepSpeed last: its import changes the process.
-        chosen = [each for each in blocks("python") if ON_TWO_PROCESSES not in each[1]]
+        chosen = [each for each in every if ON_TWO_PROCESSES not in each[1]]
         for name, code in sorted(chosen, key=lambda each: "deepspeed" in each[1]):
-            sys.stdout.write(f"{name}\n")
-            sys.stdout.flush()
+            said(name)
             run(code)
-        sys.stdout.write(f"ran {len(chosen)} blocks\n")
+        sys.stdout.write(f"ran {len(every)} blocks\n")
         os.chdir("/")
         dist.destroy_process_group()
 
