@@ -123,13 +123,13 @@ def _trained(*overrides: str) -> None:
     """A whole run of the trainer, held from its last messages on."""
     from flora_dist.trainer import loop, main
 
-    measured = loop._measured
+    result = loop._result
 
     def held_from_here(*arguments: object) -> loop.RunResult:
         hold()
-        return measured(*arguments)  # type: ignore[arg-type]
+        return result(*arguments)  # type: ignore[arg-type]
 
-    loop._measured = held_from_here  # type: ignore[assignment]
+    loop._result = held_from_here  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "text"
         corpus.write_text("the quick brown fox jumps over a lazy dog " * 300)
