@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from flora_dist.core.layouts.replicated import whole
+from flora_dist.core.records import Code, mean_bits
 from flora_dist.core.sketch import ops
 from flora_dist.core.sketch.keys import Purpose, name_key
 from flora_dist.core.state.settings import FloraConfig
-from flora_dist.core.state.spec import Geometry, geometry_of
+from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Sketches
 from flora_dist.core.step.batch import arithmetic_dtype
 from flora_dist.core.step.views import as_batches
@@ -72,22 +73,29 @@ class BucketParameter:
     def row(self, wire_dtype: torch.dtype | None) -> GradientRow:
         """What becomes of its gradient."""
         size, wire = self.size, wire_dtype or arithmetic_dtype(self.tensor.dtype)
-        how, numbers = f"dense: {size.dense_because}", self.tensor.numel()
+        how, sent_bytes = f"dense: {size.dense_because}", self.tensor.numel() * wire.itemsize
         if self.sketches is not None:
-            how, numbers = f"sketched, {size.rank} per block of {size.block}", _num_numbers(size)
+            how = f"sketched, {size.rank} per block of {size.block}"
+            sent_bytes = _num_numbers(size) * wire.itemsize
+        if self.sketches is not None and size.code is not None:
+            how = f"{how} in {size.bits} bits"
+            blocks = size.num_matrices * size.num_rows * size.blocks_per_row
+            mean = Code(bits=mean_bits(size.bits), numbers=size.code.numbers)
+            sent_bytes = blocks * (size.code.bytes + mean.bytes)
         return GradientRow(
             name=self.name,
             shape=size.shape,
             how=how,
             is_sketched=self.sketches is not None,
             held_bytes=0,
-            sent_bytes=numbers * wire.itemsize,
+            sent_bytes=sent_bytes,
         )
 
 
-def bucket_parameter(name: str, tensor: Tensor, config: FloraConfig) -> BucketParameter:
-    """A parameter as the settings cut it."""
-    size = geometry_of(name, tuple(tensor.shape), config)
+def bucket_parameter(
+    name: str, tensor: Tensor, size: Geometry, config: FloraConfig
+) -> BucketParameter:
+    """A parameter as it is cut; ``config``: of its sketches."""
     sketches = None
     if size.rank is not None:
         sketches = Sketches(

@@ -22,6 +22,7 @@ from torch.futures import Future
 
 from flora_dist.core.comm.groups import all_reduce_
 from flora_dist.core.parameters import names as naming
+from flora_dist.core.records import FEW_BITS, FULL_BITS
 from flora_dist.core.sketch.ops import exact_products
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.step.batch import arithmetic_dtype
@@ -31,6 +32,7 @@ from flora_dist.frameworks.ddp_bucket import (
     bucket_parameter,
     in_place_of,
 )
+from flora_dist.frameworks.ddp_records import fill_by_records
 from flora_dist.gradients.report import GradientReport
 from flora_dist.gradients.request import WIRE_DTYPES, SketchRequest
 
@@ -50,12 +52,14 @@ class FloraState:
     Args:
         params: ``model.named_parameters()``; also without names, which then are positions.
         process_group: that of DDP; None: the default group.
-        rank: numbers kept per block.
+        rank: numbers kept per block; "block": all of them, for ``wire_bits``.
         block: consecutive row elements compressed together, a power of two, or "full": the smaller
             of rows and columns.
         sketch: "hadamard" (least noise), "gaussian" or "rademacher".
         seed: one per run, equal on all ranks.
         wire_dtype: what travels: "float32" (float64 for float64 parameters) or "bfloat16".
+        wire_bits: 8, 4, 2 or 1 for each number that travels, and a scale per block; their mean
+            comes back in 4 or more. Backward then waits for each bucket. None: ``wire_dtype``.
         start_iteration: gradients of the iterations before this one travel as they are.
 
     Raises:
@@ -67,28 +71,31 @@ class FloraState:
         params: Any,
         *,
         process_group: dist.ProcessGroup | None = None,
-        rank: int = 8,
+        rank: int | str = 8,
         block: int | str = 64,
         sketch: str = "hadamard",
         seed: int = 0,
         wire_dtype: str = "float32",
+        wire_bits: int | None = None,
         start_iteration: int = 0,
     ) -> None:
-        SketchRequest(gradients="compressed", wire_dtype=wire_dtype).check()
-        if rank is None:
-            raise ValueError(
-                "rank must be a whole number of at least 1; got None, which compresses nothing. "
-                "Pass 1 or more, or register no hook."
-            )
+        request = SketchRequest(
+            gradients="compressed",
+            gradient_rank=None if isinstance(rank, str) else rank,
+            gradient_bits=FULL_BITS if wire_bits is None else wire_bits,
+            wire_dtype=wire_dtype,
+        )
+        _check_numbers(rank, wire_bits)
+        request.check()
         if not (type(start_iteration) is int and start_iteration >= 0):
             raise ValueError(
                 f"start_iteration must be a whole number of at least 0; got {start_iteration!r}. "
                 "Pass 0 to compress from the start."
             )
-        self._config = FloraConfig(
-            rank=rank, block=block, sketch=sketch, seed=seed, momentum="none"
-        )
-        self._wire = WIRE_DTYPES[wire_dtype]
+        # Read for its bounds alone, which are others in few bits.
+        own = 1 if wire_bits is not None or isinstance(rank, str) else rank
+        self._config = FloraConfig(rank=own, block=block, sketch=sketch, seed=seed, momentum="none")
+        self._rank, self._wire, self.wire_bits = rank, WIRE_DTYPES[wire_dtype], wire_bits
         self._start_iteration = start_iteration
         self.process_group = process_group
         self.iteration = 0
@@ -99,7 +106,8 @@ class FloraState:
         naming.check_unique(names)
         tensors = [tensor for group in groups for tensor in naming.tensors_of(group)]
         self._parameters = [
-            bucket_parameter(n, t, self._config) for n, t in zip(names, tensors, strict=True)
+            bucket_parameter(n, t, request.geometry(n, tuple(t.shape), self._config), self._config)
+            for n, t in zip(names, tensors, strict=True)
         ]
         self._by_id = {id(known.tensor): known for known in self._parameters}
 
@@ -157,21 +165,37 @@ class FloraState:
             ValueError: a parameter that the state was not given.
         """
         dtype, device = arithmetic_dtype(bucket.buffer().dtype), bucket.buffer().device
-        pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        found = [(self._known(p), in_place_of(p, gradient)) for p, gradient in pairs]
-        step = self.iteration + 1  # from 1, as an optimizer's steps
         return [
             BucketGradient(
                 gradient=gradient,
                 size=known.size,
                 sketch_ERB=(
                     None
-                    if known.sketches is None or step <= self._start_iteration
-                    else known.sketches.at(step, dtype, device)
+                    if known.sketches is None or self.is_dense
+                    else known.sketches.at(self.step, dtype, device)
                 ),
             )
-            for known, gradient in found
+            for known, gradient in self.pairs(bucket)
         ]
+
+    def pairs(self, bucket: GradBucket) -> list[tuple[BucketParameter, Tensor]]:
+        """The parameters of a bucket and their gradients in it.
+
+        Raises:
+            ValueError: a parameter that the state was not given.
+        """
+        pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+        return [(self._known(p), in_place_of(p, gradient)) for p, gradient in pairs]
+
+    @property
+    def step(self) -> int:
+        """From 1, as an optimizer's steps."""
+        return self.iteration + 1
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether gradients travel as they are."""
+        return self.step <= self._start_iteration
 
     def count(self, bucket: GradBucket) -> None:
         """Buckets of an iteration come in the order of their numbers, on every rank."""
@@ -202,7 +226,8 @@ class FloraState:
         self._is_agreed = True
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self._config, name) for name in _SAVED}
+        few = {} if self.wire_bits is None else {"wire_bits": self.wire_bits}
+        return {n: getattr(self._config, n) for n in _SAVED} | {"rank": self._rank, **few}
 
     def _known(self, parameter: Tensor) -> BucketParameter:
         known = self._by_id.get(id(parameter))
@@ -246,6 +271,8 @@ def flora_hook(state: FloraState, bucket: GradBucket) -> Future[Tensor]:
             "module with sparse=False."
         )
     state.check_agreement(buffer.device)
+    if state.wire_bits is not None:
+        return _filled_by_records(state, bucket, state.wire_bits)
     dtype = arithmetic_dtype(buffer.dtype)
     with torch.no_grad(), _full_products, exact_products({buffer.device.type}):
         gradients = state.gradients_of(bucket)
@@ -267,3 +294,38 @@ def flora_hook(state: FloraState, bucket: GradBucket) -> Future[Tensor]:
     assert sent is not None, "DDP calls its hook on members of its group"
     future: Future[Tensor] = sent.get_future().then(expand)
     return future
+
+
+def _filled_by_records(state: FloraState, bucket: GradBucket, wire_bits: int) -> Future[Tensor]:
+    """What the hook does in few bits; DDP calls it in the order of buckets, on every rank."""
+    buffer = bucket.buffer()
+    with torch.no_grad(), _full_products, exact_products({buffer.device.type}):
+        fill_by_records(
+            state.pairs(bucket),
+            state.group(),
+            wire_bits=wire_bits,
+            step=state.step,
+            is_dense=state.is_dense,
+        )
+    state.count(bucket)
+    future: Future[Tensor] = Future()
+    future.set_result(buffer)
+    return future
+
+
+def _check_numbers(rank: int | str | None, wire_bits: int | None) -> None:
+    if rank is None:
+        raise ValueError(
+            "rank must be a whole number of at least 1; got None, which compresses nothing. "
+            "Pass 1 or more, or register no hook."
+        )
+    if wire_bits is not None and wire_bits not in FEW_BITS:
+        raise ValueError(
+            f"wire_bits must be one of {', '.join(map(str, FEW_BITS))}; got {wire_bits!r}. Leave "
+            "it out for numbers in full, as wire_dtype says."
+        )
+    if isinstance(rank, str) and (rank != "block" or wire_bits is None):
+        raise ValueError(
+            'rank must be a number, or "block" for all numbers of a block, which only few bits '
+            f"make smaller; got {rank!r} and wire_bits={wire_bits}. Pass a number, or wire_bits=4."
+        )

@@ -41,7 +41,7 @@ from tests.conftest import pool_of
 
 # Five steps end inside a window of three: sketches must come back in the right one.
 HALF = 5
-CASE = Case(settings={"momentum": "flora", "weight_decay": 0.1})
+CASE = Case(settings={"momentum": "flora", "weight_decay": 0.1, "state_bits": 4})
 # fp32 statistics of bf16 weights: a loader that casts to the weight's dtype would cut them.
 LOW = Case(dtype=torch.bfloat16, settings={"momentum": "flora_strict", "state_dtype": "bfloat16"})
 

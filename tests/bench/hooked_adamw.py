@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What hooks of DDP leave of gradients, for AdamW and for Flora: loss, and second moments.
 
-    python -m tests.bench.hooked_adamw      about fifteen minutes on one core
+    python -m tests.bench.hooked_adamw      about twenty minutes on one core
 
 One layer of 128 (llama_900k_bytes) on the standard library's sources, 320 steps of 16 sequences,
 with warm-up and linear decay; one process, since the ranks' mean is taken before the optimizer
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,12 +44,12 @@ def no_hook(wrapped: DistributedDataParallel) -> None:
     """DDP's own mean."""
 
 
-def flora(rank: int) -> Hook:
-    """`flora_hook`, that many numbers of each block of 64."""
+def flora(**settings: Any) -> Hook:
+    """`flora_hook` with these settings."""
 
     def register(wrapped: DistributedDataParallel) -> None:
         named = wrapped.module.named_parameters()
-        state = flora_dist.ddp.FloraState(named, rank=rank, block=BLOCK)
+        state = flora_dist.ddp.FloraState(named, block=BLOCK, **settings)
         wrapped.register_comm_hook(state, flora_dist.ddp.flora_hook)
 
     return register
@@ -68,7 +69,8 @@ def power_sgd(rank: int) -> Hook:
 
 HOOKS: dict[str, Hook] = {
     "none": no_hook,
-    **{f"flora, ratio {ratio}": flora(BLOCK // ratio) for ratio in (2, 4, 8, 16)},
+    **{f"flora, ratio {ratio}": flora(rank=BLOCK // ratio) for ratio in (2, 4, 8, 16)},
+    **{f"flora, {bits} bits": flora(rank="block", wire_bits=bits) for bits in (4, 2, 1)},
     **{f"powersgd {rank}": power_sgd(rank) for rank in (8, 4, 2)},
 }
 

@@ -32,8 +32,11 @@ FREE = {"gradient_clipping": 0.0}
 ACCUMULATED = {"data_types": {"grad_accum_dtype": "fp32"}}
 ENGINES = {
     "0, named": (2, Run(stage=0, groups=True)),
-    "0 bf16, named": (2, Run(stage=0, dtype="bf16", groups=True)),
-    "1 fp16 x3": (3, Run(stage=1, dtype="fp16", config={"scheduler": SCHEDULER})),
+    "0 bf16, named": (2, Run(stage=0, dtype="bf16", groups=True, settings={"state_bits": 8})),
+    "1 fp16 x3": (
+        3,
+        Run(stage=1, dtype="fp16", config={"scheduler": SCHEDULER}, settings={"state_bits": 4}),
+    ),
     "1 bf16, gradients in fp32": (2, Run(stage=1, dtype="bf16", config=ACCUMULATED)),
     "2 x3, round robin": (
         3,

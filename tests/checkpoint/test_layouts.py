@@ -26,7 +26,7 @@ from tests.harness.covering import by_default
 
 # fp32, which ZeRO has too; dense moments decay, blocks are cut, windows change.
 SINGLE = Case(dtype=torch.float32, settings={"weight_decay": 0.1})
-DOUBLE = Case(settings={"momentum": "flora_strict", "weight_decay": 0.1})
+DOUBLE = Case(settings={"momentum": "flora_strict", "weight_decay": 0.1, "state_bits": 8})
 # Low precision: rounded with bits that hang on the step.
 LOW = Case(dtype=torch.bfloat16, settings={"state_dtype": "bfloat16"})
 NAMES = list(LAYOUTS)
