@@ -3,43 +3,59 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from flora_dist import Flora
 from tests.hosts.small import host_of
 
 PAGES = Path(__file__).parents[2] / "docs" / "hosts"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def run_example(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def example_of(page: str) -> str:
     (example,) = FENCE.findall((PAGES / f"{page}.md").read_text(encoding="utf-8"))
-    monkeypatch.chdir(folder)
-    with host_of("plain"):
-        exec(compile(example, f"{page}.md", "exec"), {"__name__": "__main__"})
+    return str(example)
 
 
-@pytest.mark.parametrize("page", ["transformers", "accelerate"])
-def test_the_example_of_a_host_in_the_dev_extra_runs(
+@pytest.mark.parametrize("page", ["transformers", "accelerate", "lightning", "torchtitan"])
+def test_the_example_of_a_host_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_example(page, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    with host_of("plain"):
+        exec(compile(example_of(page), f"{page}.md", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["lightning", "torchtitan"])
-def test_the_example_of_another_host_runs(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if importlib.util.find_spec(page) is None:
-        pytest.skip(f"{page} is not installed (docs/hosts/README.md)")
-    run_example(page, tmp_path, monkeypatch)
+@pytest.mark.timeout(240)
+def test_the_example_of_ray_runs_on_its_workers(tmp_path: Path) -> None:
+    pytest.importorskip("ray.train", reason="ray is not installed (docs/hosts/ray.md)")
+    script = tmp_path / "example.py"
+    script.write_text(example_of("ray"), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(PAGES.parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script], env=environment, cwd=tmp_path, check=True)
 
 
 def test_every_page_is_in_the_index() -> None:
     index = (PAGES / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in PAGES.glob("*.md")} - {"README.md"}
     assert pages == set(re.findall(r"\]\((\w+\.md)\)", index))
+
+
+def test_the_bytes_of_the_experts_are_those_of_the_report() -> None:
+    shapes = {"up": (8, 2048, 2048), "down": (8, 2048, 1024), "router": (8, 2048), "norm": (2048,)}
+    named = [(name, torch.nn.Parameter(torch.empty(shape))) for name, shape in shapes.items()]
+    page = (PAGES / "rl_and_moe.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| Flora, (?:default.*?|`(.*?)`) \| ([\d,]+) \|", page, re.MULTILINE)
+    assert len(rows) == 5
+    for given, said in rows:
+        report = Flora(named, **eval(f"dict({given})")).report()
+        assert report.state_bytes == int(said.replace(",", "")), given
+    assert f"| AdamW | {report.adamw_bytes:,} |" in page

@@ -6,9 +6,13 @@ Lightning's DeepSpeedStrategy asks for CUDA before anything else.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,16 +37,14 @@ from tests.hosts.small import (
 )
 from tests.hosts.trainer_runs import SKETCHES, by_hand
 
-lightning = pytest.importorskip(
-    "lightning.pytorch", reason="lightning is not installed (extra: hosts)"
-)
-pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
+pytestmark = pytest.mark.deepspeed
 Case = tuple[str, bool]
 """A mode, and whether gradients are sketched."""
-CASES: list[Case] = [(mode, kept) for mode in ("plain", "ddp", "fsdp2") for kept in (False, True)]
+CASES: list[Case] = [("plain", False), ("plain", True), ("fsdp2", True)]
+OTHERS: list[Case] = [("ddp", False), ("ddp", True), ("fsdp2", False)]
 
 
-class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
+class Module(lightning.LightningModule):
     """A user's module; everything of Flora's is what ``configure_optimizers`` returns."""
 
     def __init__(self, mode: str) -> None:
@@ -123,25 +125,48 @@ def trained_and_resumed(case: Case, folder: str) -> tuple[dict[str, Tensor], boo
 
 
 def all_cases(cases: list[Case], folder: str) -> dict[Case, Any]:
-    return {case: trained_and_resumed(case, f"{folder}/{case[0]}-{case[1]}") for case in cases}
+    with patch.dict(os.environ):  # Lightning sets LOCAL_RANK and more for good
+        return {case: trained_and_resumed(case, f"{folder}/{case[0]}-{case[1]}") for case in cases}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Any]:
-    folder = str(tmp_path_factory.mktemp("lightning"))
-    several = [case for case in CASES if case[0] != "plain"]
-    single = [case for case in CASES if case[0] == "plain"]
-    return {**launched_pool_of(2)(all_cases, several, folder)[0], **all_cases(single, folder)}
+def on_processes(cases: list[Case], folder: Path) -> dict[Case, Any]:
+    several = [case for case in cases if case[0] != "plain"]
+    single = [case for case in cases if case[0] == "plain"]
+    return {
+        **launched_pool_of(2)(all_cases, several, str(folder))[0],
+        **all_cases(single, str(folder)),
+    }
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{'-sketched' * case[1]}")
-def test_lightning_trains_the_plain_loop_and_resumes_bit_for_bit(
-    case: Case, runs: dict[Case, Any]
-) -> None:
-    weights, is_equal = runs[case]
-    sketches = SKETCHES if case[1] else None
-    assert distance(weights, by_hand(kept=set(), sketches=sketches).weights) < 1e-5
-    assert is_equal
+def assert_plain_loops_and_resumed(runs: dict[Case, Any]) -> None:
+    for (mode, is_sketched), (weights, is_equal) in runs.items():
+        sketches = SKETCHES if is_sketched else None
+        expected = by_hand(kept=set(), sketches=sketches).weights
+        assert distance(weights, expected) < 1e-5, (mode, is_sketched)
+        assert is_equal, (mode, is_sketched)
+
+
+def test_lightning_trains_the_plain_loop_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    assert_plain_loops_and_resumed(on_processes(CASES, tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def _no_variables_left() -> Iterator[None]:
+    with patch.dict(os.environ):
+        yield
+
+
+@pytest.mark.slow
+def test_lightning_does_so_on_every_other_layout(tmp_path: Path) -> None:
+    assert_plain_loops_and_resumed(on_processes(OTHERS, tmp_path))
+
+
+def test_lightning_refuses_deepspeed_without_a_gpu() -> None:
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, strategy="deepspeed", logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(RuntimeError, match="only supported on CUDA GPUs"):
+        trainer.fit(Module("plain"), loader("plain"))
 
 
 def test_lightnings_clipping_of_sketches_is_refused_by_its_own_option(tmp_path: Path) -> None:

@@ -21,8 +21,6 @@ from flora_dist import Flora
 from tests.conftest import pool_of
 from tests.hosts.small import LR, SAMPLES, SETTINGS, STEPS, Samples, build, whole_weights
 
-pytest.importorskip("torchtitan", reason="torchtitan is not installed (docs/hosts/torchtitan.md)")
-pytestmark = pytest.mark.slow
 NORMS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 
 
@@ -56,6 +54,10 @@ def step(model: Any, optimizers: Any, *, rank: int, ranks: int) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizers.step()
     optimizers.zero_grad()
+
+
+def all_trained_and_resumed(folder: str) -> dict[str, tuple[dict[str, Tensor], bool]]:
+    return {each: trained_and_resumed(f"{folder}/{each}", each) for each in ("for-loop", "foreach")}
 
 
 def trained_and_resumed(folder: str, implementation: str) -> tuple[dict[str, Tensor], bool]:
@@ -97,17 +99,15 @@ def by_hand() -> dict[str, Tensor]:
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("implementation", ["for-loop", "foreach"])
-def test_flora_beside_adamw_is_the_plain_loop_and_resumes_bit_for_bit(
-    implementation: str, tmp_path: Path
-) -> None:
+def test_flora_beside_adamw_is_the_plain_loop_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     expected = by_hand()
     start = {name: p.detach() for name, p in build().named_parameters()}
-    for weights, is_equal in pool_of(2)(trained_and_resumed, str(tmp_path), implementation):
-        assert is_equal
-        for name, value in expected.items():
-            moved = (value - start[name]).norm()
-            assert (weights[name] - value).norm() < 1e-5 * moved, name
+    for runs in pool_of(2)(all_trained_and_resumed, str(tmp_path)):
+        for implementation, (weights, is_equal) in runs.items():
+            assert is_equal, implementation
+            for name, value in expected.items():
+                moved = (value - start[name]).norm()
+                assert (weights[name] - value).norm() < 1e-5 * moved, (implementation, name)
 
 
 def test_the_default_config_has_one_group_of_everything() -> None:

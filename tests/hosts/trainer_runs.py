@@ -57,6 +57,15 @@ class Way:
     blocks: dict[str, Any] = field(default_factory=dict)
     """Of DeepSpeed's config."""
     kind: type[Trainer] = Trainer
+    builds: bool = False
+    """Whether the script builds the optimizer and passes ``optimizers=``."""
+
+    def of(self, model: Any) -> dict[str, Any]:
+        """The Trainer's arguments for a model."""
+        if not self.builds:
+            return self.given
+        flora = Flora(model.named_parameters(), lr=LR, weight_decay=DECAY, **SETTINGS)
+        return {**self.given, "optimizers": (flora, None)}
 
 
 def by_argument() -> Way:
@@ -78,7 +87,17 @@ def sketched() -> Way:
     return Way(given=given, kind=flora_dist.transformers.FloraTrainer)
 
 
-WAYS = {"argument": by_argument, "word": by_word, "json": by_json, "sketched": sketched}
+def by_object() -> Way:
+    return Way(builds=True)
+
+
+WAYS = {
+    "argument": by_argument,
+    "word": by_word,
+    "json": by_json,
+    "sketched": sketched,
+    "object": by_object,
+}
 
 
 def arguments(mode: str, way: Way, folder: str, **options: Any) -> TrainingArguments:
@@ -109,12 +128,12 @@ def arguments(mode: str, way: Way, folder: str, **options: Any) -> TrainingArgum
 def trained(mode: str, way: str, folder: str, resume: str = "", **options: Any) -> Ran:
     """A run of the Trainer; ``resume``: a checkpoint's folder."""
     with host_of(mode):
-        asked = WAYS[way]()
+        asked, model = WAYS[way](), build()
         trainer = asked.kind(
-            model=build(),
+            model=model,
             args=arguments(mode, asked, folder, **options),
             train_dataset=Samples(),
-            **asked.given,
+            **asked.of(model),
         )
         trainer.train(resume_from_checkpoint=resume or None)
         flora = unwrapped(trainer.optimizer)
