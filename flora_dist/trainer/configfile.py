@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 # Which of several mistakes is told: a key that is unknown or missing explains others.
 _FIRST = ("unexpected_keyword_argument", "invalid_key", "missing")
 _OURS = ("name", "decay")  # of an optimizer's section; the other keys go to the optimizer
+# What other trainers call it, and its key here.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "global_batch",
+    "per_device_train_batch_size": "micro_batch",
+    "max_steps": "steps",
+    "max_length": "sequence_length",
+    "gradient_clipping": "max_grad_norm",
+    "output_dir": "folder",
+    "bf16": "precision",
+}
 _TYPES = {
     "int_type": "int",
     "float_type": "float",
@@ -106,8 +117,16 @@ def as_yaml(config: Config) -> str:
 def _parse(text: str, *, subject: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{subject} must be YAML: {error}. Correct the text.") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(
+            f"{subject} must be YAML; {error.problem}{where}. Correct the text."
+        ) from error
+    except yaml.YAMLError as error:  # a character that no YAML holds
+        raise ValueError(
+            f"{subject} must be YAML; {' '.join(str(error).split())}. Correct the text."
+        ) from error
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -193,8 +212,9 @@ def _unknown_of(mistake: ErrorDetails) -> str:
 
 def _unknown(key: str, siblings: list[str], where: str) -> str:
     near = difflib.get_close_matches(key, siblings, n=1)
+    here = _ELSEWHERE.get(key, key)
     nearest = [_dotted(where, name) for name in near] or [
-        dotted for dotted in _all_keys() if dotted.rpartition(".")[2] == key
+        dotted for dotted in _all_keys() if dotted.rpartition(".")[2] == here
     ]
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
     return (

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 _ENDINGS = {".json": "jsonl", ".jsonl": "jsonl", ".parquet": "parquet", ".npy": "tokens"}
+_TABLES = frozenset({".csv", ".tsv"})
 _LOADERS = {"text": "text", "jsonl": "json", "parquet": "parquet"}
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 
@@ -43,12 +44,18 @@ def files_of(corpus: str, form: str) -> tuple[list[Path], str]:
     """The files of a corpus in sorted order, and the one format they share.
 
     Raises:
-        ValueError: they have several formats, or there are none.
+        ValueError: they have several formats, or one that is not read, or there are none.
     """
     path = Path(corpus)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if form != "auto":
         return files, form
+    table = next((file for file in files if file.suffix.lower() in _TABLES), None)
+    if table is not None:
+        raise ValueError(
+            f"a corpus is text, jsonl, parquet or tokens; '{table}' is a table of another kind. "
+            "Write it as jsonl or parquet, or set data.format: text to train on it as it stands."
+        )
     kinds = sorted({_ENDINGS.get(file.suffix.lower(), "text") for file in files})
     if len(kinds) != 1:
         raise ValueError(

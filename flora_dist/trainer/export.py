@@ -88,7 +88,7 @@ def _load(path: Path) -> tuple[Any, Any]:
         )
     except Exception as error:  # what the tokenizers' Rust raises has no type of its own
         raise ValueError(
-            f"a trained model's folder must hold its tokenizer; '{card}' gave: {error} Save one "
-            "there with tokenizer.save_pretrained."
+            f"a trained model's folder must hold its tokenizer; '{card}' gave: "
+            f"{' '.join(str(error).split())} Save one there with tokenizer.save_pretrained."
         ) from error
     return model, tokenizer

@@ -117,7 +117,7 @@ def _load(folder: Path, network: Any) -> nn.Module:
     except Exception as error:  # what safetensors' Rust raises has no type of its own
         raise ValueError(
             f"model.pretrained must name a folder with a model's whole weights; '{folder}' gave: "
-            f"{error} Save them again with save_pretrained."
+            f"{' '.join(str(error).split())} Save them again with save_pretrained."
         ) from error
     return model
 

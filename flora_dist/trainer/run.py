@@ -98,6 +98,21 @@ def _train_and_tell(checked: CheckedRun, stop: StopRequest, console: Console | N
 
 
 def _prepare_folder(checked: CheckedRun) -> None:
+    """Make the run's folder.
+
+    Raises:
+        ValueError: the file system refuses what it seemed to allow: it is full or read-only.
+    """
+    try:
+        _make_folder(checked)
+    except OSError as error:
+        raise ValueError(
+            f"a run's folder must be writable; '{checked.folder}' gave: {error.strerror}. Change "
+            "output.folder."
+        ) from error
+
+
+def _make_folder(checked: CheckedRun) -> None:
     if checked.folder.exists() and not checked.keeps_folder:
         shutil.rmtree(checked.folder)
     checked.folder.mkdir(parents=True, exist_ok=True)

@@ -118,8 +118,8 @@ class FolderTokenizer:
         except Exception as error:  # what the tokenizers' Rust raises has no type of its own
             raise ValueError(
                 f"data.tokenizer must be 'byte' or a folder that holds a tokenizer; "
-                f"{str(folder)!r} gave: {error} Code that comes with it is never run. Save one "
-                "there with tokenizer.save_pretrained."
+                f"{str(folder)!r} gave: {' '.join(str(error).split())} Code that comes with it is "
+                "never run. Save one there with tokenizer.save_pretrained."
             ) from error
         if self._tokenizer.eos_token_id is None:
             raise ValueError(

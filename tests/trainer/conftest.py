@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from flora_dist.trainer import summary
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.configfile import load_config
 from tests.trainer.support import TINY, Workers, tiny_overrides
@@ -30,6 +31,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave out summary.png, most of the time of a short one, but where a test looks at it."""
+    if request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr(summary, "_draw", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,8 @@ def test_a_written_config_reads_back_as_the_same_run(path: Path, tmp_path: Path)
         ("optimizer.weight_deca=1", "'optimizer.weight_decay'"),
         ("sequence_length=64", "'data.sequence_length'"),
         ("data.tokeniser=byte", "'data.tokenizer'"),
+        ("optimizer.learning_rate=1e-3", "'optimizer.lr'"),
+        ("train.batch_size=8", "'train.global_batch'"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(override: str, nearest: str) -> None:
@@ -133,6 +135,23 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("train: {steps: 1}\ntrain: {steps: 2}\n")
     with pytest.raises(ValueError, match="'train' appears twice"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model:\n  config: [1\n data: x: y\n", "expected ',' or ']', but got ':' at line 3"),
+        ("model:\n\tconfig: x\n", r"cannot start any token at line 2, column 1\. Correct"),
+        ("model: \x07", "special characters are not allowed"),
+    ],
+)
+def test_text_that_is_no_yaml_is_answered_in_one_line_with_the_place(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_config(tmp_path / "broken.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_config_file_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -179,6 +179,16 @@ def test_a_file_of_tokens_that_is_none_is_refused_by_its_name(
     assert not list(tmp_path.glob("*partial*"))
 
 
+def test_a_table_that_is_not_read_by_columns_is_refused_unless_it_is_called_text(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text,label\nabc,1\n" * 40)
+    with pytest.raises(ValueError, match=r"'.*table\.csv' is a table of another kind"):
+        read_corpus(DataConfig(corpus=str(path)), BYTES)
+    assert len(read_corpus(DataConfig(corpus=str(path), format="text"), BYTES).train)
+
+
 def test_a_broken_file_of_several_is_named_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

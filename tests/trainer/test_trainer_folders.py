@@ -6,12 +6,15 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from flora_dist.trainer.config import Config
 from flora_dist.trainer.config_data import ModelConfig
 from flora_dist.trainer.model import read_model_config
+from flora_dist.trainer.run import run
 from flora_dist.trainer.tokenizer import ByteTokenizer, FolderTokenizer
 
 CODE = """
@@ -53,3 +56,17 @@ def test_code_of_a_tokenizer_is_not_run_and_nobody_is_asked(folder: Path) -> Non
         FolderTokenizer(folder)
     assert not (folder.parent / "has run").exists()
     assert sys.stdin.tell() == 0
+
+
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="or a folder that holds a tokenizer") as caught:
+        FolderTokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_only_seems_writable_is_refused_in_one_line(
+    tiny: Callable[..., Config],
+) -> None:
+    # Root may write everywhere, by what the system says beforehand.
+    with pytest.raises(ValueError, match=r"folder must be writable; '/proc/no.*[Cc]hange output"):
+        run(tiny("output.folder=/proc/no"))

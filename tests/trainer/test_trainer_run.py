@@ -19,6 +19,7 @@ from tests.trainer.support import metrics
 Tiny = Callable[..., Config]
 
 
+@pytest.mark.drawn
 def test_a_run_leaves_metrics_summary_picture_and_its_config(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

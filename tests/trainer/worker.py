@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from flora_dist.core.sketch.keys import canonical_name
-from flora_dist.trainer import loop
+from flora_dist.trainer import loop, summary
 from flora_dist.trainer.backend import find_world, process_group, spread
 from flora_dist.trainer.checkpoint import Position, Start, check_same_start
 from flora_dist.trainer.config import Config
@@ -79,7 +79,8 @@ RESUMED = {
 
 
 def trained(folder: Path, corpus: Path) -> None:
-    """Every backend's gradient and run, and runs with sketched gradients."""
+    """Every backend's gradient and run, and runs with sketched gradients; no pictures."""
+    summary._draw = lambda *_: None
     size = int(os.environ["WORLD_SIZE"])
     for name, overrides in BACKENDS[size].items():
         config = load_config(
