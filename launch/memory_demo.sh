@@ -14,7 +14,7 @@ source launch/_common.sh
 
 # What a process may allocate, libraries' files not counted. Weights of 25.6 million parameters in
 # float32 are 98 MiB, gradients as many, AdamW's two moments twice as many. Measured peaks of this
-# number, one thread, no limit: AdamW 1,018 MiB, Flora 847, with gradients as sketches 753.
+# number without a limit, two threads: AdamW 1,018 MiB, Flora 847, with gradients as sketches 753.
 readonly LIMIT_MIB=${LIMIT_MIB:-880}
 [[ $LIMIT_MIB =~ ^[1-9][0-9]*$ ]] ||
     refuse "LIMIT_MIB must be a whole number of MiB; it is '$LIMIT_MIB'. Give one."
