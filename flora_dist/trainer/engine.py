@@ -9,11 +9,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from flora_dist.trainer.backend import bound_waits, spread
+from flora_dist.trainer.by_rows import Rows, fill_
 from flora_dist.trainer.config import Config, OptimizerConfig
 from flora_dist.trainer.gradients import check_level, keep_sketched
 from flora_dist.trainer.in_backward import check_in_backward, in_backward
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
-from flora_dist.trainer.replicated import Learner, World
+from flora_dist.trainer.replicated import Learner, Spread, World
 from flora_dist.trainer.storage import TorchStorage, TorchStorageBehind
 
 _DTENSORS = ("fsdp2", "hsdp")
@@ -71,18 +72,46 @@ def _check_storage(config: Config) -> None:
 
 
 def build_learner(
-    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World
+    model: nn.Module,
+    optimizer: OptimizerConfig,
+    config: Config,
+    world: World,
+    rows: Rows | None = None,
 ) -> Learner:
-    """Spread the model and give it the optimizer and the run's schedule."""
-    builder = {"fsdp1": _fsdp1, "deepspeed": _deepspeed}.get(config.backend.name, _plain)
-    learner = builder(model, optimizer, config, world)
+    """Spread the model and give it the optimizer and the run's schedule.
+
+    ``rows``: this process's, of a model that has no memory yet; None: it has its weights.
+    """
+    if rows is None:
+        builder = {"fsdp1": _fsdp1, "deepspeed": _deepspeed}.get(config.backend.name, _plain)
+        learner = builder(model, optimizer, config, world)
+    else:
+        learner = _filled(model, optimizer, config, world, rows)
     bound_waits(config.backend)
     return learner
 
 
 def _plain(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World) -> Learner:
     vectors = {name for name, p in model.named_parameters() if p.ndim < 2}
+    return _learner(spread(model, config, world), model, vectors, optimizer, config)
+
+
+def _filled(
+    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World, rows: Rows
+) -> Learner:
+    vectors = {name for name, p in model.named_parameters() if p.ndim < 2}
     model_spread = spread(model, config, world)
+    fill_(model_spread.module, rows, world.device)
+    return _learner(model_spread, model, vectors, optimizer, config)
+
+
+def _learner(
+    model_spread: Spread,
+    model: nn.Module,
+    vectors: set[str],
+    optimizer: OptimizerConfig,
+    config: Config,
+) -> Learner:
     built = build_optimizer(
         optimizer, model.named_parameters(), seed=config.train.seed, vectors=vectors
     )

@@ -13,6 +13,7 @@ from flora_dist.core.parameters.advice import advice, advice_on_rate
 from flora_dist.flora import Flora
 from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import find_world, process_group, wait_for_all
+from flora_dist.trainer.by_rows import Rows, draw_rows, place_in
 from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, resume
 from flora_dist.trainer.config import CheckpointConfig, Config, OptimizerConfig
 from flora_dist.trainer.configfile import as_tree, as_yaml
@@ -36,6 +37,7 @@ from flora_dist.trainer.trained import write_card
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
 
 def run(config: Config) -> int:
@@ -130,8 +132,7 @@ def _one(
 ) -> tuple[RunResult, int]:
     """Train one fresh model with one optimizer; its measurements and the model's size."""
     config, label = checked.config, LABELS[optimizer_config.name]
-    dtype = weight_dtype(config.train)
-    built = build_model(config.model, checked.network, seed=config.train.seed, dtype=dtype)
+    built, rows = _drawn(checked, console)
     model = arranged(built, config.model)
     parameters = parameter_count(model)
     if console is not None and not compared:
@@ -143,7 +144,7 @@ def _one(
             soft_wrap=True,
         )
     load = load_of_a_token(model, checked.network, config, checked.world)
-    learner = build_learner(model, optimizer_config, config, checked.world)
+    learner = build_learner(model, optimizer_config, config, checked.world, rows)
     if console is not None:
         _warn(learner, config.train.steps, console)
     training = replace(_training_run(checked, learner, console), load=load)
@@ -174,6 +175,21 @@ def _one(
         console.print(_stopped(label, stop.agreed, measured.steps, saved), soft_wrap=True)
     learner.spread.close()
     return measured, parameters
+
+
+def _drawn(checked: CheckedRun, console: Console | None) -> tuple[nn.Module, Rows | None]:
+    """The network: this process's rows alone where shards are all it needs, else whole."""
+    config, dtype = checked.config, weight_dtype(checked.config.train)
+    seed, place = config.train.seed, place_in(checked.config, checked.world)
+    if place is not None:
+        try:
+            drawn = draw_rows(checked.network, place, seed=seed, dtype=dtype)
+        except RuntimeError as error:
+            if console is not None:
+                console.print(f"every process draws the whole network: {error}", soft_wrap=True)
+        else:
+            return drawn.model, drawn.rows
+    return build_model(config.model, checked.network, seed=seed, dtype=dtype), None
 
 
 def _warn(learner: Learner, steps: int, console: Console) -> None:

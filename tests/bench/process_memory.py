@@ -103,19 +103,19 @@ def measure(row: Row) -> None:
         if module != "deepspeed" or row.backend.startswith("zero"):
             __import__(module)
     _warm_up(row)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     model = _model(row)
     numel = sum(parameter.numel() for parameter in model.parameters())
     loop = _BACKENDS[row.backend](row, model)
-    found = {"parameters": numel, "built": _resident("VmRSS") - before}
+    found = {"parameters": numel, "built": resident("VmRSS") - before}
     for step in range(STEPS):
-        _forget_peak()
+        forget_peak()
         for loss, is_last in _losses(loop, row, step):
             loop.backward(loss, is_last)
-        found["backward"] = _resident("VmHWM") - before
-        _forget_peak()
+        found["backward"] = resident("VmHWM") - before
+        forget_peak()
         loop.step()
-        found["step"] = _resident("VmHWM") - before
+        found["step"] = resident("VmHWM") - before
     Path(os.environ["OUT"]).write_text(json.dumps(found))
 
 
@@ -140,14 +140,16 @@ def _losses(
         yield loop.loss(inputs, is_last), is_last
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at most."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"/proc/self/status must have {name}; it has not. Run it on Linux.")
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
+    """Let VmHWM begin anew."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -75,7 +75,7 @@ def rows(model: str) -> Iterator[Row]:
 
 def planned(row: Row) -> int:
     """The plan's total in bytes; 0 for what the planner does not know."""
-    if row.steps == "within":
+    if row.steps == "within" and row.backend != "one":
         return 0
     request = Request(
         model=read_model(MODELS / f"{row.model}.json"),
@@ -92,5 +92,9 @@ def planned(row: Row) -> int:
     )
     methods = [asked(request)] if row.optimizer == "flora" else list(others(request))
     labels = {"flora": methods[0].label, "adamw": "AdamW"}
-    found = [m for m in methods if m.label == labels.get(row.optimizer)]
+    found = [
+        dataclasses.replace(method, in_backward=row.steps == "within")
+        for method in methods
+        if method.label == labels.get(row.optimizer)
+    ]
     return estimate(request, found[0]).total if found else 0
