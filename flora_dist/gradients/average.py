@@ -10,16 +10,14 @@ Shape suffixes: E matrices, N rows, K blocks, R rank of the sketch; L lines, S n
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flora_dist.core.comm.groups import all_reduce_, group_device, reduce_scatter
-from flora_dist.core.tiles import Tile
-from flora_dist.gradients.accumulator import Accumulator, Share
+from flora_dist.gradients.accumulator import Accumulator
+from flora_dist.gradients.average_lines import lines_of, overlaps
 from flora_dist.gradients.average_records import RecordBuckets
 from flora_dist.gradients.route import Mean, Route
 
@@ -28,20 +26,6 @@ BUCKET_BYTES = 1 << 25
 SMALLEST_BUCKET_BYTES = 1 << 20
 BUCKETS = 8
 """Buffers are an eighth of what is sent, or smaller, down to 1 MiB: little beside the sketches."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """A stretch of a line: what one rank keeps for one tile."""
-
-    index: int
-    """Of the parameter."""
-    share: Share
-    begin: int
-
-    @property
-    def stop(self) -> int:
-        return self.begin + self.share.size
 
 
 class Averaging:
@@ -150,23 +134,13 @@ class _Buckets:
         first = accumulators[0]
         self._accumulators, self._route, self._wire = accumulators, routes[0], wire
         self._dtype, self._device = first.dtype, first.device
-        self._lines = [
-            list(_line(accumulators, [route.kept[rank] for route in routes]))
-            for rank in range(len(self._route.kept))
-        ]
-        self._mine = self._lines[self._route.rank]
-        self._header = len(accumulators)
-        self._length = max((line[-1].stop for line in self._lines if line), default=self._header)
+        self._lines, self._header = lines_of(accumulators, routes), len(accumulators)
+        self._length = self._lines.length
         self._width = self._bucket_width(bucket_bytes)
-        self._ends = [0] * self._header
-        """Where in the lines each parameter ends."""
-        for line in self._lines:
-            for run in line:
-                self._ends[run.index] = max(self._ends[run.index], run.stop)
 
     def _bucket_width(self, bucket_bytes: int) -> int:
         """Numbers of each line in a bucket."""
-        number_bytes = self._wire.itemsize * len(self._lines)
+        number_bytes = self._wire.itemsize * self._lines.count
         smallest, share = SMALLEST_BUCKET_BYTES // number_bytes, -(-self._length // BUCKETS)
         return max(1, min(bucket_bytes // number_bytes, max(smallest, share)))
 
@@ -182,7 +156,7 @@ class _Buckets:
             present_P[start:stop] = received_S[: max(0, self._header - start)]
             self._unpack(received_S, start, kept)
         tiles: list[list[Tensor]] = [[] for _ in self._accumulators]
-        for run in self._mine:
+        for run in self._lines.mine:
             tiles[run.index].append(kept[run.begin].view(run.share.shape))
         return [
             Mean(tiles=tuple(own), was_here=was_here, presence=presence)
@@ -190,22 +164,17 @@ class _Buckets:
         ]
 
     def _pack(self, start: int, stop: int, presence_P: Tensor) -> Tensor:
-        shape = (len(self._lines), stop - start)
+        shape = (self._lines.count, stop - start)
         bucket_LS = torch.zeros(shape, dtype=self._wire, device=self._device)
         header = max(0, min(self._header, stop) - start)
         bucket_LS[:, :header] = presence_P[start : start + header]
-        for row_S, line in zip(bucket_LS, self._lines, strict=True):
-            for run, low, high in _overlaps(line, start, stop):
-                own = self._accumulators[run.index]
-                if own.sums_ENKR is not None:
-                    flat = own.at(run.share).reshape(-1)
-                    row_S[low - start : high - start] = flat[low - run.begin : high - run.begin]
+        self._lines.pack_(bucket_LS, start)
         self._drop_packed(stop)
         return bucket_LS
 
     def _drop_packed(self, stop: int) -> None:
         """Drop sketches of which nothing is left to pack."""
-        for each, end in zip(self._accumulators, self._ends, strict=True):
+        for each, end in zip(self._accumulators, self._lines.ends, strict=True):
             if end <= stop:
                 each.drop()
 
@@ -220,29 +189,8 @@ class _Buckets:
         return received
 
     def _unpack(self, received_S: Tensor, start: int, kept: dict[int, Tensor]) -> None:
-        for run, low, high in _overlaps(self._mine, start, start + len(received_S)):
+        for run, low, high in overlaps(self._lines.mine, start, start + len(received_S)):
             if run.begin not in kept:
                 kept[run.begin] = received_S.new_empty(run.share.size, dtype=self._dtype)
             numbers = received_S[low - start : high - start].to(self._dtype)
             kept[run.begin][low - run.begin : high - run.begin] = numbers / self._route.divisor
-
-
-def _line(accumulators: Sequence[Accumulator], kept: Sequence[Sequence[Tile]]) -> Iterator[_Run]:
-    """What one rank keeps, after the presence of each parameter."""
-    begin = len(accumulators)
-    for index, (own, tiles) in enumerate(zip(accumulators, kept, strict=True)):
-        for tile in tiles:
-            run = _Run(index=index, share=own.share_of(tile), begin=begin)
-            begin = run.stop
-            yield run
-
-
-def _overlaps(line: Sequence[_Run], start: int, stop: int) -> Iterator[tuple[_Run, int, int]]:
-    """The runs that numbers [start, stop) of a line are of, and which numbers of them."""
-    first = bisect_right(line, start, key=lambda run: run.begin) - 1
-    for run in line[max(0, first) :]:
-        if run.begin >= stop:
-            return
-        low, high = max(run.begin, start), min(run.stop, stop)
-        if low < high:
-            yield run, low, high

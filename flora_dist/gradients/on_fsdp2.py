@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from flora_dist.core.layouts.dtensor import shard_axes, tiles_along, tiles_at
+from flora_dist.core.layouts.dtensor import TilesAlong, shard_axes, tiles_at
 from flora_dist.core.layouts.replicated import whole
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.gradients.flow import Adapter, Source
@@ -72,7 +72,7 @@ def _source(
     mesh, cutting = sharded.device_mesh, [axis for axis in shard_axes(sharded) if axis in axes]
     factor = divisors[id(sharded)]
     route = Route(
-        kept=tiles_along(sharded, cutting[0]) if cutting else (tiles_at(sharded),),
+        kept=TilesAlong(sharded, cutting[0]) if cutting else (tiles_at(sharded),),
         scatter=mesh.get_group(cutting[0]) if cutting else None,
         sums=tuple(
             mesh.get_group(axis) for axis in axes if axis not in cutting and mesh.size(axis) > 1

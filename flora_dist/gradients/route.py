@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from flora_dist.core.tiles import Tile
 class Route:
     """Who averages a parameter's sketches, and what each of those ranks keeps."""
 
-    kept: tuple[tuple[Tile, ...], ...]
+    kept: Sequence[tuple[Tile, ...]]
     """Tiles per rank of ``scatter``, in its order; without it, what everyone keeps."""
     scatter: dist.ProcessGroup | None = None
     """A reduce-scatter over these ranks; None: none."""

@@ -293,14 +293,42 @@ def tiles_at(tensor: DTensor) -> tuple[Tile, ...]:
     return _tiles(tuple(tensor.shape), *_box(tensor, _coordinate(tensor)))
 
 
-def tiles_along(tensor: DTensor, axis: int) -> tuple[tuple[Tile, ...], ...]:
-    """What each rank along an axis of the mesh holds, this one's place on the others."""
-    coordinate = _coordinate(tensor)
-    places = [
-        [*coordinate[:axis], place, *coordinate[axis + 1 :]]
-        for place in range(tensor.device_mesh.size(axis))
-    ]
-    return tuple(_tiles(tuple(tensor.shape), *_box(tensor, place)) for place in places)
+class TilesAlong(Sequence[tuple[Tile, ...]]):
+    """What each rank along an axis of the mesh holds, this one's place on the others.
+
+    Found when it is asked for: a thousand ranks have a thousand tiles of each parameter.
+    """
+
+    def __init__(self, tensor: DTensor, axis: int) -> None:
+        self._tensor, self._axis = tensor, axis
+        self._starts, self._stops = _box(tensor, _coordinate(tensor))
+        cutting = tensor.placements[axis]
+        others: list[Any] = [
+            placement
+            for at, placement in enumerate(tensor.placements)
+            if at != axis and _is_shard(placement)
+        ]
+        dim = cutting.dim if isinstance(cutting, Shard) else None
+        self._dim = None if any(each.dim == dim for each in others) else dim
+        """What the axis alone cuts, as torch.chunk does: then DTensor need not be asked."""
+
+    def __len__(self) -> int:
+        return self._tensor.device_mesh.size(self._axis)
+
+    def __getitem__(self, place: Any) -> Any:
+        """The tiles of one place: one, or none."""
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        shape, dim = tuple(self._tensor.shape), self._dim
+        if dim is None:
+            coordinate = [*_coordinate(self._tensor)]
+            coordinate[self._axis] = place
+            return _tiles(shape, *_box(self._tensor, coordinate))
+        size = -(-shape[dim] // len(self))
+        start = min(shape[dim], place * size)
+        stop = min(shape[dim], start + size)
+        starts = (*self._starts[:dim], start, *self._starts[dim + 1 :])
+        return _tiles(shape, starts, (*self._stops[:dim], stop, *self._stops[dim + 1 :]))
 
 
 def shard_axes(tensor: DTensor) -> tuple[int, ...]:
