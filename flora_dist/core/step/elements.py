@@ -19,11 +19,12 @@ from torch import Tensor
 from flora_dist.core.sketch import ops
 from flora_dist.core.sketch.keys import Purpose, derive_key
 from flora_dist.core.sketch.philox import grid16
-from flora_dist.core.sketch.quantise import round_records
+from flora_dist.core.sketch.quantise import read_records, round_records
 from flora_dist.core.sketch.rounding import round_stochastic
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.gradient import SketchedGradient
 from flora_dist.core.step.pieces import Piece
+from flora_dist.core.step.views import joined
 from flora_dist.core.tiles import Interval, Tile
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -49,6 +50,26 @@ def read_gradient(batch: Batch, now: Moment, piece: Piece) -> Tensor:
         elements_ENW = _window(batch, dense[0], piece)
     elements_ENW = elements_ENW.to(batch.dtype).contiguous()
     return elements_ENW if batch.sign > 0 else -elements_ENW
+
+
+def read_momentum(batch: Batch, piece: Piece) -> Tensor:
+    """The momentum of a piece, in the arithmetic's dtype."""
+    stored, code = joined(piece.momenta), batch.geometry.code
+    return stored.to(batch.dtype) if code is None else read_records(stored, code, batch.dtype)
+
+
+# Rows first: a sum over a whole piece would be cut among threads where it is one number, and not
+# where there are several, so that bits would depend on what is stepped together.
+
+
+def sum_of(x_ENW: Tensor) -> Tensor:
+    """Sum (E,) over the rows and columns of each matrix."""
+    return x_ENW.sum(2).sum(1)
+
+
+def square_sum(x_ENW: Tensor) -> Tensor:
+    """Sum of squares (E,), likewise."""
+    return sum_of(x_ENW.square())
 
 
 def _window(batch: Batch, gradient: Tensor, piece: Piece) -> Tensor:
@@ -234,11 +255,6 @@ class Writer:
                 for rows in lines
             ]
         )
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """What stands one after the other along the first dim; a single tensor itself."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def copy_to_(targets: Sequence[Tensor], value: Tensor) -> None:

@@ -19,14 +19,13 @@ N rows, M columns, W columns of a piece, K blocks of a piece, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flora_dist.core.protocols import Terms
 from flora_dist.core.sketch.ops import Blocks
-from flora_dist.core.sketch.quantise import read_records
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.cut_blocks import add_partial_, fill_
 from flora_dist.core.step.elements import (
@@ -34,15 +33,17 @@ from flora_dist.core.step.elements import (
     clip_factor,
     copy_to_,
     growth_factor,
-    joined,
     rate_of,
     read_gradient,
+    read_momentum,
+    square_sum,
+    sum_of,
 )
 from flora_dist.core.step.momentum_rules import Squares, rule_of
 from flora_dist.core.step.normalise import column_scale, row_scale
 from flora_dist.core.step.orthogonal import orthogonalised
-from flora_dist.core.step.pieces import Piece, build_pieces
-from flora_dist.core.step.views import as_batches
+from flora_dist.core.step.pieces import Piece, Pieces
+from flora_dist.core.step.views import joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +98,7 @@ class MatrixPhases:
         self._columns = [
             member.local["column"].view(-1, batch.geometry.num_columns) for member in batch.members
         ]
-        weights = self._weights()
-        # Channels-last convolutions are no matrices where they lie: copied there and back.
-        self._is_copied = any(
-            own and own[0].data_ptr() != member.weight.data_ptr()
-            for own, member in zip(weights, batch.members, strict=True)
-        )
-        self._pieces = build_pieces(batch, weights)
+        self._pieces = Pieces(batch)
         clips = batch.config.bounds_matrices
         self._asks_update = clips and self._rule is not None and self._rule.asks_update
         self._knows_sums_early = clips and not self._asks_update
@@ -116,7 +111,7 @@ class MatrixPhases:
     def measure(self, now: Moment) -> Measured:
         """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
         batch = self._batch
-        self._refresh_copies()
+        self._pieces.refresh()
         terms, rows = self._empty_terms(now), {}
         for index, piece in enumerate(self._pieces):
             gradient_ENW = read_gradient(batch, now, piece)
@@ -129,7 +124,7 @@ class MatrixPhases:
                 self._add_history_(terms, piece, gradient_ENW, row_EN, now)
             if "weight" in terms:
                 weight_ENW = joined(piece.weights).to(batch.dtype)
-                terms["weight"][piece.summed] += _square_sum(weight_ENW)
+                terms["weight"][piece.summed] += square_sum(weight_ENW)
         return Measured(terms=terms, rows=rows)
 
     def is_finite(self, measured: Measured) -> Tensor:
@@ -178,8 +173,8 @@ class MatrixPhases:
     def _add_history_(
         self, terms: Terms, piece: Piece, gradient_ENW: Tensor, row_EN: Tensor | None, now: Moment
     ) -> None:
-        old_ENW = now.basis.read(self._momentum(piece), piece.place)
-        terms["history"][piece.summed] += _square_sum(old_ENW)
+        old_ENW = now.basis.read(read_momentum(self._batch, piece), piece.place)
+        terms["history"][piece.summed] += square_sum(old_ENW)
         if row_EN is not None:
             # cross: sum_i G (M A) / sqrt(R_i)
             cross_E1M = self._row_scale(row_EN).unsqueeze(1) @ (gradient_ENW * old_ENW)
@@ -217,15 +212,13 @@ class MatrixPhases:
         )
 
     def _squares_of_whole_rows(self, totals: Terms, factor_HM: Tensor) -> Squares:
-        held, zeros_H = self._batch.held, self._zeros(factor_HM.shape[0])
-        if "squares" not in totals:
-            return Squares(x2=zeros_H, cross=zeros_H, history=zeros_H)
-        # |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
-        x2_H = (totals["squares"][held] * factor_HM * factor_HM).sum(1)
-        if "cross" not in totals:
-            return Squares(x2=x2_H, cross=zeros_H, history=zeros_H)
-        cross_H = (totals["cross"][held] * factor_HM).sum(1)
-        return Squares(x2=x2_H, cross=cross_H, history=totals["history"][held])
+        held = self._batch.held
+        x2_H = cross_H = history_H = self._zeros(factor_HM.shape[0])
+        if "squares" in totals:  # |X|^2 = mean(R) sum_j S1_j / C_j
+            x2_H = (totals["squares"][held] * factor_HM * factor_HM).sum(1)
+        if "cross" in totals:  # <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
+            cross_H, history_H = (totals["cross"][held] * factor_HM).sum(1), totals["history"][held]
+        return Squares(x2=x2_H, cross=cross_H, history=history_H)
 
     def _empty_terms_of_cuts(self) -> Terms:
         batch, members = self._batch, len(self._batch.members)
@@ -244,10 +237,10 @@ class MatrixPhases:
     ) -> None:
         x = self._normalise(index, piece, settled, now, None)
         if "squares" in terms:
-            terms["squares"][piece.summed] += _square_sum(x.elements_ENW)
+            terms["squares"][piece.summed] += square_sum(x.elements_ENW)
         if "cross" in terms:
-            old_ENW = now.basis.read(self._momentum(piece), piece.place)
-            terms["cross"][piece.summed] += _sum(x.elements_ENW * old_ENW)
+            old_ENW = now.basis.read(read_momentum(self._batch, piece), piece.place)
+            terms["cross"][piece.summed] += sum_of(x.elements_ENW * old_ENW)
         if "blocks" in terms:
             compressed = now.basis.compress(x, piece.place)
             add_partial_(terms["blocks"][piece.members], compressed, piece.edges)
@@ -260,7 +253,7 @@ class MatrixPhases:
             terms["update"] = self._zeros(len(self._batch.members) * self._batch.matrices_summed)
             for index, piece in enumerate(self._pieces):
                 update_ENW, _ = self._advance(index, piece, known, now, None)
-                terms["update"][piece.summed] += _square_sum(update_ENW)
+                terms["update"][piece.summed] += square_sum(update_ENW)
         return known
 
     # ---- the step itself
@@ -271,19 +264,18 @@ class MatrixPhases:
         clips_input = self._rule is None or self._rule.clips_input
         square_sum_H = self._square_sum(tallied, totals)
         factor_H = self._bound_(square_sum_H)
-        rate = rate_of(now, settled.weight_H, self._batch)
+        rate, is_scaled = rate_of(now, settled.weight_H, self._batch), settled.weight_H is not None
         for index, piece in enumerate(self._pieces):
             here = piece.place.matrices
-            update_ENW, momentum = self._advance(
-                index, piece, tallied, now, factor_H[here] if clips_input else None
-            )
+            factor_E = factor_H[here] if clips_input else None
+            update_ENW, momentum = self._advance(index, piece, tallied, now, factor_E)
             if momentum is not None:
                 writer.write_momentum_(
                     piece.momenta, momentum, members=piece.members, tile=piece.tile
                 )
             if self._batch.config.orthogonalise is not None:
                 update_ENW = orthogonalised(update_ENW, self._batch.config.orthogonalise)
-            own_rate = rate if settled.weight_H is None else _at(rate, here)
+            own_rate = rate[here] if is_scaled and isinstance(rate, Tensor) else rate
             writer.step_weights_(
                 piece.weights,
                 update_ENW,
@@ -292,7 +284,7 @@ class MatrixPhases:
                 tile=piece.tile,
             )
             copy_to_(piece.rows, settled.rows[index])
-        self._write_copies_()
+        self._pieces.write_back_()
         copy_to_(self._columns, settled.column_HM)
 
     def _bound_(self, square_sum_H: Tensor) -> Tensor:
@@ -311,12 +303,9 @@ class MatrixPhases:
         if self._asks_update:
             return totals["update"][held]
         if "squares" in sums:
-            cross_H = sums["cross"][held] if "cross" in sums else torch.zeros_like(squares.cross)
-            squares = Squares(
-                x2=squares.x2 + sums["squares"][held],
-                cross=squares.cross + cross_H,
-                history=squares.history,
-            )
+            squares = replace(squares, x2=squares.x2 + sums["squares"][held])
+        if "cross" in sums:
+            squares = replace(squares, cross=squares.cross + sums["cross"][held])
         if self._rule is None or not self._knows_sums_early:
             return squares.x2
         return self._rule.square_sum(squares)
@@ -332,7 +321,7 @@ class MatrixPhases:
         if piece.edges and "blocks" in tallied.sums:
             whole_PSR = tallied.sums["blocks"][piece.members]
             fill_(compressed, whole_PSR, piece.edges, factor_E)
-        momentum = self._momentum(piece)
+        momentum = read_momentum(self._batch, piece)
         return self._rule.advance(x, compressed, momentum, now.basis, piece.place)
 
     def _normalise(
@@ -357,45 +346,5 @@ class MatrixPhases:
     def _row_scale(self, row_EN: Tensor) -> Tensor:
         return row_scale(self._batch.config.normalise, row_EN)
 
-    # ---- what is here
-
-    def _weights(self) -> list[list[Tensor]]:
-        shape = self._batch.geometry.shape
-        return [as_batches(m.weight, m.tiles, shape=shape) for m in self._batch.members]
-
-    def _refresh_copies(self) -> None:
-        if self._is_copied:
-            self._pieces = build_pieces(self._batch, self._weights())
-
-    def _write_copies_(self) -> None:
-        if not self._is_copied:
-            return
-        (member,) = self._batch.members
-        written = joined([weight.flatten(0, 1) for p in self._pieces for weight in p.weights])
-        member.weight.copy_(written.view(member.weight.shape))
-        self._pieces = []  # gives the copies' memory back
-
-    def _momentum(self, piece: Piece) -> Tensor:
-        stored, code = joined(piece.momenta), self._batch.geometry.code
-        if code is not None:
-            return read_records(stored, code, self._batch.dtype)
-        return stored.to(self._batch.dtype)
-
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._batch.dtype, device=self._batch.device)
-
-
-# Rows first: a sum over a whole piece would be cut among threads where it is one number, and not
-# where there are several, so that bits would depend on what is stepped together.
-
-
-def _sum(x_ENW: Tensor) -> Tensor:
-    return x_ENW.sum(2).sum(1)
-
-
-def _square_sum(x_ENW: Tensor) -> Tensor:
-    return _sum(x_ENW.square())
-
-
-def _at(rate: float | Tensor, here: slice) -> float | Tensor:
-    return rate[here] if isinstance(rate, Tensor) else rate

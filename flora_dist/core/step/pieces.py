@@ -16,7 +16,14 @@ from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Place
 from flora_dist.core.step.batch import Batch, Member
 from flora_dist.core.step.cut_blocks import Edge, edges_of
-from flora_dist.core.step.views import carve, inside, momentum_batches, work_limit
+from flora_dist.core.step.views import (
+    as_batches,
+    carve,
+    inside,
+    joined,
+    momentum_batches,
+    work_limit,
+)
 from flora_dist.core.tiles import Tile, split
 
 
@@ -60,6 +67,43 @@ class _Views:
     weights: tuple[Tensor, ...]
     momenta: tuple[Tensor, ...]
     rows: tuple[Tensor, ...]
+
+
+class Pieces:
+    """The pieces of a batch, from step to step.
+
+    Channels-last convolutions are no matrices where they lie: they are copied there and back.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        weights = self._weights()
+        self._is_copied = any(
+            own and own[0].data_ptr() != member.weight.data_ptr()
+            for own, member in zip(weights, batch.members, strict=True)
+        )
+        self._pieces = build_pieces(batch, weights)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self._pieces)
+
+    def refresh(self) -> None:
+        """Copy anew what is copied."""
+        if self._is_copied:
+            self._pieces = build_pieces(self._batch, self._weights())
+
+    def write_back_(self) -> None:
+        """Weights from their copies, whose memory is given back."""
+        if not self._is_copied:
+            return
+        (member,) = self._batch.members
+        written = joined([w.flatten(0, 1) for piece in self._pieces for w in piece.weights])
+        member.weight.copy_(written.view(member.weight.shape))
+        self._pieces = []
+
+    def _weights(self) -> list[list[Tensor]]:
+        shape = self._batch.geometry.shape
+        return [as_batches(m.weight, m.tiles, shape=shape) for m in self._batch.members]
 
 
 def build_pieces(batch: Batch, weights: Sequence[Sequence[Tensor]]) -> list[Piece]:

@@ -18,8 +18,9 @@ from flora_dist.core.sketch.ops import Blocks
 from flora_dist.core.state.spec import VECTOR_EPS
 from flora_dist.core.step.basis import Place
 from flora_dist.core.step.batch import Batch, Moment
-from flora_dist.core.step.elements import Writer, clip_factor, copy_to_, joined, rate_of
+from flora_dist.core.step.elements import Writer, clip_factor, copy_to_, rate_of
 from flora_dist.core.step.momentum_rules import rule_of
+from flora_dist.core.step.views import joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,3 +65,8 @@ def inside(tile: Tile, piece: Tile) -> tuple[slice, slice]:
     matrices = slice(piece.matrices[0] - tile.matrices[0], piece.matrices[1] - tile.matrices[0])
     rows = slice(piece.rows[0] - tile.rows[0], piece.rows[1] - tile.rows[0])
     return matrices, rows
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """What stands one after the other along the first dim; a single tensor itself."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
