@@ -274,7 +274,7 @@ class Flora(torch.optim.Optimizer):
         if self._roster.is_rehearsal(self.param_groups, self.state):
             return
         slots = self._present_slots()
-        left = self.ahead.left_of(slots)
+        left = self.ahead.left_of(slots) if self.ahead.tensor_ids else slots
         if left or not slots:
             self._step(left)
         self.ahead.tensor_ids.clear()
@@ -305,7 +305,7 @@ class Flora(torch.optim.Optimizer):
             self._step_exactly(slots)
 
     def _step_exactly(self, slots: Sequence[Trainable]) -> None:
-        if not naming.are_named(self.param_groups):
+        if any(slot.position is not None for slot in slots):
             take_turn(self._player, slots)
             if not self._beginning.is_over:
                 check_named(slots)

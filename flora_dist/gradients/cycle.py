@@ -61,8 +61,10 @@ class Gradients:
         ordered = self.flows.values()
         self._watched = watched
         self._shows = any(flow.source.visible is not None for flow in ordered)
+        sums = [flow.accumulator for flow in ordered]
+        self._in_few_bits = [each for each in sums if each.code is not None]
         self._averaging = Averaging(
-            [flow.accumulator for flow in ordered],
+            sums,
             [flow.source.route for flow in ordered],
             wire_dtype=wire.dtype,
             wire_bits=wire.bits,
@@ -183,7 +185,8 @@ class Gradients:
             visible = flow.source.visible
             if visible is not None and visible.grad is None:  # zero_grad() since
                 flow.accumulator.drop()
-        warn_of_wear([flow.accumulator for flow in self.flows.values()])
+        if self._in_few_bits:
+            warn_of_wear(self._in_few_bits)
         means = self._averaging.run()
         self._mean = {}
         for flow, mean, is_here in zip(

@@ -38,7 +38,12 @@ def found() -> Found:
         ValueError: the variable is none of its choices.
         RuntimeError: it insists on kernels, and there are none.
     """
-    asked = wanted(os.environ)
+    return _found_for(os.environ.get(VARIABLE, ""))
+
+
+@functools.cache
+def _found_for(asked: str) -> Found:
+    wanted({VARIABLE: asked})
     if asked == "torch":
         return Found(operators=None, name="torch", reason="")
     loaded = _loaded()

@@ -48,7 +48,7 @@ def shards_by_rank(
     chosen = {0}
     if sharding == "each":
         chosen = {0, 1, ranks // 2, ranks - 1} & set(range(ranks))
-    return tuple(tuple(_BY_SHARDING[sharding](parameters, ranks, rank)) for rank in sorted(chosen))
+    return tuple(tuple(_chunks(parameters, sharding, ranks, rank)) for rank in sorted(chosen))
 
 
 def line_length(parameters: Sequence[Parameter], ranks: int) -> int:
@@ -58,30 +58,20 @@ def line_length(parameters: Sequence[Parameter], ranks: int) -> int:
 
 
 def chunk(parameter: Parameter, sharding: Sharding, ranks: int) -> int:
-    """Elements that a full chunk of a parameter has, where each is cut for itself."""
+    """Elements that a full chunk of a parameter has, where each is cut for itself or whole."""
+    if sharding == "whole":
+        return parameter.numel
     if sharding == "rows":
         rows = parameter.shape[0]
         return math.ceil(rows / ranks) * (parameter.numel // rows)
     return math.ceil(parameter.numel / ranks)
 
 
-def _whole(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Shard]:
-    del ranks, rank
+def _chunks(
+    parameters: Sequence[Parameter], sharding: Sharding, ranks: int, rank: int
+) -> Iterator[Shard]:
     for parameter in parameters:
-        yield _shard(parameter, 0, parameter.numel, parameter.numel)
-
-
-def _rows(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Shard]:
-    for parameter in parameters:
-        size = chunk(parameter, "rows", ranks)
-        start, stop = (min(parameter.numel, size * place) for place in (rank, rank + 1))
-        if start < stop:
-            yield _shard(parameter, start, stop, size)
-
-
-def _each(parameters: Sequence[Parameter], ranks: int, rank: int) -> Iterator[Shard]:
-    for parameter in parameters:
-        size = chunk(parameter, "each", ranks)
+        size = chunk(parameter, sharding, ranks)
         start, stop = (min(parameter.numel, size * place) for place in (rank, rank + 1))
         if start < stop:
             yield _shard(parameter, start, stop, size)
@@ -105,6 +95,3 @@ def _shard(parameter: Parameter, start: int, stop: int, stored: int) -> Shard:
     _, rows, columns = matrix_sizes(parameter.shape)
     tiles = tiles_of_span(start, stop, num_rows=rows, num_columns=columns)
     return Shard(parameter=parameter, elements=stop - start, stored=stored, tiles=tiles)
-
-
-_BY_SHARDING = {"whole": _whole, "rows": _rows, "each": _each}

@@ -64,8 +64,7 @@ class Registry:
 
     def present(self, groups: Sequence[Group], state: State) -> list[Trainable]:
         """What stands in the groups now, configured by their settings."""
-        for group in groups:
-            take_betas(group)
+        _take_betas(groups)
         # ZeRO steps its groups and sub-groups one by one: each selection has slots of its own.
         # Slots hold the groups and tensors, so an id in the signature is not used again.
         signature = tuple((id(g), *map(id, g["params"])) for g in groups)
@@ -109,8 +108,7 @@ class Registry:
         """Also of tensors that the host has taken out of the groups for now."""
         if self._resident is None:
             return self.present(groups, state)
-        for group in groups:
-            take_betas(group)
+        _take_betas(groups)
         return _configured(self.fresh(self.filled(groups), state), state)
 
     def filled(self, groups: Sequence[Group]) -> list[Group]:
@@ -212,6 +210,12 @@ def _outdated(slots: Sequence[Trainable]) -> list[Tensor]:
     if all(map(eq, map(attrgetter("shape", "dtype"), tensors), seen)):
         return []
     return [slot.tensor for slot in slots if slot.found != (slot.part.shape, slot.tensor.dtype)]
+
+
+def _take_betas(groups: Sequence[Group]) -> None:
+    for group in groups:
+        if group.get("betas"):  # hardly ever: a scheduler has to leave them there
+            take_betas(group)
 
 
 def _configured(slots: list[Trainable], state: State) -> list[Trainable]:

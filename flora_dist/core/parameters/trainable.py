@@ -56,6 +56,7 @@ class Trainable:
         self.tensor, self.part, self.group, self.level = tensor, part, group, level
         self.layout, self.position, self.name = layout, position, part.name
         self.found, self.seen = (part.shape, tensor.dtype), (tensor.shape, tensor.dtype)
+        self.stepped = part  # as the step sees it: itself, or transposed
         self._name_key = name_key(part.name)
         self._config: FloraConfig | None = None
 
@@ -66,28 +67,28 @@ class Trainable:
         self._config = None  # until everything below has passed
         part = self.part
         self._geometry = geometry_of(part.name, part.shape, config)
-        self._stepped = as_stepped(part, self._geometry)
+        self.stepped = as_stepped(part, self._geometry)
         self._entries = state_tensors(self._geometry, config)
         if part.trains:
             check_compressed(part.name, self._geometry, config)
-        check_tiles(self._stepped, self._geometry, config.orthogonalise)
+        check_tiles(self.stepped, self._geometry, config.orthogonalise)
         if self.has_state(state):
             check_state(self, self.own_state(state), config)
-        self._cuts = self._stepped.cuts(self._geometry.block)
+        self._cuts = self.stepped.cuts(self._geometry.block)
         self._sketches = self._make_sketches(config)
         self._config = config
 
     def _make_sketches(self, config: FloraConfig) -> Sketches | None:
         if self._geometry.rank is None or not has_momentum(self._geometry, config):
             return None
-        shapes = [self._stepped.local_state_shape(e) for e in self._entries if e.name == "momentum"]
+        shapes = [self.stepped.local_state_shape(e) for e in self._entries if e.name == "momentum"]
         return Sketches(
             name_key=self._name_key,
             purpose=Purpose.MOMENTUM,
             rank=self._geometry.rank,
             block=self._geometry.block,
             config=config,
-            held=self._stepped.matrices,
+            held=self.stepped.matrices,
             kept=sum(torch.Size(shape).numel() for shape in shapes),
         )
 
@@ -96,11 +97,6 @@ class Trainable:
         """The group's settings."""
         assert self._config is not None
         return self._config
-
-    @property
-    def stepped(self) -> Part:
-        """The part as the step sees it: itself, or transposed."""
-        return self._stepped
 
     @property
     def name_key(self) -> int:
@@ -142,7 +138,7 @@ class Trainable:
         assert self._config is not None
         own = self.own_state(state)
         for entry in self._entries:
-            own[entry.name] = self._stepped.allocate(entry, self.dtype_of(entry))
+            own[entry.name] = self.stepped.allocate(entry, self.dtype_of(entry))
         own.update(
             format=format_of(self._entries),
             gradients=LEVELS.index(self.level),
@@ -172,7 +168,7 @@ class Trainable:
 
     def member(self, state: dict[str, Any]) -> Member:
         """The parameter, which has state, as a step sees it."""
-        part, own = self._stepped, self.own_state(state)
+        part, own = self.stepped, self.own_state(state)
         kept = {entry.name: own[entry.name] for entry in self._entries}
         local = {name: part.local(tensor) for name, tensor in kept.items()}
         return Member(
@@ -201,7 +197,7 @@ class Trainable:
         assert self._config is not None
         size = self._geometry
         state_bytes = sum(
-            torch.Size(self._stepped.local_state_shape(entry)).numel()
+            torch.Size(self.stepped.local_state_shape(entry)).numel()
             * self.dtype_of(entry).itemsize
             for entry in self._entries
         )
@@ -268,6 +264,10 @@ def check_state(slot: Trainable, own: dict[str, Any], config: FloraConfig) -> No
             f"{own.get('column_shards') or 'none'}. Cut blocks in torch's own checkpoints load "
             "only on the same layout: use flora_dist.checkpoint.save and load."
         )
+    _check_tensors(slot, own)
+
+
+def _check_tensors(slot: Trainable, own: dict[str, Any]) -> None:
     kept = {name for name, value in own.items() if isinstance(value, Tensor)}
     expected = {entry.name: entry for entry in slot.entries}
     if kept != set(expected):

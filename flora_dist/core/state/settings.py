@@ -275,13 +275,12 @@ def from_betas(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take_betas(group: dict[str, Any]) -> None:
-    """Let what a scheduler has left in a group's "betas" be its beta1.
+    """Let what a scheduler has left in a group's "betas", where it has, be its beta1.
 
     torch's OneCycleLR and CyclicLR and DeepSpeed's OneCycle cycle the first of two numbers there,
     where an optimizer's defaults have the key; the second, DeepSpeed's own 0.99, is not theirs.
     """
-    if group.get("betas"):
-        group["beta1"], group["betas"] = group["betas"][0], ()
+    group["beta1"], group["betas"] = group["betas"][0], ()
 
 
 def config_of(group: Mapping[str, Any]) -> FloraConfig:
