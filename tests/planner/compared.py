@@ -31,7 +31,7 @@ def request_of(case: Case) -> Request:
         backend=BACKENDS[case.backend],
         flora=FloraConfig(rank=case.rank, block=BLOCK, momentum=case.momentum),
         gradients=case.gradients,
-        gradient_bits=32,
+        gradient_bits=case.gradient_bits,
         micro_batch=case.micro_batch,
         sequence_length=case.sequence_length,
         accumulate=case.accumulate,

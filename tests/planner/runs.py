@@ -38,6 +38,8 @@ class Case:
     ratio: int
     """Of the momentum, and of gradients where they are sketched."""
     gradients: str = "dense"
+    gradient_bits: int = 32
+    """Below 32: of all numbers of a block, whatever the ratio."""
     accumulate: int = 1
     micro_batch: int = 2
     sequence_length: int = 32
@@ -46,6 +48,7 @@ class Case:
 
     def __str__(self) -> str:
         words = [self.model, self.backend, f"1/{self.ratio} {self.gradients}"]
+        words += [f"{self.gradient_bits} bits"] if self.gradient_bits < 32 else []
         words += [f"{self.accumulate} micro-batches"] if self.accumulate > 1 else []
         words += ["bf16 alone"] if self.is_pure else ["bf16"] if self.is_low else []
         return ", ".join(words)
@@ -134,7 +137,7 @@ def _ddp(case: Case) -> Run:
 def _own_loop(case: Case, model: nn.Module, wrapped: nn.Module) -> Run:
     optimizer = Flora(wrapped.named_parameters(), **case.settings())
     if case.gradients != "dense":
-        flora_dist.attach(wrapped, optimizer, case.gradients)
+        flora_dist.attach(wrapped, optimizer, case.gradients, gradient_bits=case.gradient_bits)
 
     def loss(tokens: Tensor, is_last: bool) -> Tensor:
         if isinstance(wrapped, FSDPModule):
@@ -174,7 +177,7 @@ def _engine(case: Case, stage: int) -> Run:
         "steps_per_print": 10**9,
     }
     if case.gradients != "dense":
-        config["flora"] = {"gradients": case.gradients}
+        config["flora"] = {"gradients": case.gradients, "gradient_bits": case.gradient_bits}
     model = case.build()
     engine, *_ = flora_dist.deepspeed.initialize(model=model, config=config)
     flora = flora_dist.deepspeed.attach(engine)

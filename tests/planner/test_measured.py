@@ -23,6 +23,8 @@ SKETCHED_FSDP2 = Case(model="llama_9m", backend="fsdp2", ratio=8, gradients="com
 DENSE_ZERO2 = Case(model="llama_9m", backend="zero2", ratio=8, accumulate=2)
 SKETCHED_ZERO2 = Case(model="llama_9m", backend="zero2", ratio=16, gradients="compressed")
 SHARDED = replace(SKETCHED_FSDP2, gradients="sharded", accumulate=2)
+FEW_BITS_FSDP2 = replace(SKETCHED_FSDP2, gradient_bits=4)
+FEW_BITS_ZERO2 = replace(SKETCHED_ZERO2, gradient_bits=4)
 UNEVEN = Case(model="llama_tiny", backend="fsdp2", ratio=8)
 """257 rows of embeddings on two ranks."""
 ALONE_ZERO2 = Case(
@@ -36,7 +38,7 @@ ALONE_ZERO2 = Case(
 ALONE_FSDP2 = replace(ALONE_ZERO2, backend="fsdp2", gradients="dense")
 QUICK = (
     *(DENSE_FSDP2, SKETCHED_FSDP2, DENSE_ZERO2, SKETCHED_ZERO2, UNEVEN),
-    *(ALONE_ZERO2, ALONE_FSDP2, SHARDED),
+    *(ALONE_ZERO2, ALONE_FSDP2, SHARDED, FEW_BITS_FSDP2, FEW_BITS_ZERO2),
 )
 ALL = [
     Case(model=model, backend=backend, ratio=ratio, gradients=level)
