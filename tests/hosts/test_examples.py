@@ -39,7 +39,8 @@ def test_the_example_of_ray_runs_on_its_workers(tmp_path: Path) -> None:
     pytest.importorskip("ray.train", reason="ray is not installed (docs/hosts/ray.md)")
     script = tmp_path / "example.py"
     script.write_text(example_of("ray"), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(PAGES.parents[1]), "OMP_NUM_THREADS": "1"}
+    places = [str(PAGES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, script], env=environment, cwd=tmp_path, check=True)
 
 
