@@ -14,7 +14,8 @@ source launch/_common.sh
 
 # What a process may allocate, libraries' files not counted. Weights of 25.6 million parameters in
 # float32 are 98 MiB, gradients as many, AdamW's two moments twice as many. Measured peaks of this
-# number without a limit, two threads: AdamW 1,018 MiB, Flora 847, with gradients as sketches 753.
+# number without a limit, with two threads: AdamW 1,018 MiB, Flora 847, with gradients as sketches
+# 753. With one thread AdamW fits into 880.
 readonly LIMIT_MIB=${LIMIT_MIB:-880}
 [[ $LIMIT_MIB =~ ^[1-9][0-9]*$ ]] ||
     refuse "LIMIT_MIB must be a whole number of MiB; it is '$LIMIT_MIB'. Give one."
@@ -24,7 +25,7 @@ ensure_venv
 install_extra train
 
 # Each thread takes memory for its stack, so that the limit holds for one number of them.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
 # limited NAME ARGUMENTS: the trainer within the limit; its exit code.
 limited() {
