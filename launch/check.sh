@@ -104,4 +104,5 @@ prepare_hosts || {
 }
 
 begin 'tests and doctests: pytest'
-"$VENV_PYTHON" -m pytest -m "$selected" "$@"
+# Two workers: tests wait for one another's ranks, launchers and imports more than they compute.
+"$VENV_PYTHON" -m pytest -m "$selected" -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -54,6 +54,18 @@ def ranks(request: pytest.FixtureRequest) -> RankPool:
     return pool_of(marker.args[0])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs beside what, where pytest-xdist has several workers.
+
+    Tests of one file run in one worker, in order, since they share ranks. Those on several hosts
+    share the hosts' names: they run in one worker too, and begin, being the longest.
+    """
+    for item in items:
+        on_hosts = item.get_closest_marker("cluster") is not None
+        item.add_marker(pytest.mark.xdist_group("hosts" if on_hosts else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _stop_pools() -> Iterator[None]:
     yield
