@@ -35,7 +35,7 @@ def add_sketched_(
         scale: in every entry of A; bfloat16 holds A over it exactly.
     """
     assert sums_ENKR.is_contiguous(), sums_ENKR.shape
-    if gpu_sketches(sums_ENKR, gradient_ENW, sketch_ERB, first_column):
+    if sums_ENKR.is_cuda and gpu_sketches(sums_ENKR, gradient_ENW, sketch_ERB, first_column):
         add_by_triton_(sums_ENKR, gradient_ENW, sketch_ERB, scale)
         return
     operators = found().operators if _covers(sums_ENKR, gradient_ENW, sketch_ERB) else None
