@@ -28,6 +28,9 @@ from flora_dist.core.step.gradient import Records
 from flora_dist.gradients.accumulator import Accumulator, Share
 from flora_dist.gradients.route import Mean, Route
 
+_WORK_NUMBERS = 1 << 19
+"""Of a piece: it is read, summed and rounded at once, in some 30 bytes a number."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Lines:
@@ -252,17 +255,19 @@ def _put(
 
 
 def _buckets(line: Sequence[_Lines], codes: Sequence[Code], limit: int) -> Iterator[list[_Lines]]:
-    """A rank's line in pieces of at most so many bytes together, or one line of a matrix."""
+    """A rank's line in buckets of at most so many bytes, or one line of a matrix; in pieces."""
     bucket: list[_Lines] = []
     room = limit
     for whole in line:
         first = whole.first
         of_one = whole.share.shape[2] * codes[whole.index].bytes
+        numbers = whole.share.shape[2] * codes[whole.index].numbers
         while first < whole.last:
             if bucket and room < of_one:
                 yield bucket
                 bucket, room = [], limit
-            last = min(whole.last, first + max(1, room // of_one))
+            together = min(room // of_one, _WORK_NUMBERS // numbers)
+            last = min(whole.last, first + max(1, together))
             bucket.append(
                 _Lines(
                     index=whole.index,
