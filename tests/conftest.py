@@ -54,6 +54,7 @@ def ranks(request: pytest.FixtureRequest) -> RankPool:
     return pool_of(marker.args[0])
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs beside what, where pytest-xdist has several workers.
 
