@@ -105,4 +105,4 @@ prepare_hosts || {
 
 begin 'tests and doctests: pytest'
 # Two workers: tests wait for one another's ranks, launchers and imports more than they compute.
-"$VENV_PYTHON" -m pytest -m "$selected" -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+"$VENV_PYTHON" -m pytest -m "$selected" -n 2 --no-loadscope-reorder "$@"

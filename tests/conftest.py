@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,16 +55,16 @@ def ranks(request: pytest.FixtureRequest) -> RankPool:
     return pool_of(marker.args[0])
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs beside what, where pytest-xdist has several workers.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share tests out by file, where pytest-xdist has several workers."""
+    from tests.harness.workers import ByFile
 
-    Tests of one file run in one worker, in order, since they share ranks. Those on several hosts
-    share the hosts' names: they run in one worker too, and begin, being the longest.
-    """
-    for item in items:
-        on_hosts = item.get_closest_marker("cluster") is not None
-        item.add_marker(pytest.mark.xdist_group("hosts" if on_hosts else str(item.path)))
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on several hosts, the longest, begin."""
     items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
 
 
