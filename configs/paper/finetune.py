@@ -193,6 +193,7 @@ def train(
         data_collator=encoder.collate,
         optimizers=(optimizer, None),
         gradients=experiment.gradients,
+        gradient_bits=32,  # the paper's sketches: its Gaussian projection is no rotation
     )
     trainer.train()
     return trainer
