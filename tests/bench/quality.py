@@ -46,7 +46,7 @@ from tests.bench.quality_plan import (
     rows_named,
     tuned,
 )
-from tests.bench.quality_ratios import draw_ratios
+from tests.bench.quality_ratios import draw_compressed
 from tests.bench.quality_run import Bench, Settings, bench_of, start_worker, train_one
 
 
@@ -75,7 +75,7 @@ TABLES = {
         size=quality_compressed.FULL,
         quick_rows=quality_compressed.QUICK_ROWS,
         quick_size=quality_compressed.QUICK,
-        draw=draw_ratios,
+        draw=draw_compressed,
     ),
     "sceptic": Table(
         rows=quality_sceptic.sceptic_rows(),

@@ -8,12 +8,19 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from tests.bench.quality_bytes import draw_bytes
 from tests.bench.quality_compressed import RATIOS, RULES, gradient_ratio
 from tests.bench.quality_plan import ADAMW, CENTRE
 from tests.bench.quality_table import Line, figure_of, save
 
 _DENSE = 1
 _STYLES = ("k--", "r:", "b:")
+
+
+def draw_compressed(found: Sequence[Line], folder: Path, title: str) -> None:
+    """Both pictures of the table."""
+    draw_ratios(found, folder, title)
+    draw_bytes(found, folder, title)
 
 
 def draw_ratios(found: Sequence[Line], folder: Path, title: str) -> None:

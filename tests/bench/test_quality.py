@@ -370,6 +370,7 @@ def test_a_slice_of_sketched_gradients_runs(settings: Settings, tmp_path: Path) 
         "runs.jsonl",
         "results.json",
         "loss_by_ratio.png",
+        "loss_by_bytes.png",
     }
     # Not 8: three norms stay dense, and rows of 88 end in a part of a block.
     assert 7 < dense["gradient_bytes"] / sketched["gradient_bytes"] < 8
