@@ -40,6 +40,8 @@ class Row(NamedTuple):
     ratio: int | None = None
     wire_dtype: str = "float32"
     bits: int | None = None
+    wire_bits: int | None = None
+    """1 bit is for what is sent: four micro-batches summed in 1 bit would be noise."""
 
 
 ROWS: dict[str, tuple[Row, ...]] = {
@@ -50,15 +52,20 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("ddp", ratio=RATIO),
         Row("ddp", ratio=RATIO, wire_dtype="bfloat16"),
         Row("ddp", bits=4),
-        Row("ddp", bits=1),
+        Row("ddp", bits=4, wire_bits=1),
     ),
     "zero-2": (
         Row("zero-2"),
         Row("zero-2", ratio=RATIO),
         Row("zero-2", bits=4),
-        Row("zero-2", bits=1),
+        Row("zero-2", bits=4, wire_bits=1),
     ),
-    "fsdp2": (Row("fsdp2"), Row("fsdp2", ratio=RATIO), Row("fsdp2", bits=4), Row("fsdp2", bits=1)),
+    "fsdp2": (
+        Row("fsdp2"),
+        Row("fsdp2", ratio=RATIO),
+        Row("fsdp2", bits=4),
+        Row("fsdp2", bits=4, wire_bits=1),
+    ),
 }
 """By whom a row is compared with, the first of its kind."""
 

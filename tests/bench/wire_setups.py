@@ -106,6 +106,8 @@ class Setup:
     wire_dtype: str = "float32"
     bits: int | None = None
     """Of each number of a block that is kept and sent, in place of ``ratio``; None: 32."""
+    wire_bits: int | None = None
+    """Of what is sent; None: as it is kept."""
     micro_batches: int = 1
     block: int = BLOCK
 
@@ -116,7 +118,8 @@ class Setup:
     @property
     def sketches(self) -> dict[str, Any]:
         """Settings of sketched gradients."""
-        return {"gradient_bits": self.bits or 32, "wire_dtype": self.wire_dtype}
+        few = {} if self.wire_bits is None else {"wire_bits": self.wire_bits}
+        return {"gradient_bits": self.bits or 32, "wire_dtype": self.wire_dtype, **few}
 
     @property
     def flora(self) -> dict[str, Any]:
@@ -138,7 +141,8 @@ class Setup:
 
     def __str__(self) -> str:
         if self.bits is not None:
-            return f"{self.layout}, {self.bits} bits"
+            sent = "" if self.wire_bits is None else f", sent in {self.wire_bits}"
+            return f"{self.layout}, {self.bits} bits{sent}"
         if self.ratio is None:
             return f"{self.layout}, dense"
         return f"{self.layout}, 1/{self.ratio} {self.wire_dtype}"
