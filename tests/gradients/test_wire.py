@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from flora_dist.gradients import average as routes
+from flora_dist.gradients import average_records
 from flora_dist.gradients.cycle import Gradients
 from flora_dist.trainer.traffic import Traffic
 from tests.battery.test_layouts import EXACT
@@ -157,6 +158,21 @@ def test_a_run_in_eight_buckets_is_the_run_in_one(layout: str) -> None:
     for name, weight in one.items():
         torch.testing.assert_close(eight[name], weight, rtol=tolerance, atol=tolerance)
     assert norms_of_eight == pytest.approx(norms, rel=tolerance)
+
+
+def _in_small_pieces(body: Any, *args: Any) -> Any:
+    return _with(average_records, "_WORK_NUMBERS", 1, body, *args)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2 x3", "hsdp 2x2"])
+def test_records_that_are_summed_line_by_line_are_those_summed_at_once(layout: str) -> None:
+    case = SketchedCase(gradient_bits=4, wire_bits=1, micro_batches=3)
+    pool = pool_of(layouts.LAYOUTS[layout][0])
+    whole, _ = pool(layouts.run, layout, case)[0]
+    pieces, _ = pool(_in_small_pieces, layouts.run, layout, case)[0]
+    assert whole.keys() == pieces.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(pieces[name], weight, rtol=0.0, atol=0.0)
 
 
 # ---- memory
