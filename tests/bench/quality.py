@@ -35,6 +35,7 @@ from rich.console import Console
 
 from flora_dist.trainer.config_data import STDLIB
 from tests.bench import quality_compressed, quality_plan, quality_sceptic, quality_table
+from tests.bench.quality_bytes import draw_bytes
 from tests.bench.quality_plan import (
     Row,
     Run,
@@ -76,6 +77,13 @@ TABLES = {
         quick_rows=quality_compressed.QUICK_ROWS,
         quick_size=quality_compressed.QUICK,
         draw=draw_compressed,
+    ),
+    "accumulated": Table(
+        rows=quality_compressed.many_rows(),
+        size=quality_compressed.MANY_FULL,
+        quick_rows=quality_compressed.MANY_QUICK_ROWS,
+        quick_size=quality_compressed.MANY_QUICK,
+        draw=draw_bytes,
     ),
     "sceptic": Table(
         rows=quality_sceptic.sceptic_rows(),

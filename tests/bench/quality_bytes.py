@@ -13,7 +13,7 @@ from tests.bench.quality_table import Line, figure_of, save
 
 _BLOCK: int = CENTRE["block"]
 _RULES = ("blend", "none")
-_MARKS = {1: "o-", 8: "s--"}
+_MARKS = {1: "o-", 8: "s--", 16: "d:"}
 """By micro-batches of a step."""
 
 

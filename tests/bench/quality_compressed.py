@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second table of the quality bench: what is lost when gradients are kept as sketches."""
+"""The second table of the quality bench: what is lost when gradients are kept as sketches.
+
+``many_rows`` are a table of their own, since 16 micro-batches take 16 sequences.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from tests.bench.quality_plan import (
@@ -24,6 +28,8 @@ EQUAL_BYTES = ((64, 4), (64, 2), (64, 1), (16, 16), (32, 8), (32, 4), (16, 8))
 """Numbers per block of 64, and bits of each: 1/8, 1/16 and 1/32 of fp32's bytes, but for scales."""
 MOST_MICRO_BATCHES = 8
 """One for every sequence of a step."""
+MANY_MICRO_BATCHES = 16
+"""The same, where a step has twice as many of half the length."""
 STATES = ((32, 8), (32, 4), (8, 8), (8, 4))
 """The same of a momentum."""
 MICRO_BATCHES = 4
@@ -33,6 +39,10 @@ MICRO_BATCHES = 4
 FULL = Size(steps=320, layers=1, evaluations=4, grid=(0, 1), extensions=3)
 QUICK = Size(steps=120, layers=1, evaluations=4, sequences=128, grid=(0, 1), extensions=1)
 QUICK_ROWS = (ADAMW, CENTRE_NAME, "blend, gradient ratio 8", "none, gradient ratio 8")
+MANY_FULL = replace(FULL, global_batch=MANY_MICRO_BATCHES, sequence_length=32, seeds=3)
+"""As many tokens in a step, and in a run."""
+MANY_QUICK = replace(QUICK, global_batch=MANY_MICRO_BATCHES, sequence_length=32)
+MANY_QUICK_ROWS = (CENTRE_NAME, f"blend, gradient 64 x 4 bits, {MANY_MICRO_BATCHES} micro-batches")
 
 
 def compressed_rows() -> tuple[Row, ...]:
@@ -41,7 +51,7 @@ def compressed_rows() -> tuple[Row, ...]:
         *rows_named([ADAMW, NONE, CENTRE_NAME], all_rows()),
         *_at(RATIOS[0]),
         *_without_accumulation(),
-        *(row for rank, bits in EQUAL_BYTES for row in _few_bits(rank, bits)),
+        *(row for rank, bits in EQUAL_BYTES for row in _few_bits(rank, bits, MOST_MICRO_BATCHES)),
         *(_state(rank, bits) for rank, bits in STATES),
         *(row for ratio in RATIOS[1:] for row in _at(ratio)),
         *rows_named(["flora, ratio 8", "flora_strict, ratio 8", FULL_MOMENTUM], all_rows()),
@@ -71,12 +81,20 @@ def _sketched(name: str, ratio: int, changes: dict[str, Any]) -> Row:
     )
 
 
-def _few_bits(rank: int, bits: int) -> Iterator[Row]:
+def many_rows() -> tuple[Row, ...]:
+    """All numbers in few bits, rounded once and after each of many micro-batches."""
+    return (
+        *rows_named([CENTRE_NAME, NONE, ADAMW], all_rows()),
+        *(row for bits in (4, 2, 1) for row in _few_bits(64, bits, MANY_MICRO_BATCHES)),
+    )
+
+
+def _few_bits(rank: int, bits: int, several: int) -> Iterator[Row]:
     for rule in ("blend", "none"):
-        for micro_batches in (1, MOST_MICRO_BATCHES):
-            several = "" if micro_batches == 1 else f", {micro_batches} micro-batches"
+        for micro_batches in (1, several):
+            after = "" if micro_batches == 1 else f", {micro_batches} micro-batches"
             yield Row(
-                name=f"{rule}, gradient {rank} x {bits} bits{several}",
+                name=f"{rule}, gradient {rank} x {bits} bits{after}",
                 factor=f"gradient of {bits} bits",
                 optimizer="flora",
                 options=CENTRE | {"momentum": rule},
