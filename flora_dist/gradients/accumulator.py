@@ -11,7 +11,7 @@ Shape suffixes: E matrices, N rows, K blocks, R rank, or the bytes of a record i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from weakref import ref
 
@@ -23,19 +23,15 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.records import FULL_BITS, Code
 from flora_dist.core.sketch.keys import Purpose
 from flora_dist.core.sketch.ops import exact_products
-from flora_dist.core.sketch.quantise import (
-    LEVEL_BITS,
-    level_records,
-    read_records,
-    round_records,
-)
+from flora_dist.core.sketch.quantise import LEVEL_BITS
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Sketches
 from flora_dist.core.step.gradient import Records
 from flora_dist.core.step.views import inside, work_limit
 from flora_dist.core.tiles import Tile, split
 from flora_dist.gradients.lines import Lines
-from flora_dist.kernels.sketching import add_sketched_
+from flora_dist.kernels.records import Draws, add_to_records_, merged_records
+from flora_dist.kernels.sketching import RowSketch, add_sketched_
 
 _REPLICA_BITS = 20
 """Of a number that tells draws apart: ranks below, micro-batches above."""
@@ -155,7 +151,7 @@ class Accumulator:
         """The same for a gradient that covers ``part`` of the tile, and is zero elsewhere."""
         assert self.tile is not None, self.name
         sums_ENKR = self._begun(gradient.device)
-        device, first_column = sums_ENKR.device, self.tile.columns[0]
+        device = sums_ENKR.device
         cut = self._cuts.get((part, device))
         if cut is None:
             cut = self._cuts[part, device] = _cut(part, self.tile, work_limit(device))
@@ -166,42 +162,41 @@ class Accumulator:
                 rows_ENW = gradient_ENW[given]
                 if any(cut.padding):
                     rows_ENW = functional.pad(rows_ENW, cut.padding)
-                own_ENKR, own_ERB = sums_ENKR[kept], sketch_ERB[kept[0]]
-                added = own_ENKR if self.code is None else self._no_sums(own_ENKR)
-                add_sketched_(
-                    added,
-                    rows_ENW,
-                    own_ERB,
-                    first_column=first_column,
-                    is_hadamard=self._sketches.is_hadamard,
-                    scale=self._sketches.entry_scale,
-                )
-                if self.code is not None:
-                    own_ENKR.copy_(self._records(own_ENKR, added, kept, self.code))
+                self._add_rows_(kept, sums_ENKR[kept], rows_ENW, sketch_ERB[kept[0]])
         self.num_added += 1
 
-    def _no_sums(self, like_ENKR: Tensor) -> Tensor:
-        return torch.zeros(
-            (*like_ENKR.shape[:-1], self.rank), dtype=self.dtype, device=like_ENKR.device
+    def _add_rows_(
+        self,
+        where: tuple[slice, slice],
+        own_ENKR: Tensor,
+        rows_ENW: Tensor,
+        sketch_ERB: Tensor,
+    ) -> None:
+        """C <- C + G A^T of some lines of C."""
+        assert self.tile is not None, self.name
+        sketch = RowSketch(
+            matrices_ERB=sketch_ERB,
+            first_column=self.tile.columns[0],
+            is_hadamard=self._sketches.is_hadamard,
+            scale=self._sketches.entry_scale,
         )
+        if self.code is None:
+            add_sketched_(own_ENKR, rows_ENW, sketch)
+            return
+        draws = None if self._is_fresh else self._draws(where, own_ENKR.shape[:2].numel())
+        add_to_records_(own_ENKR, rows_ENW, sketch, self.code, draws)
 
-    def _records(
-        self, kept_ENKR: Tensor, added_ENKR: Tensor, where: tuple[slice, slice], code: Code
-    ) -> Tensor:
-        """Q(C + G A^T) of some lines."""
-        if self.num_added == 0 and code.bits in LEVEL_BITS:
-            return level_records(added_ENKR, code)
-        if self.num_added:
-            added_ENKR = added_ENKR + read_records(kept_ENKR, code, self.dtype)
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether what is added now is put at levels."""
+        return self.num_added == 0 and self.code is not None and self.code.bits in LEVEL_BITS
+
+    def _draws(self, where: tuple[slice, slice], num_lines: int) -> Draws:
+        """Random bits of some lines of C, of this rank's own for each micro-batch."""
         first = where[0].start * self.sums_shape[1] + where[1].start
-        bits = self._bits(first, first + added_ENKR.shape[0] * added_ENKR.shape[1], self.num_added)
-        return round_records(added_ENKR, bits.view(added_ENKR.shape), code)
-
-    def _bits(self, first: int, last: int, number: int) -> Tensor:
-        """Random bits (lines, K R) of some lines of C, of this rank's own for each micro-batch."""
-        number = (number << _REPLICA_BITS) + self.replica
+        number = (self.num_added << _REPLICA_BITS) + self.replica
         key = self._sketches.rounding_key(Purpose.ROUND_GRADIENT, self.step, number)
-        return self.lines.bits(key, first, last, self.device)
+        return self.lines.draws(key, first, first + num_lines)
 
     def wire_records(self, share: Share, first: int, last: int, code: Code) -> Tensor:
         """Lines of a share as they travel (lines, K, bytes): as they are kept, if in as few bits.
@@ -209,28 +204,41 @@ class Accumulator:
         Fewer bits than are kept: at the levels of the normal law, which are nearly unbiased where
         what is kept is nearly the sketch itself.
         """
-        numbers_ENKR = self.at(share).flatten(0, 1)[first:last]
-        if self.code is not None:
-            if self.code == code:
-                return numbers_ENKR
-            numbers_ENKR = read_records(numbers_ENKR, self.code, self.dtype)
-        if code.bits in LEVEL_BITS:
-            return level_records(numbers_ENKR, code)
-        assert share.tile is not None
-        key = self._sketches.rounding_key(
-            Purpose.ROUND_GRADIENT, self.step, (_WIRE << _REPLICA_BITS) + self.replica
-        )
-        bits = self.lines.within(share.tile).bits(key, first, last, numbers_ENKR.device)
-        return round_records(numbers_ENKR, bits.view(numbers_ENKR.shape), code)
+        lines = self.at(share).flatten(0, 1)[first:last]
+        if self.code == code:
+            return lines
+        draws = None
+        if code.bits not in LEVEL_BITS:
+            assert share.tile is not None
+            number = (_WIRE << _REPLICA_BITS) + self.replica
+            key = self._sketches.rounding_key(Purpose.ROUND_GRADIENT, self.step, number)
+            draws = self.lines.within(share.tile).draws(key, first, last)
+        return merged_records([lines], self.code, code, draws, divisor=1.0, dtype=self.dtype)
 
     def rounded_mean(
-        self, mean_LKR: Tensor, share: Share, first: int, step: int, code: Code
+        self,
+        records: Sequence[Tensor],
+        share: Share,
+        first: int,
+        step: int,
+        sent: Code,
+        mean: Code,
+        divisor: float,
     ) -> Tensor:
-        """The mean of some lines of a share in few bits (lines, K, bytes), equal on all layouts."""
+        """The mean of some lines of a share (lines, K, bytes), equal on all layouts.
+
+        Args:
+            records: those lines of every rank, which are added in this order.
+            share: whose lines they are.
+            first: which line of it is the first.
+            step: that the sketches are of.
+            sent: how the records are written.
+            mean: how the mean is.
+            divisor: of the sum.
+        """
         key = self._sketches.rounding_key(Purpose.ROUND_MEAN, step)
-        lines = self.lines.within(share.tile)
-        bits = lines.bits(key, first, first + len(mean_LKR), mean_LKR.device)
-        return round_records(mean_LKR, bits.view(mean_LKR.shape), code)
+        draws = self.lines.within(share.tile).draws(key, first, first + len(records[0]))
+        return merged_records(records, sent, mean, draws, divisor=divisor, dtype=self.dtype)
 
     def add_sketch_(self, sketched: Tensor, step: int) -> None:
         """C <- C + c, where c = G A^T was taken in the basis of ``step``; c is this object's then.

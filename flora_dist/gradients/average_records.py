@@ -23,7 +23,6 @@ from torch import Tensor
 
 from flora_dist.core.comm.groups import exchange_octets, gather
 from flora_dist.core.records import Code, mean_bits
-from flora_dist.core.sketch.quantise import read_records
 from flora_dist.core.step.gradient import Records
 from flora_dist.gradients.accumulator import Accumulator, Share
 from flora_dist.gradients.route import Mean, Route
@@ -211,13 +210,11 @@ class RecordBuckets:
             own, code = self._own[piece.index], self._wire[piece.index]
             shape = (piece.last - piece.first, piece.share.shape[2], code.bytes)
             stop = begin + piece.octets(code)
-            # The sum over ranks, in their order
-            sum_LKR = read_records(lines[0][begin:stop].view(shape), code, own.dtype)
-            for line in lines[1:]:
-                sum_LKR += read_records(line[begin:stop].view(shape), code, own.dtype)
+            records = [line[begin:stop].view(shape) for line in lines]
             step, mean = steps[piece.index], self._mean[piece.index]
-            sum_LKR /= self._divisor
-            rounded.append(own.rounded_mean(sum_LKR, piece.share, piece.first, step, mean))
+            rounded.append(
+                own.rounded_mean(records, piece.share, piece.first, step, code, mean, self._divisor)
+            )
             begin = stop
         return rounded
 

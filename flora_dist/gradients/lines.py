@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from flora_dist.core.sketch.philox import grid16
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.tiles import Interval, Tile
+from flora_dist.kernels.records import Draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +36,8 @@ class Lines:
             blocks=tile.blocks(self.geometry.block),
         )
 
-    def bits(self, key: int, first: int, last: int, device: torch.device) -> Tensor:
-        """Integers (lines, K R) in [0, 65536) of lines ``first`` to ``last`` of the tile."""
+    def draws(self, key: int, first: int, last: int) -> Draws:
+        """Random bits (lines, K R) of lines ``first`` to ``last`` of the tile."""
         rank = self.geometry.rank
         assert rank is not None
         found, before = [], 0
@@ -49,15 +46,9 @@ class Lines:
             if low < high:
                 found.append((start + low, start + high))
             before += stop - start
-        return torch.cat(
-            [
-                grid16(
-                    key,
-                    rows=rows,
-                    columns=(self.blocks[0] * rank, self.blocks[1] * rank),
-                    num_columns=self.geometry.blocks_per_row * rank,
-                    device=device,
-                )
-                for rows in found
-            ]
+        return Draws(
+            key=key,
+            runs=tuple(found),
+            columns=(self.blocks[0] * rank, self.blocks[1] * rank),
+            num_columns=self.geometry.blocks_per_row * rank,
         )

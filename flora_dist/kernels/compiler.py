@@ -125,7 +125,7 @@ def _objects(torch: Torch, work: Path) -> Iterator[tuple[Sequence[str], Path]]:
         "-isystem",
         str(torch.include),
     )
-    for name in ("library", "gradients"):
+    for name in ("library", "gradients", "records"):
         yield (*exact, *stable, "-c", str(SOURCES / f"{name}.cpp")), work / f"{name}.o"
     yield (*exact, "-c", str(SOURCES / "settle.cpp")), work / "settle.o"
     sets = _INSTRUCTION_SETS.get(platform.machine().lower(), {"baseline": ()})

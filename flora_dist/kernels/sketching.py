@@ -6,6 +6,8 @@ Shape suffixes: E matrices, N rows, W columns here, K blocks, B block, R rank.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,30 +17,35 @@ from flora_dist.kernels.library import found
 from flora_dist.kernels.tables import DTYPES, LARGEST_SKETCH
 
 
-def add_sketched_(
-    sums_ENKR: Tensor,
-    gradient_ENW: Tensor,
-    sketch_ERB: Tensor,
-    *,
-    first_column: int,
-    is_hadamard: bool,
-    scale: float,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSketch:
+    """How rows are sketched."""
+
+    matrices_ERB: Tensor
+    """A, in the dtype of C."""
+    first_column: int
+    """Place of the rows' first column in the whole row."""
+    is_hadamard: bool
+    """Whether A is some rows of a Hadamard matrix, times signs and one number."""
+    scale: float
+    """In every entry of A; bfloat16 holds A over it exactly."""
+
+
+def add_sketched_(sums_ENKR: Tensor, gradient_ENW: Tensor, sketch: RowSketch) -> None:
     """C += G A^T, in the precision of C. Both ways give the same to rounding.
 
     Args:
         sums_ENKR: contiguous; all blocks that the columns touch.
         gradient_ENW: columns of the rows, in any dtype; the kernels read it as it comes.
-        sketch_ERB: the sketch matrices, in the dtype of C.
-        first_column: place of the first column in the whole row.
-        is_hadamard: whether A is some rows of a Hadamard matrix, times signs and one number.
-        scale: in every entry of A; bfloat16 holds A over it exactly.
+        sketch: how they are sketched.
     """
     assert sums_ENKR.is_contiguous(), sums_ENKR.shape
+    sketch_ERB, first_column = sketch.matrices_ERB, sketch.first_column
     if sums_ENKR.is_cuda and gpu_sketches(sums_ENKR, gradient_ENW, sketch_ERB, first_column):
-        add_by_triton_(sums_ENKR, gradient_ENW, sketch_ERB, scale)
+        add_by_triton_(sums_ENKR, gradient_ENW, sketch_ERB, sketch.scale)
         return
-    operators = found().operators if _covers(sums_ENKR, gradient_ENW, sketch_ERB) else None
+    covers = sums_ENKR.dtype == torch.float32 and kernels_cover(gradient_ENW, sketch_ERB)
+    operators = found().operators if covers else None
     if operators is None:
         rows_ENW = gradient_ENW.to(sums_ENKR.dtype)
         ops.add_compressed_(sums_ENKR, rows_ENW, sketch_ERB, first_column=first_column)
@@ -49,16 +56,17 @@ def add_sketched_(
         sketch_ERB.contiguous(),
         DTYPES[gradient_ENW.dtype],
         first_column,
-        is_hadamard,
+        sketch.is_hadamard,
     )
 
 
-def _covers(sums_ENKR: Tensor, gradient_ENW: Tensor, sketch_ERB: Tensor) -> bool:
+def kernels_cover(gradient_ENW: Tensor, sketch_ERB: Tensor) -> bool:
+    """Whether the CPU's kernels read such gradients, and multiply by such matrices."""
     rank, block = sketch_ERB.shape[1:]
     return (
-        sums_ENKR.dtype == sketch_ERB.dtype == torch.float32
+        sketch_ERB.dtype == torch.float32
         and gradient_ENW.dtype in DTYPES
-        and sums_ENKR.is_cpu
+        and sketch_ERB.is_cpu
         and gradient_ENW.is_cpu
         and rank * block <= LARGEST_SKETCH
     )

@@ -14,12 +14,12 @@ from flora_dist import flora
 from flora_dist.core.parameters import norms
 from flora_dist.core.sketch.keys import Purpose
 from flora_dist.core.step.basis import Sketches
-from flora_dist.gradients import accumulator as few_bits
 from flora_dist.gradients import average as routes
 from flora_dist.gradients import cycle as gradients
 from flora_dist.gradients.accumulator import Accumulator
 from flora_dist.gradients.average_records import RecordBuckets
 from flora_dist.gradients.cut_sketches import PartialSketches
+from flora_dist.kernels import records as few_bits
 from tests.battery.mutations import RECORD_MUTATIONS
 
 Mutate = Callable[[Any], Any]
@@ -119,15 +119,11 @@ def _half_a_scale(original: Any) -> Any:
 def _always_levels(original: Any) -> Any:
     """Put sums at levels again and again."""
 
-    def records(self: Any, kept: Tensor, added: Tensor, where: Any, code: Any) -> Tensor:
-        total = added + few_bits.read_records(kept, code, self.dtype) if self.num_added else added
-        before, self.num_added = self.num_added, 0
-        try:
-            return original(self, kept, total, where, code)
-        finally:
-            self.num_added = before
+    def rounded(numbers_R: Tensor, code: Any, draws: Any) -> Tensor:
+        del draws
+        return original(numbers_R, code, None)
 
-    return records
+    return rounded
 
 
 FAULTS: dict[str, tuple[Any, str, Mutate]] = {
@@ -142,7 +138,7 @@ FAULTS: dict[str, tuple[Any, str, Mutate]] = {
     "owner's sum": (RecordBuckets, "_round", _first_rank_twice),
     "scale": (few_bits, "level_records", _half_a_scale),
     "packing order": RECORD_MUTATIONS["packing order"],
-    "levels of sums": (Accumulator, "_records", _always_levels),
+    "levels of sums": (few_bits, "_rounded", _always_levels),
     "clipping": (flora, "scale_", _unscaled),
     "blocks kept twice": (norms, "_square_sum_of_sketches", _every_block),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from flora_dist.core.sketch.matrices import entry_scale, sketch_matrices
 from flora_dist.core.sketch.philox import Counters, Stream, drawn_by_torch
 from flora_dist.kernels.random_bits import drawn
-from flora_dist.kernels.sketching import add_sketched_
+from flora_dist.kernels.sketching import RowSketch, add_sketched_
 from tests.kernels.paths import path
 
 CPU = torch.device("cpu")
@@ -94,15 +94,14 @@ def sums(
     sketch = sketch_matrices(
         law, keys=range(matrices), rank=rank, block=block, dtype=torch.float32, device="cpu"
     )
+    row_sketch = RowSketch(
+        matrices_ERB=sketch,
+        first_column=first,
+        is_hadamard=law == "hadamard",
+        scale=entry_scale(law, rank=rank),
+    )
     for _ in range(2):
         gradient = torch.randn(shape, generator=generator).to(dtype)
         with path(name):
-            add_sketched_(
-                kept,
-                gradient,
-                sketch,
-                first_column=first,
-                is_hadamard=law == "hadamard",
-                scale=entry_scale(law, rank=rank),
-            )
+            add_sketched_(kept, gradient, row_sketch)
     return kept

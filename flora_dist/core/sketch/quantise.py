@@ -99,16 +99,16 @@ def level_records(x_R: Tensor, code: Code) -> Tensor:
     [[4.199999809265137, -4.199999809265137]]
     """
     assert code.bits in LEVEL_BITS, code
-    values = _levels(code.bits, x_R.dtype, x_R.device)
+    values, _ = level_tables(code.bits, x_R.dtype, x_R.device)
     # Over the largest first: squares of small numbers would be zero.
     largest_1 = x_R.abs().amax(-1, keepdim=True)
     y_R = x_R / largest_1.masked_fill(largest_1 == 0, 1.0)
-    square_1 = y_R.square().sum(-1, keepdim=True)
+    square_1 = _sum(y_R.square())
     rms_1 = (square_1 / code.numbers).sqrt_()
     codes_R = _nearest((y_R / rms_1).nan_to_num_(0.0), code.bits)
     # s = |x|^2 / <x, q>
     levels_R = values.index_select(0, codes_R.flatten().int()).view(codes_R.shape)
-    along_1 = levels_R.mul_(y_R).sum(-1, keepdim=True)
+    along_1 = _sum(levels_R.mul_(y_R))
     scale_1 = largest_1 * (square_1 / along_1.masked_fill_(along_1 == 0, 1.0))
     return _record(codes_R, -scale_1.to(torch.bfloat16), code)
 
@@ -122,12 +122,24 @@ def read_records(records: Tensor, code: Code, dtype: torch.dtype) -> Tensor:
     if code.bits == 16:
         return _halves(records).to(dtype)
     codes, scale = records[..., :-2], _halves(records[..., -2:])
-    table = _table(code.bits, dtype, records.device)
+    table = value_table(code.bits, dtype, records.device)
     # Levels stand in the second half of the table.
     index = codes.to(torch.int32) + (scale < 0).to(torch.int32) * 256
     values = table.index_select(0, index.flatten())
     values = values.view(*codes.shape[:-1], -1)[..., : code.numbers]
     return values * scale.to(dtype).abs()
+
+
+def _sum(x_R: Tensor) -> Tensor:
+    """(..., 1), halves on halves: every device and every kernel has the same bits."""
+    width = x_R.shape[-1]
+    room = 1 << (width - 1).bit_length()
+    if room != width:
+        x_R = torch.nn.functional.pad(x_R, (0, room - width))
+    while room > 1:
+        room //= 2
+        x_R = x_R[..., :room] + x_R[..., room:]
+    return x_R
 
 
 def _record(codes_R: Tensor, scale_1: Tensor, code: Code) -> Tensor:
@@ -182,8 +194,7 @@ one of the bin beside, where it gets the same code."""
 @functools.cache
 def _bins(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """(257,) of each bin: edges below it, uint8, and the one in it, infinite if there is none."""
-    values = _levels(bits, torch.float64, torch.device("cpu"))
-    edges = (values[:-1] + values[1:]) / 2
+    _, edges = level_tables(bits, torch.float64, torch.device("cpu"))
     places = (edges * _BINS_PER_UNIT + _MIDDLE).long()
     in_bin = torch.full((257,), torch.inf, dtype=torch.float64)
     in_bin[places] = edges
@@ -192,19 +203,20 @@ def _bins(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
 
 
 @functools.cache
-def _levels(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Ascending."""
+def level_tables(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Levels (2^bits) and the edges between them, ascending."""
     half = torch.tensor(_LEVELS[bits], dtype=torch.float64)
-    return torch.cat([-half.flip(0), half]).to(device, dtype)
+    values = torch.cat([-half.flip(0), half])
+    return values.to(device, dtype), ((values[:-1] + values[1:]) / 2).to(device, dtype)
 
 
 @functools.cache
-def _table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def value_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(512, per byte): values of each byte over the scale, evenly spaced, then of levels."""
     byte = torch.arange(256).unsqueeze(1)
     codes = (byte >> torch.arange(0, 8, bits)) & ((1 << bits) - 1)
     even = 2 * codes.double() / ((1 << bits) - 1) - 1
     if bits not in _LEVELS:
         return torch.cat([even, even]).to(device, dtype)
-    values = _levels(bits, torch.float64, torch.device("cpu"))
+    values, _ = level_tables(bits, torch.float64, torch.device("cpu"))
     return torch.cat([even, values[codes]]).to(device, dtype)

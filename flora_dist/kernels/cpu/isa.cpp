@@ -4,6 +4,7 @@
 #include "finish.h"
 #include "gradients.h"
 #include "measure.h"
+#include "quantised.h"
 #include "vector.h"
 
 #define FLORA_PASTE(a, b) a##b
@@ -14,8 +15,9 @@
 namespace flora {
 
 const Kernels* FLORA_NAME(FLORA_ISA)() {
-  static const Kernels kernels = {FLORA_TEXT(FLORA_ISA), measure,       couple,     finish,
-                                  measure_vector,        finish_vector, accumulate, random_words};
+  static const Kernels kernels = {FLORA_TEXT(FLORA_ISA), measure,    couple,      finish,
+                                  measure_vector,        finish_vector, accumulate, add_records,
+                                  merge_records,         random_words};
   return &kernels;
 }
 

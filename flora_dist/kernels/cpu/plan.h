@@ -168,6 +168,56 @@ struct Sketching {
   int64_t is_hadamard;
 };
 
+// How the numbers of a block are written: a record of bytes, see flora_dist/core/sketch/quantise.py.
+struct Code {
+  int64_t bits;                // 32: fp32, 16: bfloat16, else 8, 4, 2 or 1
+  int64_t numbers;             // R
+  int64_t octets;              // of the numbers, without the scale
+  int64_t bytes;               // of a record
+  int64_t per_octet;
+  int64_t room;                // R up to a power of two of at least eight: zeros stand after the numbers
+  const float* table;          // (512, per octet): values of each byte over the scale, evenly spaced, then of levels
+  const float* levels;         // (2^bits) ascending, or null where they are not asked for
+  const float* edges;          // (2^bits - 1) between them
+};
+
+static inline Code code_of(int64_t bits, int64_t numbers, const float* table, const float* levels, const float* edges) {
+  int64_t room = 8;
+  while (room < numbers) room *= 2;
+  const int64_t octets = (numbers * bits + 7) / 8, scale = bits < 16 ? 2 : 0;
+  return {bits, numbers, octets, octets + scale, bits < 8 ? 8 / bits : 1, room, table, levels, edges};
+}
+
+// Random bits of some lines of the whole parameter, by their places in it.
+struct Draws {
+  uint64_t key;
+  const int64_t* lines;        // by line here: its number in the whole parameter
+  int64_t first;               // number of a line that its first one here is
+  int64_t count;               // numbers of a whole line
+};
+
+// Records that gradients are added to: C <- Q(C + G A^T).
+struct Adding {
+  Sketching given;             // `sums` is null
+  uint8_t* records;            // (E, N, K, bytes)
+  Code code;
+  bool is_fresh;               // nothing is there yet, and levels are asked for
+  Draws draws;
+};
+
+// Records of several ranks, added in their order: out <- Q(sum / divisor).
+struct Merging {
+  const int64_t* sources;      // addresses (L, K, bytes), by rank
+  int64_t num_sources;
+  Code from;
+  uint8_t* to;                 // (L, K, bytes)
+  Code code;                   // 32 bits: nothing is rounded
+  bool puts_at_levels;
+  float divisor;
+  int64_t blocks;              // K
+  Draws draws;
+};
+
 // One instruction set's versions of everything that takes time.
 struct Kernels {
   const char* name;
@@ -182,6 +232,8 @@ struct Kernels {
   void (*finish_vector)(const Plan&, int64_t tile, const Gradients&, const Now&, const Settled&,
                         const FinishOptions&, float* scratch);
   void (*accumulate)(const Sketching&, int64_t first, int64_t last, float* scratch);
+  void (*add_records)(const Adding&, int64_t first, int64_t last, float* scratch);
+  void (*merge_records)(const Merging&, int64_t first, int64_t last, float* scratch);
   void (*random_words)(uint64_t key, uint64_t first, int64_t count, uint32_t stream, uint32_t* words);
 };
 
@@ -193,6 +245,16 @@ static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to;
 static inline int64_t floats_for(const Sketching& s) {
   const int64_t padded = up(s.rank, 8);
   return up(s.blocks * s.block, 16) + s.blocks * padded + s.block * padded;
+}
+// Floats for a Rotation.
+static inline int64_t rotation_floats(int64_t block, int64_t rank) { return 2 * up(block, 16) + up(rank, 16); }
+// And for blocks of numbers that are rounded: codes, products, numbers and random bits of at least kChunk.
+static inline int64_t rounding_floats(const Code& code) {
+  return 4 * (code.room + 16) + up(code.numbers, 16) + kChunk;
+}
+static inline int64_t floats_for(const Adding& a) {
+  return up(a.given.blocks * a.given.block, 16) + rotation_floats(a.given.block, a.given.rank) +
+         rounding_floats(a.code);
 }
 static inline int64_t chunk_blocks(int64_t block) { return block >= kChunk ? 1 : kChunk / block; }
 

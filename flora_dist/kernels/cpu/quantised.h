@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sketches that are kept and sent in few bits: records that gradients are added to, and sums of records.
+#pragma once
+#include "gradients.h"
+#include "philox.h"
+#include "plan.h"
+#include "records.h"
+#include "rotation.h"
+
+namespace flora {
+namespace {
+
+// A thread's buffers for the blocks of a line.
+struct RecordRoom {
+  float* numbers;     // of a block, with zeros up to the room
+  float* others;      // likewise, of what is added to them; products
+  uint8_t* codes;
+  uint16_t* bits;     // of some blocks
+
+  FLORA_INLINE RecordRoom in(float* scratch, const Code& code) {
+    const int64_t room = code.room + 16;
+    RecordRoom own = {scratch, scratch + room, reinterpret_cast<uint8_t*>(scratch + 2 * room),
+                      reinterpret_cast<uint16_t*>(scratch + 3 * room)};
+    memset(own.numbers, 0, sizeof(float) * room);
+    memset(own.others, 0, sizeof(float) * room);
+    return own;
+  }
+};
+
+// Random bits of some blocks of a line, from block k of those here; returns where they begin.
+FLORA_INLINE const uint16_t* draw(const Draws& draws, int64_t line, int64_t k, int64_t blocks, int64_t rank,
+                                  uint16_t* bits) {
+  const int64_t per_line = (draws.count + kIntegersPerCounter - 1) / kIntegersPerCounter;
+  const int64_t column = draws.first + k * rank, first = column / kIntegersPerCounter;
+  const int64_t counters = (column + blocks * rank + kIntegersPerCounter - 1) / kIntegersPerCounter - first;
+  philox(draws.key, static_cast<uint64_t>(draws.lines[line] * per_line + first), counters, 0,
+         reinterpret_cast<uint32_t*>(bits));
+  return bits + (column - first * kIntegersPerCounter);
+}
+
+// body(k, bits) for each block of a line, with the random bits that round its numbers.
+template <class Body>
+FLORA_INLINE void each_block(const Draws& draws, int64_t line, int64_t blocks, int64_t rank, bool draws_bits,
+                             uint16_t* bits, const Body& body) {
+  const int64_t together = rank >= kChunk ? 1 : kChunk / rank;
+  const uint16_t* own = bits;
+  for (int64_t k = 0; k < blocks; k++) {
+    if (draws_bits && k % together == 0) own = draw(draws, line, k, smaller(together, blocks - k), rank, bits);
+    body(k, own + k % together * rank);
+  }
+}
+
+// Lines [first, last), all of one matrix. Scratch: floats_for(a).
+FLORA_CALLED void add_records(const Adding& a, int64_t first, int64_t last, float* scratch) {
+  const Sketching& s = a.given;
+  const Code code = a.code;
+  float* row = scratch;
+  Rotation rotation;
+  float* own = row + up(s.blocks * s.block, 16);
+  Rotation::read(rotation, s.sketch_ERB + first / s.num_rows * s.rank * s.block, s.block, s.rank, own);
+  const RecordRoom room = RecordRoom::in(own + rotation_floats(s.block, s.rank), code);
+  for (int64_t line = first; line < last; line++) {
+    const float* x = whole_blocks(s, line, row);
+    uint8_t* records = a.records + line * s.blocks * code.bytes;
+    each_block(a.draws, line, s.blocks, s.rank, !a.is_fresh, room.bits, [&](int64_t k, const uint16_t* bits) {
+      uint8_t* to = records + k * code.bytes;
+      rotate(rotation, room.numbers, x + k * s.block);
+      if (a.is_fresh) return level_record(code, to, room.numbers, room.others, room.codes);
+      read_record(code, room.others, to);
+      for (int64_t r = 0; r < code.numbers; r++) room.numbers[r] += room.others[r];
+      round_record(code, to, room.numbers, bits, room.codes);
+    });
+  }
+}
+
+// Lines [first, last) of all sources. Scratch: rounding_floats of both codes' larger room.
+FLORA_CALLED void merge_records(const Merging& m, int64_t first, int64_t last, float* scratch) {
+  const RecordRoom room = RecordRoom::in(scratch, m.code);
+  const int64_t numbers = m.code.numbers, from_bytes = m.from.bytes;
+  const bool rounds = !m.puts_at_levels && m.code.bits < 32;
+  for (int64_t line = first; line < last; line++)
+    each_block(m.draws, line, m.blocks, numbers, rounds, room.bits, [&](int64_t k, const uint16_t* bits) {
+      const int64_t at = (line * m.blocks + k) * from_bytes;
+      // The sum over ranks, in their order
+      for (int64_t n = 0; n < m.num_sources; n++) {
+        const auto* source = reinterpret_cast<const uint8_t*>(m.sources[n]) + at;
+        float* to = n == 0 ? room.numbers : room.others;
+        if (m.from.bits == 32)
+          memcpy(to, source, from_bytes);
+        else
+          read_record(m.from, to, source);
+        for (int64_t r = 0; n > 0 && r < numbers; r++) room.numbers[r] += room.others[r];
+      }
+      for (int64_t r = 0; r < numbers; r++) room.numbers[r] /= m.divisor;
+      // What was read beyond a block's numbers
+      for (int64_t r = numbers; r < smaller(numbers + 8, m.code.room); r++) room.numbers[r] = 0;
+      uint8_t* to = m.to + (line * m.blocks + k) * m.code.bytes;
+      if (m.code.bits == 32)
+        memcpy(to, room.numbers, m.code.bytes);
+      else if (m.puts_at_levels)
+        level_record(m.code, to, room.numbers, room.others, room.codes);
+      else
+        round_record(m.code, to, room.numbers, bits, room.codes);
+    });
+}
+
+}  // namespace
+}  // namespace flora
