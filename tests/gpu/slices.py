@@ -2,8 +2,10 @@
 """What ``launch/gpu.sh`` runs, slice by slice; each prints one JSON object on its last line.
 
     python -m tests.gpu.slices --slice step [--rehearse]
+    python -m tests.gpu.slices --slice 60m --runs FILE [--rehearse]
 
 ``--rehearse``: toy sizes on the CPU, kernels in Triton's interpreter; its times mean nothing.
+``--runs``: where a slice of many training runs keeps those that have ended.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from tests.gpu import benches, training
+from tests.gpu import benches, quality, training
 from tests.kernels.gpu.bits import wrong_bits
 from tests.kernels.gpu.cuda_bits import other_bits
 from tests.kernels.gpu.runs import (
@@ -85,10 +89,16 @@ SLICES: Mapping[str, Callable[[bool], Found]] = {
 }
 
 
+def slices_of(kept: Path) -> Mapping[str, Callable[[bool], Found]]:
+    """All of them; ``kept`` is the file of those that have many runs."""
+    return {**SLICES, **{name: partial(quality.quality, name, kept=kept) for name in quality.PLANS}}
+
+
 def main() -> int:
     """Run one; the exit code is 1 where it has found a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--slice", required=True, choices=tuple(SLICES))
+    parser.add_argument("--slice", required=True, choices=(*SLICES, *quality.PLANS))
+    parser.add_argument("--runs", type=Path, default=Path("runs.jsonl"))
     parser.add_argument("--rehearse", action="store_true")
     parsed = parser.parse_args()
     if not parsed.rehearse and DEVICE != "cuda":
@@ -97,7 +107,7 @@ def main() -> int:
         )
         return 2
     start = time.perf_counter()
-    found = SLICES[parsed.slice](parsed.rehearse)
+    found = slices_of(parsed.runs)[parsed.slice](parsed.rehearse)
     is_gpu = DEVICE == "cuda"
     result = {
         "slice": parsed.slice,

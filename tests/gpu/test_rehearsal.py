@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import gpu_table
 from tests.harness.launched import ROOT
 
 
@@ -33,8 +34,14 @@ def test_every_slice_is_rehearsed_and_goes_on_where_it_stopped(tmp_path: Path) -
     done = launch("--rehearse", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sketch    has passed before" in done.stdout
+    for name in ("60m", "130m"):
+        trained = launch("--rehearse", "--out", out, "--slice", name)
+        assert trained.returncode == 0, trained.stdout + trained.stderr
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(found) == {"bits", "runs", "graph", "marked", "step", "sketch", "training"}
+    assert set(found) == set(gpu_table.SLICES)
+    shown = "\n".join(gpu_table.lines_of(gpu_table.read(tmp_path)))
+    assert "Flora, blend, recorded" in shown
+    assert "Flora, orthogonal tiles" in shown
     assert [name for name, one in found.items() if one["faults"] or not one["rehearsal"]] == []
 
 
@@ -47,4 +54,4 @@ def test_a_slice_is_rehearsed_and_its_result_is_a_file(tmp_path: Path) -> None:
 def test_an_unknown_slice_is_refused_with_the_names_of_all() -> None:
     done = launch("--slice", "speed")
     assert done.returncode == 2
-    assert "must be one of bits runs graph marked step sketch training" in done.stderr
+    assert "must be one of bits runs graph marked step sketch training 60m 130m" in done.stderr
