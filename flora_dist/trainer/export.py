@@ -51,7 +51,8 @@ def generate(path: Path, prompt: str, *, tokens: int, temperature: float, seed: 
         seed: of sampling.
 
     Raises:
-        ValueError: no such model, a damaged one, or numbers out of range.
+        ValueError: no such model, a damaged one, numbers out of range, or more tokens than the
+            model has positions.
     """
     if not prompt or tokens < 1 or not 0.0 <= temperature < float("inf"):
         raise ValueError(
@@ -61,6 +62,7 @@ def generate(path: Path, prompt: str, *, tokens: int, temperature: float, seed: 
         )
     model, tokenizer = _load(path)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    _check_positions(model.config, inputs["input_ids"].shape[1], tokens)
     torch.manual_seed(seed)
     sampling = {"temperature": temperature} if temperature else {}
     with torch.no_grad():
@@ -73,6 +75,19 @@ def generate(path: Path, prompt: str, *, tokens: int, temperature: float, seed: 
             **sampling,
         )
     return str(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+def _check_positions(network: Any, given: int, more: int) -> None:
+    """Raise where tokens would stand at positions that the network was never trained at."""
+    positions = getattr(network, "max_position_embeddings", None)
+    if positions is None or given + more <= positions:
+        return
+    room = positions - given
+    remedy = f"Lower --tokens to {room} or less" if room > 0 else "Shorten the prompt"
+    raise ValueError(
+        f"a model writes within its {positions} positions; the prompt has {given} tokens and "
+        f"--tokens asks for {more} more. {remedy}."
+    )
 
 
 def _load(path: Path) -> tuple[Any, Any]:

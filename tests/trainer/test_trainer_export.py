@@ -110,6 +110,25 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_model_writes_up_to_its_last_position_and_not_beyond(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def written(length: int, tokens: int) -> int:
+        capsys.readouterr()
+        prompt, count = "a" * length, str(tokens)
+        return main(["generate", str(trained), "--prompt", prompt, "--tokens", count])
+
+    assert written(250, 6) == 0  # the tiny llama has 256 positions, and a byte is a token
+    for length, tokens, message in (
+        (250, 7, "has 250 tokens and --tokens asks for 7 more. Lower --tokens to 6 or less."),
+        (256, 1, "has 256 tokens and --tokens asks for 1 more. Shorten the prompt."),
+    ):
+        assert written(length, tokens) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+
+
 def test_a_run_without_a_whole_checkpoint_has_nothing_to_export(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
