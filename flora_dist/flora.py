@@ -58,8 +58,8 @@ class Flora(torch.optim.Optimizer):
 
     On plain tensors ``step()`` sends nothing. On DTensors it sends one message of sums, as an
     all-reduce for each sharded axis of the mesh; ``flora_strict`` adds one message, and sharded
-    columns add another. Under ZeRO and FSDP1 it sends two all-reduces, and from three ranks on two
-    exchanges among those that share a cut row or block. Parameters that are sharded over other axes
+    columns add another. Under ZeRO and FSDP1 it sends one all-reduce, and from three ranks on an
+    exchange before it among those that share a cut row. Parameters that are sharded over other axes
     have messages of their own. More parameters do not mean more messages, and more ranks do not
     mean more bytes from each.
 

@@ -14,8 +14,9 @@ from flora_dist.core.tiles import Cuts, Interval, Tile
 
 Terms = dict[str, Tensor]
 """Named plain tensors that one parameter contributes to a message; a sum over ranks keeps them."""
-SLOTTED = ("rows", "blocks")
-"""Terms with a place (of the first dim) per cut row or cut block of ``Part.cuts``."""
+WHOLE_ROWS = ("elements", "products")
+"""Terms that hold whole cut rows of ``Part.cuts`` (parameters, rows, columns), where these are few:
+each rank fills in the columns that it has. Other ranks than those that share a row need none."""
 
 
 class Reducer(Protocol):

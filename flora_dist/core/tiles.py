@@ -187,8 +187,6 @@ class Peer:
     """Its place in the group."""
     rows: tuple[int, ...]
     """Places of shared rows among this rank's cut rows, ascending by row."""
-    blocks: tuple[int, ...]
-    """Places of shared blocks among this rank's cut blocks, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +207,8 @@ class Cuts:
     """Whether any rank has a cut block; equal on all ranks."""
     peers: tuple[Peer, ...] | None = None
     """Who shares this rank's cuts; None: ``rows`` and ``blocks`` are those of all ranks."""
+    are_few: bool = False
+    """At most one row for each boundary between two ranks: their elements may travel."""
 
     def row_slot(self, line: int) -> int:
         """Place of the row numbered ``line`` among the cut rows."""
@@ -274,11 +274,11 @@ def find_shared_cuts(owned: Sequence[Interval], rank: int, grid: Grid) -> Cuts:
 
     >>> grid = Grid(num_matrices=1, num_rows=4, num_columns=6, block=4)
     >>> cuts = find_shared_cuts([(0, 8), (8, 11), (11, 24)], 0, grid)
-    >>> len(cuts.rows), [(p.rank, p.rows, p.blocks) for p in cuts.peers]
-    (1, [(1, (0,), (0,)), (2, (0,), ())])
+    >>> len(cuts.rows), [(p.rank, p.rows) for p in cuts.peers]
+    (1, [(1, (0,)), (2, (0,))])
     """
     mine = _cuts_of_span(owned[rank], grid)
-    lines, blocks = set(mine.rows.indices()), set(mine.blocks.indices())
+    lines = set(mine.rows.indices())
     peers = []
     for other, (start, stop) in enumerate(owned):
         if other == rank or start == stop:
@@ -288,17 +288,16 @@ def find_shared_cuts(owned: Sequence[Interval], rank: int, grid: Grid) -> Cuts:
             continue
         theirs = _cuts_of_span((start, stop), grid)
         shared_rows = sorted(lines.intersection(theirs.rows.indices()))
-        shared_blocks = sorted(blocks.intersection(theirs.blocks.indices()))
         if shared_rows:
             rows = tuple(mine.rows.at(index) for index in shared_rows)
-            places = tuple(mine.blocks.at(index) for index in shared_blocks)
-            peers.append(Peer(rank=other, rows=rows, blocks=places))
+            peers.append(Peer(rank=other, rows=rows))
     columns = [stop % grid.num_columns for start, stop in owned if start < stop]
     return replace(
         mine,
         rows_anywhere=any(columns),
         blocks_anywhere=any(column % grid.block for column in columns),
         peers=tuple(peers),
+        are_few=True,
     )
 
 

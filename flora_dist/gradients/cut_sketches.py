@@ -36,8 +36,8 @@ class PartialSketches:
             for flow, cuts in cut
         ]
         pieces = [_pieces(flow, cuts, means[flow.part.name]) for flow, cuts in cut]
-        totals = Message(senders, self._reducer).sum(pieces)
-        for (flow, cuts), total in zip(cut, totals, strict=True):
+        Message(senders, self._reducer).bind(pieces)()
+        for (flow, cuts), total in zip(cut, pieces, strict=True):
             for tile, compressed_1NKR in _by_matrix(flow, means[flow.part.name]):
                 fill_(compressed_1NKR, total["blocks"], edges_of(tile, flow.geometry, cuts), None)
 

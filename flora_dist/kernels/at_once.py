@@ -1,44 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole step of all batches by one call, where no sums have to travel between the phases."""
+"""A step of all batches by one call, or by two with a message between, in place of one a phase."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Moment
 from flora_dist.kernels.inputs import gradients_of, keys_of, move_of, numbers_of
 from flora_dist.kernels.native import NativePhases
 from flora_dist.kernels.native_vector import NativeVectorPhases
 
+AnyPhases = NativePhases | NativeVectorPhases
+
 
 class NativeStep:
     """``AtOnce`` by the compiled kernels: the same phases, with the same bits."""
 
-    def __init__(self, phases: Sequence[NativePhases | NativeVectorPhases], operators: Any) -> None:
+    def __init__(self, phases: Sequence[AnyPhases], operators: Any) -> None:
         """``operators``: those of the loaded library."""
         self._phases, self._ops = phases, operators
 
     def __call__(self, moments: Sequence[Moment]) -> None:
         """Update weights and state of all batches."""
-        batches: list[int] = []
-        gradients: list[int] = []
-        numbers: list[float] = []
-        keys: list[int] = []
-        kept: list[object] = []  # what must outlive the addresses
-        for each, now in zip(self._phases, moments, strict=True):
-            given, own_keys, move = gradients_of(now), keys_of(each.batch, now), move_of(now.basis)
-            tensors = (*each.bases.of(now.basis), move[0])
-            is_vector = each.batch.geometry.is_vector
-            batches += each.table.numbers.data_ptr(), int(is_vector), *map(_address, tensors)
-            batches += move[1], len(given.numbers), len(own_keys)
-            gradients += given.numbers
-            numbers += numbers_of(each.batch, now)
-            keys += own_keys
-            kept += given, tensors
-        self._ops.step(batches, gradients, numbers, keys)
+        given = _given(self._phases, moments)
+        self._ops.step(*given.lists)
+
+    def across(self) -> NativeAcross | None:
+        """The same over ranks; None where a batch needs more than one message."""
+        if not all(each.is_settled_by_one_message for each in self._phases):
+            return None
+        return NativeAcross(self._phases, self._ops)
+
+
+class NativeAcross:
+    """``Across`` by the compiled kernels."""
+
+    def __init__(self, phases: Sequence[AnyPhases], operators: Any) -> None:
+        """``operators``: those of the loaded library."""
+        self._phases, self._ops = phases, operators
+        self.terms = [each.make_terms()[1] for each in phases]
+        rows = [0 if each.batch.geometry.is_vector else each.table.num_rows for each in phases]
+        self._rows = torch.split(torch.empty(sum(rows)), rows)
+        self._places = [
+            [own["presence"].data_ptr(), sum(term.numel() for term in own.values()), r.data_ptr()]
+            for own, r in zip(self.terms, self._rows, strict=True)
+        ]
+
+    def measure(self, moments: Sequence[Moment]) -> _Given:
+        """Fill in the terms of message 1."""
+        given = _given(self._phases, moments)
+        places = [number for own in self._places for number in (*own, 0, 0)]
+        self._ops.measure_all(*given.lists, places)
+        return given
+
+    def finish(self, begun: _Given, totals: Sequence[Terms]) -> None:
+        """Update weights and state of all batches."""
+        places: list[int] = []
+        for own, total in zip(self._places, totals, strict=True):
+            places += own
+            places += _address(total.get("rows")), _address(total.get("blocks"))
+        self._ops.finish_all(*begun.lists, places)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What the kernels are told of a step."""
+
+    lists: tuple[list[int], list[int], list[float], list[int]]
+    """Of batches, gradients, numbers and keys."""
+    kept: list[object]
+    """What must outlive the addresses."""
+
+
+def _given(phases: Sequence[AnyPhases], moments: Sequence[Moment]) -> _Given:
+    batches: list[int] = []
+    gradients: list[int] = []
+    numbers: list[float] = []
+    keys: list[int] = []
+    kept: list[object] = []
+    for each, now in zip(phases, moments, strict=True):
+        given, own_keys, move = gradients_of(now), keys_of(each.batch, now), move_of(now.basis)
+        tensors = (*each.bases.of(now.basis), move[0])
+        is_vector = each.batch.geometry.is_vector
+        batches += each.table.numbers.data_ptr(), int(is_vector), *map(_address, tensors)
+        batches += move[1], len(given.numbers), len(own_keys)
+        gradients += given.numbers
+        numbers += numbers_of(each.batch, now)
+        keys += own_keys
+        kept += given, tensors
+    return _Given(lists=(batches, gradients, numbers, keys), kept=kept)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -10,7 +10,7 @@ R rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Coupled:
     """sqrt(mean(R) / C)."""
     sums_H3: Tensor
     """|X|^2, <X, M A> and |M A|^2 of whole rows, in float64."""
+    blocks: Tensor | None
+    """Whole sketches of cut blocks (P, slots, R), once they are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,15 @@ class NativePhases:
         self._first_terms = list(self._terms_of_measure())
         self._second_terms = list(self._terms_of_couple())
 
+    @property
+    def is_settled_by_one_message(self) -> bool:
+        """Whether a step follows from the sums of message 1."""
+        return not self._second_terms and not self._asks_update
+
+    def make_terms(self) -> tuple[Tensor, Terms]:
+        """Message 1, of zeros: a buffer, and its terms."""
+        return make_terms(self._first_terms)
+
     def _terms_of_measure(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of message 1, in the order that the kernels write them in."""
         batch, members = self.batch, len(self.batch.members)
@@ -87,23 +98,31 @@ class NativePhases:
             yield "history", (summed,)
         if batch.config.scale_parameter:
             yield "weight", (summed,)
-        if batch.members[0].cuts.rows_anywhere:
-            yield "rows", (members, len(batch.members[0].cuts.rows))
+        cuts = batch.members[0].cuts
+        if cuts.rows_anywhere and cuts.are_few:
+            yield "elements", (members, len(cuts.rows), columns)
+            if self._asks_cross:
+                yield "products", (members, len(cuts.rows), columns)
+        elif cuts.rows_anywhere:
+            yield "rows", (members, len(cuts.rows))
 
     def _terms_of_couple(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         batch, members = self.batch, len(self.batch.members)
-        if batch.members[0].cuts.rows_anywhere and self._asks_squares:
+        cuts = batch.members[0].cuts
+        if cuts.are_few:
+            return
+        if cuts.rows_anywhere and self._asks_squares:
             yield "squares", (members * batch.matrices_summed,)
             if self._asks_cross:
                 yield "cross", (members * batch.matrices_summed,)
-        if batch.members[0].cuts.blocks_anywhere and self._has_sketch:
+        if cuts.blocks_anywhere and self._has_sketch:
             assert batch.geometry.rank is not None
-            yield "blocks", (members, len(batch.members[0].cuts.blocks), batch.geometry.rank)
+            yield "blocks", (members, len(cuts.blocks), batch.geometry.rank)
 
     def measure(self, now: Moment) -> Measured:
         """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
         given, numbers = gradients_of(now), numbers_of(self.batch, now)
-        buffer, terms = make_terms(self._first_terms)
+        buffer, terms = self.make_terms()
         if not now.is_missing:
             terms["presence"].fill_(1.0)
         rows = torch.empty(self.table.num_rows, dtype=torch.float32)
@@ -145,6 +164,7 @@ class NativePhases:
             column_HM=column_HM,
             factor_HM=factor_HM,
             sums_H3=sums_H3,
+            blocks=totals.get("blocks"),
         )
 
     def _couple_cuts(self, now: Moment, measured: Measured, factor_HM: Tensor) -> Terms:
@@ -168,13 +188,14 @@ class NativePhases:
     def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
         """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
         terms: Terms = {}
+        coupled = replace(coupled, blocks=totals.get("blocks", coupled.blocks))
         if self._asks_update:
             summed = len(self.batch.members) * self.batch.matrices_summed
             terms["update"] = torch.zeros(summed)
             self._ops.tally(
                 *self._common(now, coupled),
                 coupled.factor_HM,
-                totals.get("blocks"),
+                coupled.blocks,
                 terms["update"],
             )
         return Tallied(terms=terms, coupled=coupled, sums=totals)
@@ -191,7 +212,7 @@ class NativePhases:
             sums.get("cross"),
             totals.get("update"),
             coupled.weight_S,
-            sums.get("blocks"),
+            coupled.blocks,
             keys_of(self.batch, now),
         )
 

@@ -7,7 +7,7 @@ Nothing is kept between the two passes but sums: the second one takes X from G a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,10 +53,16 @@ class NativeVectorPhases:
         names = ["presence", "update", *(["weight"] if batch.config.scale_parameter else [])]
         self._terms = [(name, (members,)) for name in names]
 
+    is_settled_by_one_message: ClassVar[bool] = True
+
+    def make_terms(self) -> tuple[Tensor, Terms]:
+        """Message 1, of zeros: a buffer, and its terms."""
+        return make_terms(self._terms)
+
     def measure(self, now: Moment) -> Measured:
         """The squared norms of what is clipped, and of the weight where lr scales with it."""
         given, numbers = gradients_of(now), numbers_of(self.batch, now)
-        buffer, terms = make_terms(self._terms)
+        buffer, terms = self.make_terms()
         if not now.is_missing:
             terms["presence"].fill_(1.0)
         sums_T4 = torch.empty((self.table.num_tiles, _SUMS), dtype=torch.float64)

@@ -19,7 +19,7 @@ from flora_dist.core.step.momentum_rules import BlendRule, FloraRule, FloraStric
 from flora_dist.core.step.views import as_batches, carve, momentum_batches
 from flora_dist.core.tiles import Tile
 
-VERSION = 1
+VERSION = 2
 """``kTableVersion``."""
 TILE_ELEMENTS = 1 << 16
 """Of a tile, about: enough to pay for the sums that are kept of each, few enough for a cache."""
@@ -140,6 +140,7 @@ def _joined(
         members * (1 if is_vector else batch.matrices_summed),
         0 if is_vector else batch.held.start,
         0 if is_vector else members * len(batch.members[0].cuts.rows),
+        int(batch.members[0].cuts.are_few),
         0 if is_vector else members * len(batch.members[0].cuts.blocks),
         members,
         len(tiles),

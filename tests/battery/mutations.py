@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from flora_dist.core.comm import groups
 from flora_dist.core.sketch import keys, quantise
 from flora_dist.core.step import elements, plan
 from flora_dist.core.step.basis import BatchSketches
+from flora_dist.core.step.cut_rows import CutRows
 from flora_dist.frameworks import fsdp1
 
 
@@ -22,13 +24,19 @@ def _unsummed(*names: str) -> Callable[[Any], Callable[..., Any]]:
     """Terms of these names keep this rank's own values."""
 
     def mutate(original: Any) -> Callable[..., Any]:
-        def sum_terms(terms: Any, message: Any) -> Any:
-            totals = original(terms, message)
-            for own, total in zip(terms, totals, strict=True):
-                total.update({name: own[name] for name in names if name in own})
-            return totals
+        def summing(terms: Any, message: Any) -> Callable[[], None]:
+            sum_ = original(terms, message)
+            values = [own[name] for own in terms for name in names if name in own]
 
-        return sum_terms
+            def some() -> None:
+                before = [value.clone() for value in values]
+                sum_()
+                for value, kept in zip(values, before, strict=True):
+                    value.copy_(kept)
+
+            return some
+
+        return summing
 
     return mutate
 
@@ -46,14 +54,61 @@ def _key_of_this_rank(original: Any) -> Callable[..., int]:
 
 
 MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "column sums": (plan, "sum_terms", _unsummed("columns")),
-    "rms sums": (plan, "sum_terms", _unsummed("squares", "cross", "history", "update")),
-    "cut rows": (plan, "sum_terms", _unsummed("rows")),
-    "cut blocks": (plan, "sum_terms", _unsummed("blocks")),
+    "column sums": (plan, "summing", _unsummed("columns")),
+    "rms sums": (plan, "summing", _unsummed("squares", "cross", "history", "update")),
     "window change": (BatchSketches, "change", _never_moved),
     "keys": (keys, "derive_key", _key_of_this_rank),
 }
 """Name -> (where, attribute, from the right one to the wrong one)."""
+
+COLUMN_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "rows of columns": (plan, "summing", _unsummed("rows")),
+    "blocks of columns": (plan, "summing", _unsummed("blocks")),
+}
+"""Those of sharded columns."""
+
+
+def _without_peers(original: Any) -> Callable[..., None]:
+    del original
+    return lambda *_: None
+
+
+def _one_column_off(original: Any) -> Callable[..., None]:
+    def exchange_rows_(terms: Any, message: Any) -> None:
+        for own in terms:
+            if "elements" in own:
+                own["elements"] = own["elements"].roll(1, 2)
+        original(terms, message)
+
+    return exchange_rows_
+
+
+def _but_the_last_peer(original: Any) -> Callable[..., Tensor]:
+    def exchange(self: Any, sent_S: Tensor, sizes: Any) -> Tensor:
+        received_S: Tensor = original(self, sent_S, sizes)
+        if sizes:
+            received_S[-sizes[max(sizes)] :] = 0
+        return received_S
+
+    return exchange
+
+
+def _of_zeros(original: Any) -> Callable[..., Tensor]:
+    return lambda *given: torch.zeros_like(original(*given))
+
+
+SPAN_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "rows of spans": (plan, "exchange_rows_", _without_peers),
+    "blocks of spans": (CutRows, "_blocks", _of_zeros),
+}
+"""Those of spans, of which few ranks share a row."""
+
+LINE_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "place in a row": (plan, "exchange_rows_", _one_column_off),
+    "one sharer": (groups.GroupReducer, "exchange", _but_the_last_peer),
+    "rows of two spans": (plan, "summing", _unsummed("elements", "products")),
+}
+"""More of what travels of a row; the last one where two ranks share all of them."""
 
 
 def _without_padding(original: Any) -> Callable[..., Any]:
@@ -127,7 +182,8 @@ def mutated(name: str) -> Iterator[None]:
     if not name:
         yield
         return
-    home, attribute, mutate = {**MUTATIONS, **FSDP1_MUTATIONS, **RECORD_MUTATIONS}[name]
+    everything = {**MUTATIONS, **COLUMN_MUTATIONS, **SPAN_MUTATIONS, **LINE_MUTATIONS}
+    home, attribute, mutate = {**everything, **FSDP1_MUTATIONS, **RECORD_MUTATIONS}[name]
     original = getattr(home, attribute)
     setattr(home, attribute, mutate(original))
     try:

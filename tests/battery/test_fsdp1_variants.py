@@ -15,7 +15,7 @@ from torch.distributed.fsdp import ShardingStrategy
 
 from flora_dist import Flora, by_position
 from tests.battery import fsdp1_runs, layouts, zoo
-from tests.battery.mutations import MUTATIONS
+from tests.battery.mutations import MUTATIONS, SPAN_MUTATIONS
 from tests.battery.oracle import SAMPLES, STEPS, Case, distances, reference_run, trainable
 from tests.battery.test_layouts import EXACT, FLOAT_MODEL, FLOAT_PARAMETER
 from tests.battery.variants import Gradients, Weights, follow
@@ -40,7 +40,7 @@ def test_a_variant_of_fsdp1_equals_the_reference(variant: str, world_size: int) 
 
 
 @pytest.mark.parametrize("momentum", ["flora", "flora_strict"])
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *SPAN_MUTATIONS])
 def test_fsdp1_sees_a_broken_mechanism(mutation: str, momentum: str) -> None:
     case = Case(settings={"momentum": momentum})
     weights = pool_of(3)(layouts.run, "fsdp1 x3", case, mutation)[0]

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from tests.battery import layouts
-from tests.battery.mutations import MUTATIONS, RECORD_MUTATIONS, mutated
+from tests.battery.mutations import (
+    COLUMN_MUTATIONS,
+    LINE_MUTATIONS,
+    MUTATIONS,
+    RECORD_MUTATIONS,
+    SPAN_MUTATIONS,
+    mutated,
+)
 from tests.battery.oracle import Case, distances, reference_run
 from tests.conftest import pool_of
 from tests.harness.covering import by_default
@@ -115,11 +122,17 @@ def test_one_process_equals_the_reference_in_float32(case: Case) -> None:
 
 
 @pytest.mark.parametrize("momentum", ["flora", "flora_strict", "blend"])
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *SPAN_MUTATIONS])
 def test_the_battery_sees_a_broken_mechanism(mutation: str, momentum: str) -> None:
-    # Spans are the one layout that uses every mechanism.
     _, worst = _distances("flat x3", Case(settings={"momentum": momentum}), mutation)
     assert not worst < 1e6 * EXACT  # NaN counts as seen
+
+
+@pytest.mark.parametrize("mutation", LINE_MUTATIONS)
+def test_the_battery_sees_rows_that_travel_wrong(mutation: str) -> None:
+    layout = "flat x2" if mutation == "rows of two spans" else "flat x3"
+    _, worst = _distances(layout, Case(settings={"momentum": "flora"}), mutation)
+    assert not worst < 1e6 * EXACT
 
 
 @pytest.mark.parametrize("mutation", RECORD_MUTATIONS)
@@ -143,10 +156,9 @@ def test_the_battery_sees_a_broken_mechanism_on_rows(mutation: str) -> None:
     assert not worst < 1e6 * EXACT
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *COLUMN_MUTATIONS])
 @pytest.mark.parametrize("layout", ["columns x2", "tp x2"])
 def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: str) -> None:
-    # "cut rows" is the row-statistic sum over column shards.
     _, worst = _distances(layout, Case(settings={"momentum": "flora"}), mutation)
     assert not worst < 1e6 * EXACT
 
@@ -165,16 +177,16 @@ def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: s
         # one for what the data axis alone shards, two for what both do
         ("fsdp2 x tp 2x2", "flora", 3),
         ("ddp x2", "flora", 0),
-        # each with an exchange between those who share cut rows or blocks
-        ("flat x3", "flora", 4),
-        ("flat x3", "flora_strict", 4),
-        ("flat x3", "blend", 4),
-        ("flat x3", "none", 3),
+        # after an exchange of cut rows between those who share them
+        ("flat x3", "flora", 2),
+        ("flat x3", "flora_strict", 3),
+        ("flat x3", "blend", 2),
+        ("flat x3", "none", 2),
         # of two ranks both share each cut: nothing beside the sums
-        ("flat x2", "flora", 2),
-        ("flat x2", "flora_strict", 3),
-        ("flat x2", "blend", 2),
-        ("flat x2", "none", 2),
+        ("flat x2", "flora", 1),
+        ("flat x2", "flora_strict", 2),
+        ("flat x2", "blend", 1),
+        ("flat x2", "none", 1),
     ],
 )
 def test_the_number_of_messages_is_fixed(layout: str, momentum: str, messages: int) -> None:

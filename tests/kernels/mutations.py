@@ -55,12 +55,19 @@ MUTATIONS = {
     "settle": Mutation(
         file="settle.cpp", old="root * (1 / std::sqrt", new="root * (0.99f / std::sqrt", test=FIXED
     ),
+    "measure, cut rows": Mutation(
+        file="measure.h",
+        old="(tile.row_slot + at[r]) * size.num_columns + tile.first;",
+        new="(tile.row_slot + at[r]) * size.num_columns;",
+        test=SPANS,
+        select="flat",
+    ),
     "couple, cut rows": Mutation(
         file="measure.h",
         old="squares += square_sum(room.x + skip, count);",
         new="squares += 0;",
         test=SPANS,
-        select="flat",
+        select="columns",
     ),
     "couple, cut blocks": Mutation(
         file="finish.h",

@@ -20,7 +20,8 @@ bandwidth). gloo takes two for a reduce-scatter. Sources of what is sent, and ho
                   an all-to-all to owners, and of their means among replicas
                   (gradients/average_records.py)
     Flora's step  where parameters are sharded, an all-reduce of column sums
-                  (core/step/matrix.py); the few numbers of rows that two ranks share are left out
+                  (core/step/matrix.py); rows that two ranks share, one at most where their spans
+                  meet, are left out
 """
 
 from __future__ import annotations

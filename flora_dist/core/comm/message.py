@@ -2,8 +2,8 @@
 """Terms of many parameters packed in one flat message, summed, and handed back.
 
 Ranks agree on the layout of a message without a word: parameters of one kind stand together, kinds
-and parameters in the order of their names. Terms of cut rows and blocks that only a few ranks share
-travel between those, so that no rank's bytes grow with their number.
+and parameters in the order of their names. Rows that only a few ranks share travel between those,
+so that no rank's bytes grow with their number.
 
 Shape suffixes: P parameters of a batch, S numbers of a message.
 """
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from flora_dist.core.protocols import SLOTTED, Reducer, Terms
-from flora_dist.core.tiles import Cuts, Peer
+from flora_dist.core.protocols import WHOLE_ROWS, Reducer, Terms
+from flora_dist.core.tiles import Cuts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,58 +59,52 @@ class Message:
         self._runs: dict[_Names, list[_Run]] = {}
         self._places: dict[_Names, dict[int, Tensor]] = {}
 
-    def sum(self, terms: Sequence[Terms]) -> list[Terms]:
-        """A message, and an exchange where cuts have peers.
+        self._exchanges = any(sender.cuts.peers is not None for sender in senders)
+
+    def bind(self, terms: Sequence[Terms]) -> Callable[[], None]:
+        """Replaces what everyone sums by the sums, through one message, as often as it is called.
 
         Args:
-            terms: of each sender; names, order and shapes equal on all ranks, but for the shapes
-                of terms that are exchanged.
-
-        Returns:
-            The sums, with the names, shapes, dtypes and devices of ``terms``.
+            terms: of each sender, contiguous; names, order and shapes equal on all ranks, but for
+                the shapes of terms that are exchanged.
         """
-        exchanged, common = self._split(terms)
-        sums = [dict(own) for own in terms]
-        self._through(common, self._reducer.sum_, sums)
-        swap = partial(self._swap_, terms=exchanged)
-        self._through(exchanged, swap, sums)
-        return sums
+        common = [_common(*pair) for pair in zip(self._senders, terms, strict=True)]
+        return self._bound(common, self._reducer.sum_)
 
-    def _split(self, terms: Sequence[Terms]) -> tuple[list[Terms], list[Terms]]:
-        """What is exchanged among peers, and what everyone sums."""
-        exchanged: list[Terms] = []
-        common: list[Terms] = []
-        for sender, own in zip(self._senders, terms, strict=True):
-            slotted = SLOTTED if sender.cuts.peers is not None else ()
-            sent = own if sender.sends_all else {k: v for k, v in own.items() if k == "presence"}
-            exchanged.append({name: value for name, value in sent.items() if name in slotted})
-            common.append({name: value for name, value in sent.items() if name not in slotted})
-        return exchanged, common
-
-    def _through(
-        self, terms: Sequence[Terms], send: Callable[[Tensor], None], sums: list[Terms]
-    ) -> None:
-        """Pack terms into one message, let it be summed in place, unpack; none of nothing."""
-        values = [value for own in terms for value in own.values()]
-        if not values:
+    def exchange_(self, terms: Sequence[Terms]) -> None:
+        """Make cut rows whole that a few ranks share; nothing is sent where there are none."""
+        if not self._exchanges:
             return
+        shared = [
+            {
+                name: own[name]
+                for name in WHOLE_ROWS
+                if name in own and sender.cuts.peers is not None
+            }
+            for sender, own in zip(self._senders, terms, strict=True)
+        ]
+        self._bound(shared, lambda message_S: self._swap_(message_S, shared))()
+
+    def _bound(self, terms: Sequence[Terms], send: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Packs terms into one message, lets it be summed in place, unpacks; none of nothing."""
         names = tuple(tuple(own) for own in terms)
         if names not in self._runs:
             self._runs[names] = _lay_out(self._senders, names)
         runs = self._runs[names]
         parts = [_part(self._senders, terms, run) for run in runs]
-        message_S = torch.cat(_alike(parts))
-        send(message_S)
-        received: dict[tuple[int, str], list[Tensor]] = {}
-        for run, part_S in zip(runs, torch.split(message_S, [len(p) for p in parts]), strict=True):
-            received.setdefault((run.sender, run.term), []).append(part_S)
-        for (sender, term), found in received.items():
-            own = terms[sender][term]
-            whole_S = found[0] if len(found) == 1 else torch.cat(found)
-            sums[sender][term] = whole_S.view(own.shape).to(own)
+        sizes = [len(part) for part in parts]
+
+        def through() -> None:
+            if not parts:
+                return
+            message_S = torch.cat(_alike(parts))
+            send(message_S)
+            torch._foreach_copy_(parts, torch.split(message_S, sizes))
+
+        return through
 
     def _swap_(self, message_S: Tensor, terms: Sequence[Terms]) -> None:
-        """Add what peers hold of the same rows and blocks, in the order of ranks: equal bits."""
+        """Add what peers hold of the same rows, in the order of ranks: equal bits."""
         names = tuple(tuple(own) for own in terms)
         if names not in self._places:
             places = _shared_places(self._senders, terms, self._runs[names])
@@ -131,9 +125,24 @@ class Message:
                 message_S.index_add_(0, indices[rank], theirs[rank])
 
 
-def sum_terms(terms: Sequence[Terms], message: Message | None) -> list[Terms]:
-    """Sum terms over ranks; None: no other rank holds anything, the terms are the sums."""
-    return list(terms) if message is None else message.sum(terms)
+def exchange_rows_(terms: Sequence[Terms], message: Message | None) -> None:
+    """Make cut rows whole that a few ranks share; None: no other rank holds anything."""
+    if message is not None:
+        message.exchange_(terms)
+
+
+def summing(terms: Sequence[Terms], message: Message | None) -> Callable[[], None]:
+    """Replaces terms by their sums over ranks, which they are if no other rank holds anything."""
+    return message.bind(terms) if message is not None else lambda: None
+
+
+def _common(sender: Sender, terms: Terms) -> Terms:
+    """What of a sender's terms everyone sums."""
+    if not sender.sends_all:
+        return {name: value for name, value in terms.items() if name == "presence"}
+    if sender.cuts.peers is None:
+        return terms
+    return {name: value for name, value in terms.items() if name not in WHOLE_ROWS}
 
 
 def _lay_out(senders: Sequence[Sender], names: _Names) -> list[_Run]:
@@ -175,7 +184,7 @@ def _part(senders: Sequence[Sender], terms: Sequence[Terms], run: _Run) -> Tenso
     if run.count < count:
         each = value.shape[0] // count
         value = value[run.first * each : (run.first + run.count) * each]
-    return value.reshape(-1)
+    return value.view(-1)  # not a copy: sums come back here
 
 
 def _shared_places(
@@ -187,16 +196,11 @@ def _shared_places(
     for run in runs:
         cuts, numbers = senders[run.sender].cuts, _part(senders, terms, run).numel()
         # Parameters with cuts of their own are never sent together with others.
-        slots = len(cuts.rows if run.term == "rows" else cuts.blocks)
-        width = numbers // max(1, slots * run.count)
+        width = numbers // max(1, len(cuts.rows) * run.count)
         for peer in cuts.peers or ():
             shared = places.setdefault(peer.rank, [])
-            for slot in _slots(peer, run.term):
+            for slot in peer.rows:
                 first = start + slot * width
                 shared.extend(range(first, first + width))
         start += numbers
     return {peer: shared for peer, shared in places.items() if shared}
-
-
-def _slots(peer: Peer, term: str) -> tuple[int, ...]:
-    return peer.rows if term == "rows" else peer.blocks

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flat tensors: DeepSpeed ZeRO and FSDP1, where ranks own spans of parameters laid in one line.
 
-A span may cut its first and last row, and blocks inside them. Cut rows and blocks get places in
-the step's messages; no elements travel. Every holder of a cut block keeps its state.
+A span may cut its first and last row, and blocks inside them. A cut row's gradient travels to all
+who hold a piece of it: one row at most for each boundary between two spans. Every holder of a cut
+block keeps its state.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ class FlatPart:
             return find_shared_cuts(self.span.owned, self.rank, grid)
         # Two ranks share every cut, so what they would exchange is the sum over all ranks: it
         # travels with the other sums, and a message is saved.
-        return find_cuts([t for owned in self.span.owned for t in _tiles(self.shape, owned)], grid)
+        tiles = [t for owned in self.span.owned for t in _tiles(self.shape, owned)]
+        return replace(find_cuts(tiles, grid), are_few=True)
 
     def weight(self) -> Tensor:
         return self._own(self.flat.detach())

@@ -10,7 +10,7 @@ Shape suffixes: E matrices of all members, N rows, M columns, K blocks per row, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,8 +143,28 @@ class Phases(Protocol):
         """From the sums of message 3 to new weights and state."""
 
 
-AtOnce = Callable[[Sequence[Moment]], None]
-"""All phases of some batches, given their moments: the whole step, where no sums have to travel."""
+class Across(Protocol):
+    """All phases of some batches by two calls, where one message of sums travels between them."""
+
+    @property
+    def terms(self) -> Sequence[Terms]:
+        """Of each batch, in memory that stays; ``measure`` fills them in, and sums replace them."""
+
+    def measure(self, moments: Sequence[Moment]) -> Any:
+        """Fill in the terms of message 1; returns what ``finish`` is to be given."""
+
+    def finish(self, begun: Any, totals: Sequence[Terms]) -> None:
+        """From the sums of message 1, with what follows from cut rows, to new weights and state."""
+
+
+class AtOnce(Protocol):
+    """All phases of some batches, of which each has a gradient."""
+
+    def __call__(self, moments: Sequence[Moment]) -> None:
+        """The whole step, where no sums have to travel."""
+
+    def across(self) -> Across | None:
+        """The step where sums travel; None where one message is not enough."""
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -262,4 +262,6 @@ def copy_to_(targets: Sequence[Tensor], value: Tensor) -> None:
     if len(targets) == 1:
         targets[0].copy_(value)
     else:
-        torch._foreach_copy_(list(targets), list(torch.split(value, targets[0].shape[0])))
+        # By sizes: a rank may hold no rows of any, which one size cannot say.
+        sizes = [target.shape[0] for target in targets]
+        torch._foreach_copy_(list(targets), list(torch.split(value, sizes)))

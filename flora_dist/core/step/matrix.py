@@ -9,8 +9,9 @@
 RMS looks as if it needed C first, so a message more; but mean(R) = mean(C), and with S1_j the sum
 over rows of G_ij^2 / R_i (R is local), |X|^2 = mean(R) sum_j S1_j / C_j: S1 travels with the
 column sums. The same holds for <X, M A>. Rows that several ranks hold pieces of know R only
-after message 1; their share of RMS, and the sketches of their cut blocks, are message 2. The strict
-rule's RMS follows from the momentum alone, which cut blocks have after that: message 3.
+after message 1. Where they are few, their elements are in it (core/step/cut_rows.py). Where columns
+are sharded, all rows are cut: their share of RMS, and the sketches of their cut blocks, are
+message 2. The strict rule's RMS follows from the momentum alone: one more message.
 
 Shape suffixes: E matrices of a piece, H all that are here, S all that are summed, P parameters,
 N rows, M columns, W columns of a piece, K blocks of a piece, R rank.
@@ -18,8 +19,7 @@ N rows, M columns, W columns of a piece, K blocks of a piece, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,52 +40,11 @@ from flora_dist.core.step.elements import (
     sum_of,
 )
 from flora_dist.core.step.momentum_rules import Squares, rule_of
-from flora_dist.core.step.normalise import column_scale, row_scale
+from flora_dist.core.step.normalise import advanced_columns, advanced_rows, row_scale
 from flora_dist.core.step.orthogonal import orthogonalised
 from flora_dist.core.step.pieces import Piece, Pieces
+from flora_dist.core.step.stages import Coupled, Measured, Settled, Tallied
 from flora_dist.core.step.views import joined
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What one look at the gradients tells."""
-
-    terms: Terms
-    rows: Mapping[int, Tensor]
-    """The new R (E, N) of each piece of whole rows, by its place among the pieces."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
-    """The normalisation, known from message 1."""
-
-    rows: Mapping[int, Tensor]
-    """The new R (E, N) of every piece."""
-    column_HM: Tensor
-    """The new C."""
-    factor_HM: Tensor
-    """What columns are multiplied by: sqrt(mean(R) / C)."""
-    squares: Squares
-    """Sums over whole rows."""
-    weight_H: Tensor | None
-    """|W|^2 where lr scales with it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coupled:
-    """The normalisation, and what of cut rows and blocks must be summed still."""
-
-    terms: Terms
-    settled: Settled
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tallied:
-    """The same with the sums of message 2, and what the strict rule must sum still."""
-
-    terms: Terms
-    settled: Settled
-    sums: Terms
 
 
 class MatrixPhases:
@@ -118,7 +77,12 @@ class MatrixPhases:
             square_ENW = gradient_ENW.square()
             row_EN = None
             if piece.cut_rows is None:
-                row_EN = rows[index] = self._advance_row(piece, square_ENW.sum(2), now)
+                sums_EN = square_ENW.sum(2)
+                row_EN = rows[index] = advanced_rows(batch, now, piece.rows, sums_EN)
+            elif "elements" in terms:
+                terms["elements"][_elements_of(piece)] = gradient_ENW
+            else:
+                terms["rows"][piece.members, piece.cut_rows] += square_ENW.sum(2)
             self._add_sums_(terms, piece, square_ENW, row_EN)
             if "history" in terms:
                 self._add_history_(terms, piece, gradient_ENW, row_EN, now)
@@ -149,7 +113,13 @@ class MatrixPhases:
             terms["history"] = self._zeros(summed)
         if batch.config.scale_parameter:
             terms["weight"] = self._zeros(summed)
-        if self._cuts.rows_anywhere:
+        if self._cuts.rows_anywhere and self._cuts.are_few:
+            terms["elements"] = self._zeros(
+                members, len(self._cuts.rows), batch.geometry.num_columns
+            )
+            if self._asks_history:
+                terms["products"] = torch.zeros_like(terms["elements"])
+        elif self._cuts.rows_anywhere:
             terms["rows"] = self._zeros(members, len(self._cuts.rows))
         return terms
 
@@ -159,7 +129,6 @@ class MatrixPhases:
         summed = piece.summed
         if row_EN is None:
             terms["columns"][summed, slice(*piece.tile.columns)] += square_ENW.sum(1)
-            terms["rows"][piece.members, piece.cut_rows] += square_ENW.sum(2)
         elif "squares" not in terms:
             terms["columns"][summed] += square_ENW.sum(1)
         else:
@@ -179,6 +148,8 @@ class MatrixPhases:
             # cross: sum_i G (M A) / sqrt(R_i)
             cross_E1M = self._row_scale(row_EN).unsqueeze(1) @ (gradient_ENW * old_ENW)
             terms["cross"][piece.summed] += cross_E1M.squeeze(1)
+        elif "products" in terms:
+            terms["products"][_elements_of(piece)] = gradient_ENW * old_ENW
 
     # ---- between the messages
 
@@ -193,22 +164,20 @@ class MatrixPhases:
         return Coupled(terms=terms, settled=settled)
 
     def _settle(self, now: Moment, measured: Measured, totals: Terms) -> Settled:
-        held, size = self._batch.held, self._batch.geometry
-        # C <- b2 C + (1-b2) colmean(G^2 + eps)
-        mean_HM = totals["columns"][held] / size.num_rows + self._batch.config.eps
-        column_HM = now.beta2 * joined(self._columns) + (1 - now.beta2) * mean_HM
-        factor_HM = column_scale(self._batch.config.normalise, column_HM)
+        batch, held = self._batch, self._batch.held
+        column_HM, factor_HM = advanced_columns(batch, now, self._columns, totals["columns"])
         rows = dict(measured.rows)
         for index, piece in enumerate(self._pieces):
             if piece.cut_rows is not None:
                 sums_EN = totals["rows"][piece.members, piece.cut_rows]
-                rows[index] = self._advance_row(piece, sums_EN, now)
+                rows[index] = advanced_rows(batch, now, piece.rows, sums_EN)
         return Settled(
             rows=rows,
             column_HM=column_HM,
             factor_HM=factor_HM,
             squares=self._squares_of_whole_rows(totals, factor_HM),
             weight_H=totals["weight"][held] if "weight" in totals else None,
+            blocks=totals.get("blocks"),
         )
 
     def _squares_of_whole_rows(self, totals: Terms, factor_HM: Tensor) -> Squares:
@@ -223,6 +192,8 @@ class MatrixPhases:
     def _empty_terms_of_cuts(self) -> Terms:
         batch, members = self._batch, len(self._batch.members)
         terms: Terms = {}
+        if self._cuts.are_few:
+            return terms
         if self._cuts.rows_anywhere and self._knows_sums_early:
             terms["squares"] = self._zeros(members * batch.matrices_summed)
             if self._asks_history:
@@ -248,7 +219,8 @@ class MatrixPhases:
     def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
         """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
         terms: Terms = {}
-        known = Tallied(terms=terms, settled=coupled.settled, sums=totals)
+        settled = replace(coupled.settled, blocks=totals.get("blocks", coupled.settled.blocks))
+        known = Tallied(terms=terms, settled=settled, sums=totals)
         if self._asks_update:
             terms["update"] = self._zeros(len(self._batch.members) * self._batch.matrices_summed)
             for index, piece in enumerate(self._pieces):
@@ -318,9 +290,8 @@ class MatrixPhases:
         if self._rule is None:
             return x.elements_ENW, None
         compressed = now.basis.compress(x, piece.place)
-        if piece.edges and "blocks" in tallied.sums:
-            whole_PSR = tallied.sums["blocks"][piece.members]
-            fill_(compressed, whole_PSR, piece.edges, factor_E)
+        if piece.edges and tallied.settled.blocks is not None:
+            fill_(compressed, tallied.settled.blocks[piece.members], piece.edges, factor_E)
         momentum = read_momentum(self._batch, piece)
         return self._rule.advance(x, compressed, momentum, now.basis, piece.place)
 
@@ -338,13 +309,14 @@ class MatrixPhases:
         x.elements_ENW.mul_(factor_EW.unsqueeze(1))
         return x
 
-    def _advance_row(self, piece: Piece, square_sum_EN: Tensor, now: Moment) -> Tensor:
-        # R <- b2 R + (1-b2) rowmean(G^2 + eps)
-        mean_EN = square_sum_EN / self._batch.geometry.num_columns + self._batch.config.eps
-        return now.beta2 * joined(piece.rows) + (1 - now.beta2) * mean_EN
-
     def _row_scale(self, row_EN: Tensor) -> Tensor:
         return row_scale(self._batch.config.normalise, row_EN)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._batch.dtype, device=self._batch.device)
+
+
+def _elements_of(piece: Piece) -> tuple[slice, slice, slice]:
+    """Where the elements of a cut row stand among the whole ones (P, L, M)."""
+    assert piece.cut_rows is not None
+    return piece.members, piece.cut_rows, slice(*piece.tile.columns)

@@ -10,8 +10,13 @@ Shape suffixes: E and H matrices, N rows, M columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.core.step.views import joined
 
 
 def row_scale(normalise: str, row_EN: Tensor) -> Tensor:
@@ -29,3 +34,22 @@ def column_scale(normalise: str, column_HM: Tensor) -> Tensor:
     mean_H1 = column_HM.mean(1, keepdim=True)
     # Roots first: their quotient would overflow for a large gradient beside an empty column.
     return mean_H1.sqrt() * column_HM.rsqrt()
+
+
+def advanced_rows(
+    batch: Batch, now: Moment, rows: Sequence[Tensor], square_sum_EN: Tensor
+) -> Tensor:
+    """The new R (E, N) of some rows, from the old ones and their sums of squares."""
+    # R <- b2 R + (1-b2) rowmean(G^2 + eps)
+    mean_EN = square_sum_EN / batch.geometry.num_columns + batch.config.eps
+    return now.beta2 * joined(rows) + (1 - now.beta2) * mean_EN
+
+
+def advanced_columns(
+    batch: Batch, now: Moment, columns: Sequence[Tensor], square_sum_SM: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The new C (H, M), and what columns are multiplied by, from the sums over all ranks."""
+    # C <- b2 C + (1-b2) colmean(G^2 + eps)
+    mean_HM = square_sum_SM[batch.held] / batch.geometry.num_rows + batch.config.eps
+    column_HM = now.beta2 * joined(columns) + (1 - now.beta2) * mean_HM
+    return column_HM, column_scale(batch.config.normalise, column_HM)

@@ -2,7 +2,8 @@
 """One step over all parameters: measure, sum, couple, sum, tally, sum, finish.
 
 Three messages at most per group of ranks, whatever the number of parameters; most layouts and rules
-have nothing to say in the second and third.
+have nothing to say in the second and third. Where more than two ranks share cut rows, an exchange
+of these comes first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from flora_dist.core.comm.groups import any_process
 from flora_dist.core.protocols import Terms
 from flora_dist.core.step.basis import Basis, DenseBasis
-from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.core.step.batch import Across, Batch, Moment
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.plan import Plan
 
@@ -46,9 +47,15 @@ def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state
         plan.at_once(moments)
         _count(plan, moments)
         return
+    if plan.across is not None and not may_only_create_state:
+        _step_across(plan, plan.across, moments)
+        _count(plan, moments)
+        return
     pairs = list(zip(plan.entries, moments, strict=True))
     measured = [entry.phases.measure(now) for entry, now in pairs]
-    totals = plan.sum([stage.terms for stage in measured])
+    totals = [stage.terms for stage in measured]
+    plan.share_(totals, moments)
+    plan.sum_(totals)
     asks_finite = any(entry.batch.config.skip_nonfinite for entry in plan.entries)
     if asks_finite and not _are_finite(plan, measured):
         return
@@ -63,22 +70,34 @@ def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state
     _apply(plan, moments, measured, totals)
 
 
+def _step_across(plan: Plan, across: Across, moments: Sequence[Moment]) -> None:
+    begun = across.measure(moments)
+    plan.share_(across.terms, moments)
+    plan.sum_across_()
+    totals = [dict(own) for own in across.terms]
+    plan.complete_(totals, moments)
+    across.finish(begun, totals)
+
+
 def _apply(
     plan: Plan, moments: Sequence[Moment], measured: Sequence[Any], totals: Sequence[Terms]
 ) -> None:
     """The rest of the step, once it is known that there is one."""
+    plan.complete_(totals, moments)
     phases = [entry.phases for entry in plan.entries]
     steps = list(zip(phases, moments, strict=True))
     coupled = [
         each.couple(now, stage, total)
         for (each, now), stage, total in zip(steps, measured, totals, strict=True)
     ]
-    totals = plan.sum([stage.terms for stage in coupled])
+    totals = [stage.terms for stage in coupled]
+    plan.sum_(totals)
     tallied = [
         each.tally(now, stage, total)
         for (each, now), stage, total in zip(steps, coupled, totals, strict=True)
     ]
-    totals = plan.sum([stage.terms for stage in tallied])
+    totals = [stage.terms for stage in tallied]
+    plan.sum_(totals)
     for (each, now), stage, total in zip(steps, tallied, totals, strict=True):
         each.finish(now, stage, total)
     _count(plan, moments)

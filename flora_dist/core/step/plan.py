@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from flora_dist.core.comm.message import Message, Sender, sum_terms
+from flora_dist.core.comm.message import Message, Sender, exchange_rows_, summing
 from flora_dist.core.protocols import Reducer, Terms
 from flora_dist.core.step.basis import BatchSketches
-from flora_dist.core.step.batch import AtOnce, Batch, Member, Phases, arithmetic_dtype
+from flora_dist.core.step.batch import AtOnce, Batch, Member, Moment, Phases, arithmetic_dtype
+from flora_dist.core.step.cut_rows import CutRows, cut_rows_of
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.memory import Memory
 from flora_dist.core.step.views import work_limit
@@ -43,6 +44,7 @@ class Entry:
     """Of its members among those that were planned."""
     sender: Sender
     has_gradients: bool
+    cut_rows: CutRows | None
 
 
 class Plan:
@@ -68,12 +70,17 @@ class Plan:
             senders = [self.entries[index].sender for index in indices]
             message = None if reducer is None else Message(senders, reducer)
             self._messages.append((indices, message))
-        self.at_once = self._find_at_once()
+        at_once = self._find_at_once()
+        is_local = all(entry.batch.reducer is None for entry in self.entries)
+        self.at_once = at_once if is_local else None
+        self.across = None if is_local or at_once is None else at_once.across()
+        if self.across is not None:
+            self._sums = self._summing(self.across.terms)
 
     def _find_at_once(self) -> AtOnce | None:
-        """A way to step in one go; None where something is asked, or sent, between phases."""
+        """A way to step all batches together; None where something is asked between phases."""
         entries = self.entries
-        if not all(entry.has_gradients and entry.batch.reducer is None for entry in entries):
+        if not all(entry.has_gradients for entry in entries):
             return None
         if any(entry.batch.config.skip_nonfinite for entry in entries):
             return None
@@ -90,14 +97,35 @@ class Plan:
         kept = [entry for index, entry in enumerate(self.entries) if index not in absent]
         return Plan(kept, self.kinds, self._at_once_of)
 
-    def sum(self, terms: Sequence[Terms]) -> list[Terms]:
-        """Sum each batch's terms over its ranks: a message per group of ranks."""
-        totals: list[Terms] = [{} for _ in self.entries]
+    def share_(self, terms: Sequence[Terms], moments: Sequence[Moment]) -> None:
+        """Give ranks the cut rows that a few of them share, before message 1."""
         for indices, message in self._messages:
-            sums = sum_terms([terms[index] for index in indices], message)
-            for index, total in zip(indices, sums, strict=True):
-                totals[index] = total
-        return totals
+            exchange_rows_([terms[index] for index in indices], message)
+        for entry, own, now in zip(self.entries, terms, moments, strict=True):
+            if entry.cut_rows is not None and entry.sender.cuts.peers is not None:
+                entry.cut_rows.add_begun_(own, now)
+
+    def sum_(self, terms: Sequence[Terms]) -> None:
+        """Replace each batch's terms by their sums over its ranks: a message per group of ranks."""
+        for sum_ in self._summing(terms):
+            sum_()
+
+    def sum_across_(self) -> None:
+        """The same of the terms of ``across``."""
+        for sum_ in self._sums:
+            sum_()
+
+    def _summing(self, terms: Sequence[Terms]) -> list[Callable[[], None]]:
+        return [
+            summing([terms[index] for index in indices], message)
+            for indices, message in self._messages
+        ]
+
+    def complete_(self, totals: Sequence[Terms], moments: Sequence[Moment]) -> None:
+        """Add what follows from cut rows, which are whole now, to the sums of message 1."""
+        for entry, total, now in zip(self.entries, totals, moments, strict=True):
+            if entry.cut_rows is not None:
+                entry.cut_rows.complete_(total, now)
 
 
 def _are_level(states: Sequence[Mapping[str, Any]]) -> bool:
@@ -170,6 +198,7 @@ def _entry(
         places=tuple(indices),
         sender=sender,
         has_gradients=gradients[indices[0]] is not None,
+        cut_rows=cut_rows_of(batch),
     )
 
 
@@ -215,6 +244,7 @@ def _kind(member: Member) -> Hashable:
         cuts.rows_anywhere,
         cuts.blocks_anywhere,
         cuts.peers is None,
+        cuts.are_few,
         member.state["step"],
         member.state["window"],
     )

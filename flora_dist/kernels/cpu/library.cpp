@@ -11,10 +11,7 @@
 
 #include "chosen.h"
 #include "local.h"
-#include "parallel.h"
-#include "plan.h"
-#include "settle.h"
-#include "sums.h"
+#include "phases.h"
 
 #define FLORA_QUOTE(text) #text
 #define FLORA_TEXT(text) FLORA_QUOTE(text)
@@ -53,69 +50,22 @@ Basis read_basis(const Plan& plan, const Maybe& old_HRB, const Maybe& new_HRB, c
           data<const float>(move_HRP), up(plan.header->rank, 8), move};
 }
 
-int64_t width_of(const Plan& plan) {
-  int64_t width = 1;
-  for (int64_t t = 0; t < plan.header->num_tiles; t++)
-    width = std::max(width, plan.tiles[t].last - plan.tiles[t].first);
-  return width;
-}
-
-int64_t elements_of(const Plan& plan) {
-  int64_t elements = 0;
-  for (int64_t t = 0; t < plan.header->num_tiles; t++)
-    elements += plan.tiles[t].num_rows * (plan.tiles[t].last - plan.tiles[t].first);
-  return elements;
-}
-
-int64_t scratch_of(const Plan& plan, const Gradients& given) {
-  const Header& size = *plan.header;
-  const int64_t gradient_block = given.kind == kSketched ? given.block : 0;
-  return scratch_floats(width_of(plan), size.block, gradient_block, up(size.rank, 8));
-}
-
-// What every phase does: body(tile, scratch) by all threads.
-template <class Body>
-void each_tile(const Plan& plan, const Gradients& given, const Body& body) {
-  const Header& size = *plan.header;
-  const int64_t floats = scratch_of(plan, given);
-  each(size.num_tiles, elements_of(plan), [&](int64_t tile) { body(tile, scratch(floats)); });
-}
-
 // ---- message 1
 
 void measure(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Tensor rows, Tensor terms_S) {
   const Plan plan = read_plan(table);
-  const Header& size = *plan.header;
   const Gradients given = read_gradients(plan, gradients);
-  const Now now = read_now(numbers);
   const Basis basis = read_basis(plan, old_HRB, {}, {}, {}, kStays);
-  const MeasureTerms terms = MeasureTerms::in(data<float>(terms_S) + size.num_members, size, size.num_summed);
-  const std::unique_ptr<float[]> partial(new float[size.num_partials]);  // each tile clears its own
-  std::vector<double> scalars(kMatrixSums * size.num_tiles);
-  const MeasureSums sums = {data<float>(rows), terms.rows, partial.get(), scalars.data()};
-  each_tile(plan, given, [&](int64_t tile, float* own) {
-    kernels().measure(plan, tile, given, basis, now, sums, own);
-  });
-  const int64_t stretches = (size.num_columns + kChunk - 1) / kChunk;
-  each(size.num_matrices * stretches, size.num_partials, [&](int64_t index) {
-    const int64_t matrix = index / stretches;
-    add_partials(plan, matrix, index % stretches * kChunk, partial.get(), terms, size.first_summed + matrix);
-  });
-  for (int64_t m = 0; m < size.num_matrices; m++) add_numbers(plan, m, scalars.data(), terms, size.first_summed + m);
+  measure_batch(plan, given, read_now(numbers), basis, data<float>(rows), data<float>(terms_S));
 }
 
 void settle(Tensor table, Numbers numbers, Tensor columns, Maybe squares, Maybe cross, Maybe history, Maybe cut_rows,
             Tensor rows, Tensor column, Tensor factor, Tensor sums) {
   const Plan plan = read_plan(table);
-  const Header& size = *plan.header;
-  const Now now = read_now(numbers);
   const Totals totals = {data<const float>(columns), data<const float>(squares), data<const float>(cross),
                          data<const float>(history), data<const float>(cut_rows)};
   const Settling out = {data<float>(rows), data<float>(column), data<float>(factor), data<double>(sums)};
-  if (totals.cut_rows != nullptr)
-    for (int64_t t = 0; t < size.num_tiles; t++) settle_rows(plan, t, now, totals, out);
-  each(size.num_matrices, size.num_matrices * size.num_columns,
-       [&](int64_t m) { settle_matrix(plan, m, now, totals, out); });
+  settle_batch(plan, read_now(numbers), totals, out);
 }
 
 // ---- message 2
@@ -144,17 +94,6 @@ void couple(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Ma
 }
 
 // ---- the step itself
-
-struct Scaling {
-  std::vector<float> clip, rate;
-
-  Scaling(const Plan& plan, const Now& now, const Clipping& given) : clip(plan.header->num_matrices), rate(clip) {
-    for (size_t m = 0; m < clip.size(); m++) {
-      clip[m] = clip_factor(plan, m, now, given);
-      rate[m] = flora::rate(plan, m, now, given);
-    }
-  }
-};
 
 // |U|^2 of the strict rule, which reads what is to become the momentum; changes nothing.
 void tally(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Maybe new_HRB, Maybe columns_HBP,
@@ -189,79 +128,109 @@ void finish(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Ma
             Maybe move_HRP, int64_t move, Tensor rows, Tensor column, Tensor factor, Tensor sums, Maybe squares,
             Maybe cross, Maybe update, Maybe weight, Maybe blocks, Integers keys) {
   const Plan plan = read_plan(table);
-  const Header& size = *plan.header;
   const Gradients given = read_gradients(plan, gradients);
-  const Now now = read_now(numbers);
   const Basis basis = read_basis(plan, old_HRB, new_HRB, columns_HBP, move_HRP, move);
-  const Scaling scaling(plan, now, {data<const double>(sums), data<const float>(squares), data<const float>(cross),
-                                    data<const float>(update), data<const float>(weight)});
-  const Settled settled = {data<const float>(factor), data<const float>(rows), scaling.clip.data(),
-                           scaling.rate.data(), data<const float>(blocks)};
-  const FinishOptions options = read_keys(plan, keys);
-  each_tile(plan, given, [&](int64_t tile, float* own) {
-    // Backwards: what was measured last is in the cache still.
-    kernels().finish(plan, size.num_tiles - 1 - tile, given, basis, now, settled, options, own);
-  });
-  for (int64_t m = 0; m < size.num_matrices; m++)
-    memcpy(reinterpret_cast<float*>(plan.matrices[m].column), data<const float>(column) + m * size.num_columns,
-           sizeof(float) * size.num_columns);
+  const Clipping clipping = {data<const double>(sums), data<const float>(squares), data<const float>(cross),
+                             data<const float>(update), data<const float>(weight)};
+  const Settled known = {data<const float>(factor), data<const float>(rows), nullptr, nullptr,
+                         data<const float>(blocks)};
+  finish_batch(plan, given, read_now(numbers), basis, clipping, known, data<const float>(column),
+               read_keys(plan, keys));
 }
 
 // ---- vectors
 
 void measure_vector(Tensor table, Integers gradients, Numbers numbers, Tensor scalars, Tensor terms_S) {
   const Plan plan = read_plan(table);
-  const Header& size = *plan.header;
   const Gradients given = read_gradients(plan, gradients);
-  const Now now = read_now(numbers);
-  const VectorSums sums = {data<double>(scalars)};
-  each_tile(plan, given, [&](int64_t tile, float* own) {
-    kernels().measure_vector(plan, tile, given, now, sums, own);
-  });
-  float* update = data<float>(terms_S) + size.num_members;
-  for (int64_t m = 0; m < size.num_matrices; m++) {
-    update[m] = static_cast<float>(add_scalars(plan, m, sums.scalars, kVectorSums));
-    if (size.sums_weight)
-      update[size.num_members + m] = static_cast<float>(add_scalars(plan, m, sums.scalars + 1, kVectorSums));
-  }
+  measure_vectors(plan, given, read_now(numbers), {data<double>(scalars)}, data<float>(terms_S));
 }
 
 void finish_vector(Tensor table, Integers gradients, Numbers numbers, Tensor update, Maybe weight, Integers keys) {
   const Plan plan = read_plan(table);
   const Gradients given = read_gradients(plan, gradients);
-  const Now now = read_now(numbers);
-  const Scaling scaling(plan, now, {nullptr, nullptr, nullptr, data<const float>(update), data<const float>(weight)});
-  const Settled settled = {nullptr, nullptr, scaling.clip.data(), scaling.rate.data(), nullptr};
-  const FinishOptions options = read_keys(plan, keys);
-  each_tile(plan, given, [&](int64_t tile, float* own) {
-    kernels().finish_vector(plan, tile, given, now, settled, options, own);
-  });
+  finish_vectors(plan, given, read_now(numbers), data<const float>(update), data<const float>(weight),
+                 read_keys(plan, keys));
 }
 
-// ---- all phases at once
+// ---- all batches
 
-// `batches`: 9 numbers of each: the table's address, whether it holds vectors, addresses of A_old, A_new, A_new
-// transposed and the move, what moves, and how many of `gradients` and `keys` are its own.
-void step(Integers batches, Integers gradients, Numbers numbers, Integers keys) {
-  constexpr size_t kNumbers = 9;
-  std::vector<Job> jobs;
+// Batches at their step, from 9 numbers of each: the table's address, whether it holds vectors, addresses of A_old,
+// A_new, A_new transposed and the move, what moves, and how many of `gradients` and `keys` are its own.
+struct Jobs {
+  std::vector<Job> all;
   std::vector<Integers> lists;  // what jobs point into
-  lists.reserve(2 * batches.size() / kNumbers);
-  auto gradient = gradients.begin();
-  auto key = keys.begin();
-  for (size_t b = 0; b < batches.size() / kNumbers; b++) {
-    const int64_t* n = batches.data() + kNumbers * b;
-    const Plan plan = checked(plan_of(reinterpret_cast<const int64_t*>(n[0])));
-    const auto at = [&](int i) { return reinterpret_cast<const float*>(n[i]); };
-    const Integers& own = lists.emplace_back(gradient, gradient + n[7]);
-    const Integers& own_keys = lists.emplace_back(key, key + n[8]);
-    gradient += n[7], key += n[8];
-    const Gradients given = read_gradients(plan, own);
-    const Basis basis = {at(2), at(3), at(4), at(5), up(plan.header->rank, 8), n[6]};
-    const Now now = read_now(Numbers(numbers.begin() + 9 * b, numbers.begin() + 9 * (b + 1)));
-    jobs.push_back({plan, given, now, basis, read_keys(plan, own_keys), n[1] != 0, scratch_of(plan, given)});
+
+  Jobs(const Integers& batches, const Integers& gradients, const Numbers& numbers, const Integers& keys) {
+    constexpr size_t kNumbers = 9;
+    lists.reserve(2 * batches.size() / kNumbers);
+    auto gradient = gradients.begin();
+    auto key = keys.begin();
+    for (size_t b = 0; b < batches.size() / kNumbers; b++) {
+      const int64_t* n = batches.data() + kNumbers * b;
+      const Plan plan = checked(plan_of(reinterpret_cast<const int64_t*>(n[0])));
+      const auto at = [&](int i) { return reinterpret_cast<const float*>(n[i]); };
+      const Integers& own = lists.emplace_back(gradient, gradient + n[7]);
+      const Integers& own_keys = lists.emplace_back(key, key + n[8]);
+      gradient += n[7], key += n[8];
+      const Gradients given = read_gradients(plan, own);
+      const Basis basis = {at(2), at(3), at(4), at(5), up(plan.header->rank, 8), n[6]};
+      const Now now = read_now(Numbers(numbers.begin() + 9 * b, numbers.begin() + 9 * (b + 1)));
+      all.push_back({plan, given, now, basis, read_keys(plan, own_keys), n[1] != 0, scratch_of(plan, given)});
+    }
   }
-  LocalStep(jobs, kernels(), torch::stable::get_num_threads()).run();
+};
+
+void step(Integers batches, Integers gradients, Numbers numbers, Integers keys) {
+  const Jobs jobs(batches, gradients, numbers, keys);
+  LocalStep(jobs.all, kernels(), torch::stable::get_num_threads()).run();
+}
+
+// The same in two calls, where one message of sums travels between them. `places`: 5 numbers of each batch: addresses
+// of its terms (how many floats: the next number) and of its rows' R, then, at the second call, of the squares of cut
+// rows and of the sketches of cut blocks, or 0.
+constexpr size_t kPlaces = 5;
+
+void measure_all(Integers batches, Integers gradients, Numbers numbers, Integers keys, Integers places) {
+  const Jobs jobs(batches, gradients, numbers, keys);
+  for (size_t b = 0; b < jobs.all.size(); b++) {
+    const Job& job = jobs.all[b];
+    const int64_t* n = places.data() + kPlaces * b;
+    auto* terms = reinterpret_cast<float*>(n[0]);
+    const int64_t members = job.plan.header->num_members;
+    std::fill(terms, terms + members, 1.0f);
+    memset(terms + members, 0, sizeof(float) * (n[1] - members));
+    if (!job.is_vector) {
+      measure_batch(job.plan, job.given, job.now, job.basis, reinterpret_cast<float*>(n[2]), terms);
+      continue;
+    }
+    std::vector<double> scalars(kVectorSums * job.plan.header->num_tiles);
+    measure_vectors(job.plan, job.given, job.now, {scalars.data()}, terms);
+  }
+}
+
+void finish_all(Integers batches, Integers gradients, Numbers numbers, Integers keys, Integers places) {
+  const Jobs jobs(batches, gradients, numbers, keys);
+  for (size_t b = 0; b < jobs.all.size(); b++) {
+    const Job& job = jobs.all[b];
+    const Header& size = *job.plan.header;
+    const int64_t* n = places.data() + kPlaces * b;
+    const auto at = [&](int i) { return reinterpret_cast<float*>(n[i]); };
+    float* sums = at(0) + size.num_members;
+    if (job.is_vector) {
+      const float* weight = size.sums_weight ? sums + size.num_members : nullptr;
+      finish_vectors(job.plan, job.given, job.now, sums, weight, job.options);
+      continue;
+    }
+    const MeasureTerms terms = MeasureTerms::in(sums, size, size.num_summed);
+    const int64_t columns = size.num_matrices * size.num_columns;
+    const std::unique_ptr<float[]> made(new float[2 * columns]);  // C, and the factor of columns
+    std::vector<double> norms(kSettledSums * size.num_matrices);
+    const Totals totals = {terms.columns, terms.squares, terms.cross, terms.history, at(3)};
+    settle_batch(job.plan, job.now, totals, {at(2), made.get(), made.get() + columns, norms.data()});
+    finish_batch(job.plan, job.given, job.now, job.basis, {norms.data(), nullptr, nullptr, nullptr, terms.weight},
+                 {made.get() + columns, at(2), nullptr, nullptr, at(4)}, made.get(), job.options);
+  }
 }
 
 std::string instruction_set() { return kernels().name; }
@@ -294,12 +263,17 @@ STABLE_TORCH_LIBRARY(flora_dist_kernels, library) {
   library.def(
       "finish_vector(Tensor table, int[] gradients, float[] now, Tensor update, Tensor? weight, int[] keys) -> ()");
   library.def("step(int[] batches, int[] gradients, float[] now, int[] keys) -> ()");
+  library.def("measure_all(int[] batches, int[] gradients, float[] now, int[] keys, int[] places) -> ()");
+  library.def("finish_all(int[] batches, int[] gradients, float[] now, int[] keys, int[] places) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora_dist_kernels, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&flora::instruction_set));
   library.impl("source", TORCH_BOX(&flora::source));
-  library.impl("step", TORCH_BOX(&flora::step));  // given addresses alone, of memory of this CPU
+  // Given addresses alone, of memory of this CPU.
+  library.impl("step", TORCH_BOX(&flora::step));
+  library.impl("measure_all", TORCH_BOX(&flora::measure_all));
+  library.impl("finish_all", TORCH_BOX(&flora::finish_all));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora_dist_kernels, CPU, library) {

@@ -53,7 +53,7 @@ class MatrixStep {
 
   void measure(int64_t tile, float* scratch) const {
     const Tile& first = job_.plan.tiles[own_.first_tile];
-    const MeasureSums sums = {rows_ - first.new_row, nullptr, partial_ - first.partial,
+    const MeasureSums sums = {rows_ - first.new_row, nullptr, nullptr, nullptr, partial_ - first.partial,
                               scalars_ - kMatrixSums * own_.first_tile};
     kernels_.measure(job_.plan, tile, job_.given, job_.basis, job_.now, sums, scratch);
   }

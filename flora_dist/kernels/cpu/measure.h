@@ -76,7 +76,12 @@ FLORA_INLINE void measure_lines(const Header& size, const Tile& tile, const Now&
   for (int r = 0; r < kRows; r++) {
     inverse[r] = 0;
     if (tile.is_cut) {
-      sums.cut_rows[tile.row_slot + at[r]] = squares[r];
+      if (sums.elements == nullptr) {
+        sums.cut_rows[tile.row_slot + at[r]] = squares[r];
+        continue;
+      }
+      float* line = sums.elements + (tile.row_slot + at[r]) * size.num_columns + tile.first;
+      for (int64_t j = 0; j < width; j++) line[j] = now.sign * lines.g[r][j];
       continue;
     }
     // R <- b2 R + (1-b2) rowmean(G^2 + eps)
@@ -118,12 +123,18 @@ FLORA_CALLED float add_history_fast(float* cross, const float* momentum, const f
   return sum;
 }
 
-// history: |M A|^2; cross: sum_i G (M A) / sqrt(R_i), of whole rows.
+// history: |M A|^2; cross: sum_i G (M A) / sqrt(R_i), of whole rows, or the products of a cut one.
 FLORA_CALLED double add_history(const Header& size, const Tile& tile, const Now& now, const Sketch& old, int64_t i,
                                 const float* g, const MeasureSums& sums, const Room& room) {
   const int64_t width = tile.last - tile.first;
   float* cross = sums.partial + tile.partial + 2 * width;
-  const float scale = tile.is_cut ? 0 : now.sign / __builtin_sqrtf(sums.rows[tile.new_row + i]);
+  float scale = 0;
+  if (!tile.is_cut) {
+    scale = now.sign / __builtin_sqrtf(sums.rows[tile.new_row + i]);
+  } else if (sums.products != nullptr) {
+    cross = sums.products + (tile.row_slot + i) * size.num_columns + tile.first;
+    scale = now.sign;
+  }
   if (is_plain(size, tile, old)) {
     const float* momentum = reinterpret_cast<const float*>(tile.momentum) + i * tile.momentum_stride;
     float sum = 0;
@@ -138,7 +149,7 @@ FLORA_CALLED double add_history(const Header& size, const Tile& tile, const Now&
     const float* x = room.old + (chunk.lo - chunk.start);
     const int64_t count = chunk.hi - chunk.lo, offset = chunk.lo - tile.first;
     history += square_sum(x, count);
-    if (!tile.is_cut) add_products(cross + offset, scale, g + offset, x, count);
+    if (scale != 0) add_products(cross + offset, scale, g + offset, x, count);
   });
   return history;
 }

@@ -10,7 +10,7 @@
 namespace flora {
 
 // Raised with every change of a struct in this file, of an operator's arguments or of their meaning.
-constexpr int64_t kTableVersion = 1;
+constexpr int64_t kTableVersion = 2;
 
 enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3 };
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -31,6 +31,7 @@ struct Header {
   int64_t num_summed;      // matrices in sums over ranks
   int64_t first_summed;    // place of the first of H among them
   int64_t num_row_slots;   // cut rows of all members in message 1
+  int64_t sends_elements;  // their elements are in it, not the sums of their squares
   int64_t num_block_slots; // cut blocks of all members in message 2
   int64_t num_members;
   int64_t num_tiles;
@@ -129,7 +130,9 @@ struct Settled {
 
 struct MeasureSums {
   float* rows;                 // new R of whole rows
-  float* cut_rows;             // squares of cut rows, by slot
+  float* cut_rows;             // squares of cut rows, by slot; or null
+  float* elements;             // of whole cut rows (slots, M), or null
+  float* products;             // G (M A) likewise, or null
   float* partial;              // by tile: num_sums x width
   double* scalars;             // by tile: |M A|^2, |W|^2
 };

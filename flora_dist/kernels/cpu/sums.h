@@ -9,16 +9,21 @@ namespace flora {
 
 // Where the terms of message 1 stand, one after the other; null where the rule asks for none.
 struct MeasureTerms {
-  float *columns, *squares, *cross, *history, *weight, *rows;
+  float *columns, *squares, *cross, *history, *weight, *rows, *elements, *products;
 
   static MeasureTerms in(float* at, const Header& size, int64_t matrices) {
     const int64_t many = matrices * size.num_columns;
-    MeasureTerms terms = {at, nullptr, nullptr, nullptr, nullptr, nullptr};
+    MeasureTerms terms = {at, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     at += many;
     if (size.num_sums > 1) terms.squares = at, at += many;
     if (size.num_sums > 2) terms.cross = at, at += many, terms.history = at, at += matrices;
     if (size.sums_weight) terms.weight = at, at += matrices;
-    terms.rows = at;
+    if (!size.sends_elements) {
+      terms.rows = at;
+      return terms;
+    }
+    terms.elements = at;
+    if (size.num_sums > 2) terms.products = at + size.num_row_slots * size.num_columns;
     return terms;
   }
 };
