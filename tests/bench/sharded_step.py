@@ -18,7 +18,7 @@ import io
 import pstats
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,22 +81,28 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     }
 
 
-def zero(name: str) -> Run:
+def zero2(name: str) -> Run:
     """An engine of ZeRO-2."""
+    torch.manual_seed(0)
+    model = Llama(MODEL, tokens=LENGTH)
+    return engine_run(model, optimizers(model)[name], {"stage": 2})
+
+
+def engine_run(model: nn.Module, own: torch.optim.Optimizer, zero: dict[str, Any]) -> Run:
+    """An engine with these settings of ZeRO."""
     import deepspeed
 
     import flora_dist.deepspeed
 
-    torch.manual_seed(0)
-    model = Llama(MODEL, tokens=LENGTH)
     config = {
         "train_micro_batch_size_per_gpu": SEQUENCES,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # Else DeepSpeed refuses, beside offload, every optimizer but its own.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    initialize = flora_dist.deepspeed.initialize if name == "Flora" else deepspeed.initialize
-    own = optimizers(model)[name]
+    initialize = flora_dist.deepspeed.initialize if isinstance(own, Flora) else deepspeed.initialize
     engine, *_ = initialize(model=model, optimizer=own, config=config)
 
     def train(tokens: Tensor) -> None:
@@ -124,29 +130,46 @@ def fsdp2(name: str) -> Run:
     return Run(train, own)
 
 
-LAYOUTS = {"zero-2": (zero, launched_pool_of), "fsdp2": (fsdp2, pool_of)}
+LAYOUTS = {"zero-2": (zero2, launched_pool_of), "fsdp2": (fsdp2, pool_of)}
 
 
 def measure(layout: str, rounds: int, profiles: bool) -> tuple[Times, str]:
     """On every rank: both optimizers in turns; and what Flora's ``step()`` calls."""
     runs = {name: LAYOUTS[layout][0](name) for name in ("AdamW", "Flora")}
-    generator = torch.Generator().manual_seed(dist.get_rank())
     profile = cProfile.Profile()
-    for count in range(WARM_UP + rounds):
-        tokens = torch.randint(256, (SEQUENCES, LENGTH), generator=generator)
-        if count == WARM_UP and profiles:
-            runs["Flora"].profile = profile
-        for run in runs.values():
-            dist.barrier()
-            run.once(tokens)
-    times = {
-        name: {clock: values[WARM_UP:] for clock, values in run.seconds.items()}
-        for name, run in runs.items()
-    }
+    in_turns(runs, WARM_UP, words=256)
+    if profiles:
+        runs["Flora"].profile = profile
+    times = in_turns(runs, rounds, words=256)
     text = io.StringIO()
     if profiles:
         pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(35)
     return times, text.getvalue()
+
+
+def in_turns(runs: Mapping[str, Run], rounds: int, words: int) -> Times:
+    """Seconds of so many training steps of each, on random tokens below ``words``."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for run in runs.values():
+        run.seconds = {clock: [] for clock in CLOCKS}
+    for _ in range(rounds):
+        tokens = torch.randint(words, (SEQUENCES, LENGTH), generator=generator)
+        for run in runs.values():
+            dist.barrier()
+            run.once(tokens)
+    return {name: run.seconds for name, run in runs.items()}
+
+
+def print_times(times: Times, base: str) -> None:
+    """Median milliseconds by clock, and the ratio to ``base`` in one round with its quartiles."""
+    for clock in CLOCKS:
+        for name, seconds in times.items():
+            pairs = zip(times[base][clock], seconds[clock], strict=True)
+            low, middle, high = statistics.quantiles([own / other for other, own in pairs], n=4)
+            print(
+                f"  {clock:10} {name:18} {1e3 * statistics.median(seconds[clock]):9.2f} ms"
+                f"  {middle:6.3f} x ({low:.3f} to {high:.3f})"
+            )
 
 
 def main() -> None:
@@ -161,14 +184,7 @@ def main() -> None:
         times, profile = pool(measure, layout, parsed.rounds, parsed.profile)[0]
         pool.close()
         print(f"{layout} x2, {MODEL}, median ms")
-        for clock in CLOCKS:
-            own = {name: statistics.median(times[name][clock]) for name in times}
-            pairs = zip(times["AdamW"][clock], times["Flora"][clock], strict=True)
-            low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
-            print(
-                f"  {clock:10} AdamW {1e3 * own['AdamW']:8.2f}  Flora {1e3 * own['Flora']:8.2f}"
-                f"  {middle:6.3f} x ({low:.3f} to {high:.3f})"
-            )
+        print_times(times, base="AdamW")
         print(profile)
 
 

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of ``step()`` beside torch's optimizers and others, on the shapes of models.
+"""Time and memory of ``step()`` beside torch's optimizers, on the shapes of models.
 
     python -m tests.bench.step --threads 1
-    python -m tests.bench.step --only 60m --clock thread --peers all
+    python -m tests.bench.step --only 60m --clock thread
 
-Peers are measured where they can be imported. To install them beside this environment, not in it:
-pip install --no-deps --target FOLDER torchao bitsandbytes galore-torch apollo-torch, and
-PYTHONPATH=FOLDER.
+Optimizers of other packages in the same run: tests/bench/peers.py.
 
 Interleaved in one process, so that all meet the same other work on the machine; medians with
 quartiles: read the ratios. ``--clock thread`` counts this thread's CPU time, which other work
@@ -17,18 +15,16 @@ dtype.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flora_dist import Flora
 from flora_dist.kernels.library import found
@@ -37,6 +33,7 @@ from tests.kernels.paths import path
 ROUNDS = 15
 BASE = "AdamW (torch, fused)"
 Shapes = Sequence[tuple[int, ...]]
+Row = dict[str, float]
 Stepped = tuple[torch.optim.Optimizer, str]
 """An optimizer, and the path of kernels that it steps by."""
 SMALL = [(128, 128)] * 16 + [(352, 128)] * 8 + [(128, 352)] * 4 + [(256, 128)] * 2
@@ -51,34 +48,10 @@ SHAPES: dict[str, Shapes] = {
 }
 LAYER_7B = "llama-7b, one layer"
 RULES = ("blend", "none", "flora", "flora_strict")
-# Not ours to depend on: measured where whoever runs this has installed them.
-PEERS = {
-    "DeepSpeedCPUAdam": ("deepspeed.ops.adam", "DeepSpeedCPUAdam"),
-    "AdamW 8-bit (torchao)": ("torchao.optim", "AdamW8bit"),
-    "AdamW 4-bit (torchao)": ("torchao.optim", "AdamW4bit"),
-    "AdamW 8-bit (bitsandbytes)": ("bitsandbytes.optim", "AdamW8bit"),
-    "GaLore AdamW": ("galore_torch", "GaLoreAdamW"),
-    "APOLLO AdamW": ("apollo_torch", "APOLLOAdamW"),
-    "Flora (flora-opt)": ("flora_opt.optimizers.torch.flora", "Flora"),
-}
-# What their papers keep of a matrix, at a rank whose state is about that of rank 8 of 64 here.
-PROJECTED: dict[str, dict[str, object]] = {
-    "GaLore AdamW": {"rank": 16, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
-    "APOLLO AdamW": {
-        "rank": 16,
-        "proj": "random",
-        "scale_type": "channel",
-        "scale": 1.0,
-        "update_proj_gap": 200,
-        "proj_type": "std",
-    },
-}
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
-def optimizers_of(
-    parameters: list[nn.Parameter], peers: Sequence[str], paths: Sequence[str]
-) -> dict[str, Stepped]:
+def optimizers_of(parameters: list[nn.Parameter], paths: Sequence[str]) -> dict[str, Stepped]:
     """By name; Flora's by each of these paths of kernels."""
     named = [(f"p{index}", parameter) for index, parameter in enumerate(parameters)]
     made: dict[str, Stepped] = {
@@ -86,10 +59,6 @@ def optimizers_of(
         "AdamW (torch, foreach)": (torch.optim.AdamW(parameters, lr=1e-5, foreach=True), "torch"),
         "Adafactor (torch)": (torch.optim.Adafactor(parameters, lr=1e-5), "torch"),
     }
-    for name in peers:
-        peer = _peer(name, parameters)
-        if peer is not None:
-            made[name] = peer, "torch"
     for kernels in paths:
         for rule in RULES:
             optimizer = Flora(named, lr=1e-5, momentum=rule, rank=8, block=64)
@@ -99,45 +68,32 @@ def optimizers_of(
     return made
 
 
-def _peer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    module, attribute = PEERS[name]
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        print(f"skipped: {name}: {module.partition('.')[0]} is not installed")
-        return None
-    try:
-        made: torch.optim.Optimizer = getattr(importlib.import_module(module), attribute)(
-            _groups(name, parameters), lr=1e-5
-        )
-    except Exception as error:
-        print(f"skipped: {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
-        return None
-    return made
-
-
-def _groups(name: str, parameters: list[nn.Parameter]) -> list[Any]:
-    """Matrices in a group of their own where a peer has to be told what to project."""
-    if name not in PROJECTED:
-        return parameters
-    matrices = [each for each in parameters if each.ndim == 2]
-    others = [each for each in parameters if each.ndim != 2]
-    return [{"params": others}, {"params": matrices, **PROJECTED[name]}]
-
-
 def measure(
-    optimizers: dict[str, Stepped], rounds: int, clock: Callable[[], float]
+    optimizers: dict[str, Stepped],
+    gradients: Sequence[tuple[nn.Parameter, Tensor]],
+    rounds: int,
+    clock: Callable[[], float],
 ) -> Iterator[dict[str, float]]:
     """Seconds of each round's step, by optimizer."""
     for optimizer, name in optimizers.values():
         with path(name):
-            optimizer.step()
-            optimizer.step()
+            for _ in range(2):
+                give(gradients)
+                optimizer.step()
     for _ in range(rounds):
         seconds = {}
         for name, (optimizer, _) in optimizers.items():
+            give(gradients)
             start = clock()
             optimizer.step()
             seconds[name] = clock() - start
         yield seconds
+
+
+def give(gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Put gradients where they were: some packages' optimizers drop them as they step."""
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
 
 
 def extra_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -157,7 +113,7 @@ def _status(field: str) -> int:
 
 def table(
     rounds: Sequence[dict[str, float]], extra: dict[str, int], weights: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Row]:
     """Milliseconds: median and least; quartiles of the ratio to fused AdamW of the same round."""
     rows = {}
     for name in rounds[0]:
@@ -176,48 +132,70 @@ def table(
 
 
 def run(
-    shapes: Shapes, dtype: torch.dtype, asked: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    """The table of one set of shapes."""
+    shapes: Shapes,
+    dtype: torch.dtype,
+    rounds: int,
+    clock: Callable[[], float],
+    make: Callable[[list[nn.Parameter]], dict[str, Stepped]],
+) -> dict[str, Row]:
+    """The table of one set of shapes, for the optimizers that ``make`` returns."""
     torch.manual_seed(0)
     parameters = [nn.Parameter((0.02 * torch.randn(shape)).to(dtype)) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
+    gradients = [(parameter, torch.randn_like(parameter)) for parameter in parameters]
+    give(gradients)
     weights = sum(each.numel() * each.element_size() for each in parameters)
-    peers = list(PEERS) if asked.peers == "all" else [p for p in asked.peers.split(",") if p]
-    optimizers = optimizers_of(parameters, peers, asked.paths.split(","))
-    seconds = list(measure(optimizers, asked.rounds, CLOCKS[asked.clock]))
-    extra = {name: extra_bytes(optimizer) for name, (optimizer, _) in optimizers.items()}
+    optimizers = make(parameters)
+    seconds = list(measure(optimizers, gradients, rounds, clock))
+    extra = {}
+    for name, (optimizer, _) in optimizers.items():
+        give(gradients)
+        extra[name] = extra_bytes(optimizer)
     return table(seconds, extra, weights)
 
 
-def main() -> None:
-    """Print one table for each set of shapes and dtype, and all of them as a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What this bench and that of peers may be asked."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--only", default="", help="shapes whose title holds this")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
-    parser.add_argument("--peers", default="", help="names of peers, with commas; or all")
+    return parser
+
+
+def begin(asked: argparse.Namespace) -> None:
+    """Set threads, and say where and how it is measured."""
+    torch.set_num_threads(asked.threads)
+    print(f"torch {torch.__version__}, {asked.threads} threads, kernels: {found().said}")
+    print(f"{asked.clock} clock, {asked.rounds} rounds, load {os.getloadavg()[0]:.1f}")
+
+
+def told(row: Row) -> str:
+    """A row of the table, after its name."""
+    spread = f"{row['low']:.2f} to {row['high']:.2f}"
+    return (
+        f"{row['ms']:9.2f} ms {row['ratio']:7.2f} x ({spread})"
+        f"  memory of a step {100 * row['extra']:5.1f} %"
+    )
+
+
+def main() -> None:
+    """Print one table for each set of shapes and dtype, each with a line of JSON."""
+    parser = options(__doc__)
     parser.add_argument("--paths", default="native,torch", help="of kernels, with commas")
-    parsed = parser.parse_args()
-    torch.set_num_threads(parsed.threads)
-    print(f"torch {torch.__version__}, {parsed.threads} threads, kernels: {found().said}")
-    print(f"{parsed.clock} clock, {parsed.rounds} rounds, load {os.getloadavg()[0]:.1f}")
+    asked = parser.parse_args()
+    begin(asked)
+    make = partial(optimizers_of, paths=asked.paths.split(","))
     for title, shapes in SHAPES.items():
-        # Nine optimizers on one layer of 7b take 16 GB in float32: only where it is asked for.
-        if parsed.only not in title or (title == LAYER_7B and not parsed.only):
+        # Thirteen optimizers on one layer of 7b take 10 GB in float32: only where it is asked for.
+        if asked.only not in title or (title == LAYER_7B and not asked.only):
             continue
-        for dtype in parsed.dtype or ["float32", "bfloat16"]:
-            rows = run(shapes, getattr(torch, dtype), parsed)
+        for dtype in asked.dtype or ["float32", "bfloat16"]:
+            rows = run(shapes, getattr(torch, dtype), asked.rounds, CLOCKS[asked.clock], make)
             print(f"\n{title}, {dtype}")
             for name, row in rows.items():
-                spread = f"{row['low']:.2f} to {row['high']:.2f}"
-                print(
-                    f"  {name:28} {row['ms']:9.2f} ms {row['ratio']:7.2f} x ({spread})"
-                    f"  memory of a step {100 * row['extra']:5.1f} %"
-                )
+                print(f"  {name:28} {told(row)}")
             print(json.dumps({"shapes": title, "dtype": dtype, "rows": rows}))
 
 

@@ -31,13 +31,13 @@ def deepspeed_command(world_size: int) -> list[str]:
     """The deepspeed launcher, on this machine."""
     launcher = Path(sys.executable).with_name("deepspeed")
     options = ["--no_local_rank", "--num_accelerators", str(world_size)]
-    return [str(launcher), *options, "--master_port", str(_free_port()), str(SERVER)]
+    return [str(launcher), *options, "--master_port", str(free_port()), str(SERVER)]
 
 
 def torchrun_command(world_size: int) -> list[str]:
     """torchrun, on this machine."""
     module = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1"]
-    options = ["--nproc-per-node", str(world_size), "--master-port", str(_free_port())]
+    options = ["--nproc-per-node", str(world_size), "--master-port", str(free_port())]
     return [*module, *options, str(SERVER)]
 
 
@@ -135,7 +135,7 @@ def clear_locks(older_than: float) -> None:
                 lock.unlink()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
