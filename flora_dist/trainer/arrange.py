@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from flora_dist.trainer.chunked_loss import chunk_loss
 from flora_dist.trainer.config_data import LoraConfig, ModelConfig
 from flora_dist.trainer.optional_imports import needs_lora_extra
 
@@ -16,7 +17,8 @@ def arranged(model: nn.Module, config: ModelConfig) -> nn.Module:
     """The network as the config wants it trained; before it is spread over processes.
 
     Raises:
-        ValueError: no such attention or layers, a pattern without parameters, or nothing to train.
+        ValueError: no such attention or layers, a pattern without parameters, nothing to train, or
+            a head whose loss cannot be computed in chunks.
     """
     theirs: Any = model
     if config.attention != "auto":
@@ -30,6 +32,8 @@ def arranged(model: nn.Module, config: ModelConfig) -> nn.Module:
     if config.checkpointing:
         # Reentrant checkpointing would run no hook of a wrapper around the layer.
         theirs.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.loss_chunk is not None:
+        chunk_loss(model, config.loss_chunk)
     _freeze(model, config)
     trained = model if config.lora is None else with_adapters(model, config.lora)
     if config.compile:

@@ -306,6 +306,12 @@ class Config:
     """Results."""
 
     def __post_init__(self) -> None:
+        if self.model.loss_chunk is not None and self.gradients.level == "fused":
+            raise ValueError(
+                "model.loss_chunk computes the head's gradient and gradients.level='fused' never "
+                f"forms it; model.loss_chunk={self.model.loss_chunk}. Set it to null, or level: "
+                "compressed."
+            )
         if self.compare is not None and self.compare.name != "adamw":
             raise ValueError(
                 f"compare runs AdamW; compare.name is {self.compare.name!r}. "

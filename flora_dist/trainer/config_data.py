@@ -101,6 +101,8 @@ class ModelConfig:
     """Which of transformers' kinds of attention; `auto`: its own choice."""
     checkpointing: StrictBool = False
     """Keep each layer's inputs alone and compute its activations again in the backward pass."""
+    loss_chunk: Positive | None = None
+    """Tokens whose logits exist at once, and the loss is their sum; None: all of a micro-batch."""
     compile: StrictBool = False
     """`torch.compile` each of the transformer's layers."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flora_dist.trainer.arrange import with_adapters
+from flora_dist.trainer.chunked_loss import chunking_head
 from flora_dist.trainer.config import PURE, TrainConfig
 from flora_dist.trainer.config_data import ModelConfig
 from flora_dist.trainer.optional_imports import needs_train_extra
@@ -167,6 +168,9 @@ def sum_of_losses(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) 
     The sum, not the mean: micro-batches hold different numbers of labels, and only sums of them
     add up to the mean over the global batch.
     """
+    head = chunking_head(model)
+    if head is not None:
+        return head.sum_of_losses(model, inputs, labels)
     logits = model(input_ids=inputs, use_cache=False).logits
     return nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
