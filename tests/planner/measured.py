@@ -23,12 +23,16 @@ import flora_dist
 from flora_dist import Flora
 from flora_dist.cluster.planner.wire import RING_PASSES
 from flora_dist.core.layouts.dtensor import local_of
+from flora_dist.trainer.chunked_loss import chunk_loss
+from flora_dist.trainer.model import sum_of_losses
 from tests.bench.memory import LiveBytes
 from tests.bench.wire_counter import Collectives
 from tests.planner.runs import BACKENDS, BLOCK, MODELS, Case, Run, build, loss_of
 
 WARM_UP = 2
 """Steps before: state is there, and DDP has built its buckets anew."""
+LOSS_CHUNK = 5
+"""Tokens whose losses are computed at once, where they are in chunks."""
 READINGS, PAUSE_SECONDS = 5, 0.05
 
 
@@ -154,11 +158,14 @@ def _activations(case: Case) -> int:
 def kept_by_autograd(path: Path, size: tuple[int, int], how: str, *, rank: int = 8) -> list[Tensor]:
     """What autograd keeps of a forward, without the parameters.
 
-    ``how``: a precision, "autocast" to bfloat16, or "fused" in fp32 with sketches of that rank.
+    ``how``: a precision, "autocast" to bfloat16, or "fused" in fp32 with sketches of that rank;
+    with ", chunked" behind a precision, losses of some tokens at a time.
     """
     model = build(path)
-    if how == "bfloat16":
+    if how.startswith("bfloat16"):
         model = model.bfloat16()
+    if how.endswith("chunked"):
+        chunk_loss(model, LOSS_CHUNK)
     if how == "fused":
         flora = Flora(model.named_parameters(), lr=1e-3, rank=rank, block=BLOCK)
         flora_dist.attach(model, flora, "fused")
@@ -176,7 +183,7 @@ def kept_by_autograd(path: Path, size: tuple[int, int], how: str, *, rank: int =
     tokens = torch.randint(words, size)
     casting = torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast")
     with casting, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = loss_of(model, tokens)
+        loss = sum_of_losses(model, tokens, tokens) if "chunked" in how else loss_of(model, tokens)
     assert loss.requires_grad  # keeps what was saved
     return kept
 

@@ -255,7 +255,7 @@ def test_floras_state_on_one_rank_is_what_the_optimizer_reports(
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast", "fused"])
 @pytest.mark.parametrize("name", ["llama_tiny", "gpt2"])
 def test_activations_are_what_autograd_keeps(name: str, how: str, tmp_path: Path) -> None:
-    model = _small(name, tmp_path)
+    model = small(name, tmp_path)
     batch = MicroBatchShape(
         sequences=2,
         length=16,
@@ -280,7 +280,7 @@ def test_so_they_are_of_the_other_families(name: str, precision: str, tmp_path: 
     assert 0 <= kept - activation_bytes(read_model(path), batch) <= 8
 
 
-def _small(name: str, folder: Path) -> Model:
+def small(name: str, folder: Path) -> Model:
     """Two layers, few words."""
     text = (MODELS / f"{name}.json").read_text(encoding="utf-8")
     small = text.replace("50257", "300").replace('"n_layer": 12', '"n_layer": 2')

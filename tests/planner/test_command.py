@@ -135,6 +135,29 @@ def test_7b_fits_one_gpu_of_24_gib_in_bfloat16_alone(capsys: pytest.CaptureFixtu
     assert plans["AdamW, 8-bit"] > told["memory_bytes"]
 
 
+def test_70b_fits_eight_gpus_of_32_gib_stepped_in_backward_or_with_sketches_of_shards(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    sizes |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+    path = tmp_path / "llama_70b.json"
+    path.write_text(json.dumps(json.loads(Path(LLAMA_7B).read_text()) | sizes), encoding="utf-8")
+    alone = ("--precision", "bf16-pure", "--state-bits", "4", "--memory", "32", "--json")
+    asked = ("--model", str(path), "--backend", "fsdp2", "--gpus", "8", *alone)
+    for more, fits in (
+        (("--step-in-backward",), True),
+        (("--gradients", "sharded", "--rank", "4", "--accumulate", "4"), True),
+        ((), False),
+    ):
+        assert run(*asked, *more) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["plans"][0]["total_bytes"] <= told["memory_bytes"]) == fits
+        assert (
+            min(p["total_bytes"] for p in told["plans"] if p["method"] == "AdamW, 8-bit")
+            > (told["memory_bytes"])
+        )
+
+
 def test_a_search_says_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ("--model", str(MODELS / "llama_tiny.json"), "--backend", "zero2", "--gpus", "8")
     assert run(*tiny, "--search", "--memory", "0.001") == 0
@@ -174,6 +197,15 @@ def test_the_picture_is_a_whole_png_and_nothing_else_is_left(tmp_path: Path) -> 
         (("--picture", "plan.pdf"), ("--picture", ".png", "plan.pdf")),
         (("--picture", "nowhere/plan.png"), ("--picture", "folder that exists")),
         (("--lora-rank", "0"), ("--lora-rank", "at least 1")),
+        (("--loss-chunk", "0"), ("--loss-chunk", "at least 1")),
+        (
+            ("--loss-chunk", "8", "--gradients", "fused"),
+            ("--loss-chunk", "--gradients fused", "Leave it out"),
+        ),
+        (
+            ("--step-in-backward",),
+            ("--step-in-backward", "zero2 on 16 ranks, --gradients dense", "Use fsdp2"),
+        ),
     ],
 )
 def test_a_mistake_is_said_with_rule_value_and_remedy_and_ends_with_2(

@@ -113,6 +113,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="of activations, layer by layer (default: yes)",
     )
     run.add_argument(
+        "--loss-chunk",
+        type=int,
+        metavar="TOKENS",
+        help="whose logits exist at once (default: those of a micro-batch)",
+    )
+    run.add_argument(
+        "--step-in-backward",
+        action="store_true",
+        help="Flora steps each weight when its gradient is there, which is freed",
+    )
+    run.add_argument(
         "--bucket",
         type=int,
         default=Request.__dataclass_fields__["bucket"].default,
@@ -219,6 +230,8 @@ def _request(parsed: argparse.Namespace) -> Request:
         accumulate=parsed.accumulate,
         precision=parsed.precision,
         checkpointing=parsed.checkpointing,
+        loss_chunk=parsed.loss_chunk,
+        step_in_backward=parsed.step_in_backward,
         bucket=parsed.bucket,
         galore_rank=(
             max(1, model.sizes.hidden // DEFAULT_GALORE_SHARE) if galore is None else galore

@@ -19,7 +19,8 @@ heads, f inner width, V words (counted by ``saved_tensors_hooks``, each storage 
     t5, a layer      2 norms (decoder: 3), attention by scores in fp32, which a learned bias needs,
                      4 S L heads + 12 S q; the decoder's of the encoder's output without; f, or 7 f
                      where gated by gelu_new
-    the rest         a norm, the head's input S h b, softmax of logits 4 S V, tokens and labels
+    the rest         a norm, the head's input S h b, softmax of logits 4 S V, tokens and labels; in
+                     chunks of losses the gradient of the head's input, and tokens
 
 Checkpointing keeps S h b per layer, and all of one layer or of the rest while that is in backward.
 ``fused`` keeps X A^T and A of each linear layer instead of X (GPT-2: of the head; not of experts).
@@ -55,6 +56,8 @@ class MicroBatchShape:
     checkpointing: bool = False
     autocast: bool = False
     """``element`` is that of matrix products alone; weights are in fp32."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; None: all."""
 
     @property
     def norm_element(self) -> int:
@@ -96,9 +99,16 @@ def _multiplied(model: Model) -> int:
 
 
 def logits_gradient_bytes(model: Model, batch: MicroBatchShape) -> int:
-    """The gradient of the logits: in fp32, and its copy in a lower precision."""
-    low = 0 if batch.element == 4 else batch.element
-    return batch.tokens * model.sizes.vocabulary * (4 + low)
+    """The gradient of the logits: in fp32, and its copy in a lower precision.
+
+    In chunks: of one, its logits beside it, and the gradient of the head, which forward makes.
+    """
+    words = model.sizes.vocabulary
+    if batch.loss_chunk is not None:
+        chunk = min(batch.loss_chunk, batch.tokens)
+        return words * (chunk * (_FP32 + batch.element) + model.sizes.hidden * batch.element)
+    low = 0 if batch.element == _FP32 else batch.element
+    return batch.tokens * words * (_FP32 + low)
 
 
 def _layer(model: Model, place: int, batch: MicroBatchShape, fused: tuple[int, int] | None) -> int:
@@ -191,6 +201,8 @@ def _rest(model: Model, batch: MicroBatchShape, fused: tuple[int, int] | None) -
         logits = tokens * batch.element * sizes.vocabulary
         norm = 2 * _t5_norm(sizes, batch) + tokens * sizes.hidden * batch.element
         between = batch.length**2 * (sizes.heads * batch.element + 2 * _INDEX)
+    if batch.loss_chunk is not None:  # in place of the head's input its gradient, and no labels
+        return norm + between + tokens * (head + _INDEX)
     return norm + between + tokens * head + logits + 2 * tokens * _INDEX
 
 

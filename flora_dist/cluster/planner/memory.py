@@ -14,6 +14,7 @@ gradients     elements held after a backward, at the most: between micro-batches
               micro-batches, and the bucket that they are views of. ZeRO 3: its permanent buffer of
               a chunk of each, and its bucket. Where gradients are sketched, of the dense ones
               alone, and no bucket is larger than all of these (frameworks/deepspeed/lean.py).
+              Stepped in backward: of the largest parameter, or FSDP2's largest unit in shards.
 accumulators  sketches C of what is sketched in fp32, of whole parameters (``compressed``,
               ``fused``) or of shards (``sharded``), and the matrices A of this step and the last.
 state         methods.py.
@@ -23,8 +24,9 @@ temporary     not exact: the most of what comes and goes beside all these. FSDP2
               (two with overlap_comm), a flat copy of what is reduced from it, and a micro-batch's
               gradients beside their sum; or in the step the flat copy of the part's gradients, or
               fp64 of the largest for its norm. ZeRO 0: a flat copy likewise. ZeRO 3: that, and
-              gathered weights. DDP: the largest gradient. All: instead, the gradient of the logits;
-              or a sketched gradient in low precision and its fp32 copy.
+              gathered weights. DDP: the largest gradient. All: instead, the gradient of the logits
+              (in chunks, of one, and the head's gradient, made beside it); or a sketched gradient
+              in low precision and the fp32 copy of a piece of it.
 
 The total is all of them at once: gradients grow while activations go, so a real peak is lower.
 """
@@ -44,6 +46,8 @@ from flora_dist.cluster.planner.wire import kept_bytes
 
 PERSISTENT = 100_000
 """Elements below which ZeRO-3 keeps a parameter whole: stage3_param_persistence_threshold."""
+PIECE = 1 << 25
+"""Elements of a gradient that are sketched at once on a GPU: core/step/views.py."""
 MAX_LIVE = 1_000_000_000
 """Elements that ZeRO-3 gathers at most: stage3_max_live_parameters."""
 FP64 = 8
@@ -141,7 +145,7 @@ def _chunk_bytes(shard: Shard, element: int, masters: int) -> int:
 def _gradients(request: Request, method: Method, ranks: Ranks) -> CategoryBytes:
     backend, element = method.backend, method.element
     if method.in_backward:
-        return CategoryBytes(total=element * _largest(method.trained))
+        return CategoryBytes(total=_in_backward(request, method))
     dense = frozenset(p.name for p in method.trained if method.sketch_of(p) is None)
     unsynchronised = request.accumulate > 1 and method.level != "sharded"
     bucket = element * _bucket(request, method)
@@ -164,6 +168,20 @@ def _gradients(request: Request, method: Method, ranks: Ranks) -> CategoryBytes:
     if backend.sharding == "whole":
         return _whole(method, dense, element)
     return _sum(ranks[0], lambda shard: element * shard.stored * (shard.parameter.name in dense))
+
+
+def _in_backward(request: Request, method: Method) -> int:
+    """What is stepped together: a parameter, or a unit's shards; of sketched ones what stays."""
+    if method.level != DENSE:
+        return _own_element(method) * _numel(_dense(method))
+    if method.backend.sharding != "rows":
+        return _own_element(method) * _largest(method.trained)
+    shards = shards_by_rank(method.trained, "rows", request.shards)[0]
+    units: dict[int, int] = {}
+    for shard in shards:
+        layer = shard.parameter.layer
+        units[layer] = units.get(layer, 0) + shard.stored
+    return _own_element(method) * max(units.values(), default=0)
 
 
 def _own_element(method: Method) -> int:
@@ -252,7 +270,8 @@ def _temporary(request: Request, method: Method) -> int:
     found = _TEMPORARY[method.backend.sharding](request, method, logits)
     if method.level == DENSE or method.element == FP32:
         return found
-    return max(found, (method.element + FP32) * _largest(method.trained))
+    largest = _largest(method.trained)
+    return max(found, method.element * largest + FP32 * min(largest, PIECE))
 
 
 def _of_replicas(request: Request, method: Method, logits: int) -> int:

@@ -282,9 +282,11 @@ def _sides(parameter: Parameter, rank: int) -> tuple[int, int, int] | None:
 def _flora(
     request: Request, config: FloraConfig, level: str, sketch: Sketch, precision: str
 ) -> Method:
+    in_backward = request.steps_in_backward(level)
     label = _label(config, level, sketch)
+    label += f", {ALONE}" if precision == PURE else ""
     return Method(
-        label=f"{label}, {ALONE}" if precision == PURE else label,
+        label=f"{label}, in backward" if in_backward else label,
         backend=request.backend,
         precision=precision,
         trained=request.model.parameters,
@@ -292,6 +294,7 @@ def _flora(
         flora=config,
         level=level,
         sketch=sketch,
+        in_backward=in_backward,
     )
 
 

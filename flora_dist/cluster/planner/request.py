@@ -103,6 +103,10 @@ class Request:
     """Micro-batches per optimizer step."""
     precision: str = "float32"
     checkpointing: bool = False
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; None: those of a micro-batch."""
+    step_in_backward: bool = False
+    """Flora steps each parameter when its gradient is there, and frees that, where it can."""
     bucket: int = 500_000_000
     """Elements of ZeRO's reduction buffer, ``reduce_bucket_size``; DeepSpeed's default."""
     galore_rank: int = 1
@@ -114,8 +118,9 @@ class Request:
             *("galore_rank", "lora_rank"),
         ):
             check_whole(option, getattr(self, option))
-        if self.gradient_rank is not None:
-            check_whole("gradient_rank", self.gradient_rank)
+        for option in ("gradient_rank", "loss_chunk"):
+            if getattr(self, option) is not None:
+                check_whole(option, getattr(self, option))
         _check_choice("gradients", self.gradients, LEVELS)
         for name in ("gradient_bits", "wire_bits"):
             if getattr(self, name) is not None:
@@ -137,6 +142,8 @@ class Request:
                 f"--backend {self.backend.name} has {', '.join(self.backend.levels)}. Use "
                 "compressed, or fsdp2."
             )
+        self._check_loss_chunk()
+        self._check_in_backward()
         positions = self.model.sizes.positions
         if self.sequence_length > positions:
             raise ValueError(
@@ -167,7 +174,18 @@ class Request:
             length=self.sequence_length,
             element=self.element,
             checkpointing=self.checkpointing,
+            loss_chunk=self.loss_chunk,
         )
+
+    def steps_in_backward(self, level: str) -> bool:
+        """Whether Flora does, with gradients of this level: they must be complete there."""
+        if not self.step_in_backward:
+            return False
+        if self.ranks == 1:
+            is_complete = level != "fused"
+        else:
+            is_complete = self.backend.sharding == "rows" and level in {DENSE, "sharded"}
+        return is_complete and (level != DENSE or self.accumulate == 1)
 
     @property
     def sketch(self) -> Sketch:
@@ -186,6 +204,29 @@ class Request:
             block=self.flora.block,
             bits=bits,
             wire_bits=bits if self.wire_bits is None else self.wire_bits,
+        )
+
+    def _check_loss_chunk(self) -> None:
+        is_decoder = self.model.family != "t5" and not self.model.sizes.caps_logits
+        if self.loss_chunk is None or (is_decoder and self.gradients != "fused"):
+            return
+        raise ValueError(
+            "--loss-chunk needs a decoder whose logits are what its head gives, and a head whose "
+            f"gradient is formed; --model is of {self.model.family}, --gradients {self.gradients}. "
+            "Leave it out."
+        )
+
+    def _check_in_backward(self) -> None:
+        name = self.backend.name
+        if not self.step_in_backward:
+            return
+        if self.backend.stage is None and self.steps_in_backward(self.gradients):
+            return
+        raise ValueError(
+            "--step-in-backward needs gradients that are complete in backward; those of --backend "
+            f"{name} on {self.ranks} ranks, --gradients {self.gradients}, --accumulate "
+            f"{self.accumulate} are not. Use fsdp2 with dense gradients of one micro-batch or "
+            "sharded ones of several, or ddp on one rank, there also with compressed ones."
         )
 
     def _check_bits(self) -> None:

@@ -46,6 +46,8 @@ def _question(request: Request) -> Iterator[str]:
         f"({tables / model.numel:.1%}) in embeddings{'' if model.sizes.is_tied else ' and head'}"
     )
     checkpointing = ", checkpointing" if batch.checkpointing else ""
+    if batch.loss_chunk is not None:
+        checkpointing += f", losses of {batch.loss_chunk} tokens at a time"
     yield (
         f"{request.nodes} x {request.gpus} ranks, {request.backend.name}, {request.precision}; "
         f"{request.accumulate} micro-batch{'es' if request.accumulate > 1 else ''} of "
