@@ -37,7 +37,7 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.parameters.turns import Player, take_turn
 from flora_dist.core.protocols import Layout
 from flora_dist.core.sketch.ops import exact_products
-from flora_dist.core.state.presets import PAPER, SCALE
+from flora_dist.core.state.presets import APOLLO, PAPER, SCALE
 from flora_dist.core.state.settings import BETA1, from_betas
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
@@ -57,11 +57,11 @@ class Flora(torch.optim.Optimizer):
     process, DDP, FSDP1, FSDP2, HSDP, tensor parallelism and ZeRO 0 to 3, to float rounding.
 
     On plain tensors ``step()`` sends nothing. On DTensors it sends one message of sums, as an
-    all-reduce for each sharded axis of the mesh; ``flora_strict`` adds one message, and sharded
-    columns add another. Under ZeRO and FSDP1 it sends one all-reduce, and from three ranks on an
-    exchange before it among those that share a cut row. Parameters that are sharded over other axes
-    have messages of their own. More parameters do not mean more messages, and more ranks do not
-    mean more bytes from each.
+    all-reduce for each sharded axis of the mesh; ``flora_strict`` and ``apollo`` add one message,
+    and sharded columns add another. Under ZeRO and FSDP1 it sends one all-reduce, and from three
+    ranks on an exchange before it among those that share a cut row. Parameters that are sharded
+    over other axes have messages of their own. More parameters do not mean more messages, and more
+    ranks do not mean more bytes from each.
 
     Args:
         params: parameters, groups, or ``model.named_parameters()`` (preferred: random
@@ -75,12 +75,15 @@ class Flora(torch.optim.Optimizer):
             side; matrices with fewer rows than columns must be whole). Needs ``block="full"``.
         sketch: "hadamard" (least noise), "gaussian" (the paper) or "rademacher".
         momentum: "blend" (momentum inside the sketched subspace, the gradient itself outside),
-            "ademamix" (the gradient and a slow average of it, added: arXiv 2502.02431), "flora"
-            (the authors' code), "flora_strict" (Algorithm 2), "vectors" (for 1-D parameters alone)
-            or "none".
-        blend_gain: weight of the sketched momentum under "blend" and "ademamix"; of "blend" above 1
-            only where noise hides the limit on lr that it brings (core/step/momentum_rules.py);
-            None: min(2, block / (2 rank)), the default of older runs.
+            "ademamix" (the gradient and a slow average of it, added: arXiv 2502.02431),
+            "subspace_adam" (Adam inside the subspace, the gradient itself outside: near Alice-0,
+            arXiv 2502.07752), "apollo" (the gradient, scaled block by block as Adam scales its
+            sketch: arXiv 2412.05270), "flora" (the authors' code), "flora_strict" (Algorithm 2),
+            "vectors" (for 1-D parameters alone) or "none". "subspace_adam" and "apollo" keep twice
+            as many numbers; compiled kernels do without them and "ademamix".
+        blend_gain: weight of the sketched momentum under "blend", "ademamix" and "subspace_adam";
+            of "blend" above 1 only where noise hides the limit on lr that it brings
+            (core/step/momentum_rules.py); None: min(2, block / (2 rank)), as in older runs.
         beta1: decay of the momentum.
         kappa: steps between projections.
         transfer: momentum at a new projection: "shrink" (least squares), "paper" or "reset".
@@ -210,6 +213,20 @@ class Flora(torch.optim.Optimizer):
         read. ``settings`` override the preset.
         """
         return cls(params, lr, **{**SCALE, **settings})
+
+    @classmethod
+    def apollo(cls, params: Any, lr: float | Tensor = 1e-3, **settings: Any) -> Flora:
+        """APOLLO (arXiv 2412.05270): the gradient, scaled by channel as Adam scales its sketch.
+
+        It differs from the paper in its channels, which are blocks of a row (theirs whole rows or
+        columns of the longer side; ``block="full", sketch="gaussian"`` makes them so where rows are
+        not fewer than columns), each of which has moments of ``rank`` numbers; in lr, which is
+        Adam's (theirs is sqrt(block / rank) times that); in moments at a new projection, which are
+        moved to it (theirs stay as they are); and in 1-D parameters and embeddings, for which
+        theirs is Adam. APOLLO-Mini's one scale for a whole matrix is not here. ``settings``
+        override the preset.
+        """
+        return cls(params, lr, **{**APOLLO, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with any settings of their own; their steps count from 1."""

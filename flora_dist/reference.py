@@ -14,20 +14,22 @@ Algorithm 2, over Adafactor (arXiv 1804.04235). Ours and not theirs: blocks, ``b
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_CLIP_FIRST = ("blend", "ademamix", "subspace_adam", "vectors", "none")  # clip X, not U
+# Polar Express (arXiv 2505.16932) for singular values from 0.003 to 1 in three steps
+_POLYNOMIALS = (8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, -2.6267, 0.5257)
+_TWO_MOMENTS = ("subspace_adam", "apollo")  # rules that keep V behind M where they sketch
 _CHOICES = {
-    "momentum": ("flora", "flora_strict", "blend", "ademamix", "vectors", "none"),
+    "momentum": (*_CLIP_FIRST, "flora", "flora_strict", "apollo"),
     "normalise": ("factored", "rows", "columns"),
     "sketch": ("hadamard", "gaussian", "rademacher"),
     "transfer": ("shrink", "paper", "reset"),
 }
-
-
-_CLIP_FIRST = ("blend", "ademamix", "vectors", "none")
-"""Rules that clip X; the others clip U."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,58 +119,41 @@ def few_bits(x: Tensor, number_bits: int, bits: Tensor) -> Tensor:
     return scale * (2 * k / top - 1)
 
 
-def nearest_levels(x: Tensor, levels: Tensor) -> Tensor:
-    """Return s q of each row x (..., R): q the level nearest to x / RMS(x), <s q, x> = |x|^2."""
-    tiny = torch.finfo(x.dtype).tiny  # for blocks of zeros, which stay
-    unit = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=tiny)
-    q = levels[(unit.unsqueeze(-1) - levels).abs().argmin(-1)]
-    # s = |x|^2 / <x, q>, to bf16
-    scale = x.square().sum(-1, keepdim=True) / (x * q).sum(-1, keepdim=True).clamp(min=tiny)
-    return scale.to(torch.bfloat16).to(x.dtype) * q
-
-
-def _split(x: Tensor, size: int, dim: int) -> list[Tensor]:
-    return [x.narrow(dim, i, min(size, x.shape[dim] - i)) for i in range(0, x.shape[dim], size)]
-
-
 def alike(tile: Tensor) -> Tensor:
-    """Return a tile with singular values about 1, at its own size: Muon's Newton-Schulz steps."""
+    """Return a tile with singular values about alike, at its own size: Newton-Schulz steps."""
     if not tile.any():
         return tile
-    y = tile / tile.square().sum().sqrt()
-    for _ in range(5):
+    y = tile / (tile @ tile.T).square().sum().sqrt().sqrt()
+    for a, b, c in _POLYNOMIALS:
         s = y @ y.T
-        y = 3.4445 * y - 4.7750 * s @ y + 2.0315 * s @ s @ y
+        y = a * y + b * s @ y + c * s @ s @ y
     return y * (rms(tile) / rms(y))
 
 
-def _second_moment_rate(t: int, beta2: float | None) -> float:
-    """Return b2 at step t; it is 0 at t = 1."""
+def _rate(t: int, beta2: float | None) -> float:
+    """Return b2 at step t, 1 - t^-0.8 unless beta2 is given; it is 0 at t = 1."""
     if beta2 is None:
-        # b2 <- 1 - t^-0.8
         return float(1 - t**-0.8)
     # b2 <- beta2 (1 - beta2^(t-1)) / (1 - beta2^t): Adam's bias correction as a moving rate
-    return beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
+    return float(beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t))
 
 
-def _normalise_(
-    gradient: Tensor, state: Mapping[str, Tensor], b2: float, s: ReferenceSettings
-) -> Tensor:
+def _normalise_(g: Tensor, state: Mapping[str, Tensor], b2: float, s: ReferenceSettings) -> Tensor:
     """Move the statistics of one matrix or vector in place and return X."""
     if "second" in state:
         # V <- b2 V + (1-b2) (G^2 + max(eps, 1e-12));  X = G / sqrt(V)
-        state["second"].mul_(b2).add_((1 - b2) * (gradient.square() + max(s.eps, 1e-12)))
-        return gradient / state["second"].sqrt()
-    square, row, column = gradient.square() + s.eps, state["row"], state["column"]
+        state["second"].mul_(b2).add_((1 - b2) * (g.square() + max(s.eps, 1e-12)))
+        return g / state["second"].sqrt()
+    square, row, column = g.square() + s.eps, state["row"], state["column"]
     b2 = b2 if s.normalise == "factored" else 0.0  # SCALE: this gradient alone
     # R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
     row.mul_(b2).add_((1 - b2) * square.mean(1))
     column.mul_(b2).add_((1 - b2) * square.mean(0))
     if s.normalise != "factored":
         # X = G / sqrt(R), or G / sqrt(C)
-        return gradient / (row[:, None] if s.normalise == "rows" else column).sqrt()
+        return g / (row[:, None] if s.normalise == "rows" else column).sqrt()
     # X = G / sqrt(R C / mean(R)), factor by factor: in fp32 R C underflows where G is all zero
-    return gradient / row.sqrt()[:, None] * row.mean().sqrt() / column.sqrt()
+    return g / row.sqrt()[:, None] * row.mean().sqrt() / column.sqrt()
 
 
 def _move(momentum: Tensor, old: Tensor, new: Tensor, s: ReferenceSettings) -> Tensor:
@@ -217,6 +202,27 @@ def _rule(
         return x + _gain(ratio, s) / ratio * expand(momentum, new, columns), momentum
     # U = X + gain (R/B) (M - X A_new^T) A_new
     return x + _gain(ratio, s) / ratio * expand(momentum - c, new, columns), momentum
+
+
+def _two_moments(
+    x: Tensor, mv: Tensor, bases: Any, moved: bool, s: ReferenceSettings, g: Tensor, t: int
+) -> tuple[Tensor, Tensor]:
+    """Return U and the new M and V (N, K, 2 R) of the rules that have Adam in the sketch."""
+    b, b2, (old, new) = _rate(t, s.beta1), _rate(t, s.beta2), bases
+    (m, v), ratio = mv.chunk(2, -1), new.shape[1] / new.shape[0]
+    x = g if s.momentum == "apollo" else clipped(x, s.clip)
+    c, eps = compress(x, new), s.eps if s.momentum == "apollo" else max(s.eps, 1e-12)
+    m, v = (_move(m, old, new, s), v.mean(-1, keepdim=True)) if moved else (m, v)
+    # M <- b move(M) + (1-b) X A^T;  V <- b2 V + (1-b2) ((X A^T)^2 + eps)
+    m, v = b * m + (1 - b) * c, b2 * v + (1 - b2) * (c.square() + eps)
+    if s.momentum == "subspace_adam":
+        # U = X + (gain sqrt(R/B) M / sqrt(V) - (R/B) X A^T) A
+        inside = _gain(ratio, s) / ratio**0.5 * m / v.sqrt() - c / ratio
+        return x + expand(inside, new, x.shape[1]), torch.cat([m, v], -1)
+    # apollo: U = sqrt(B/R) |M / sqrt(V)| / max(|G A^T|, |sqrt(V)| / 10) G, block by block
+    scale = ratio**0.5 * (m / v.sqrt()).norm(dim=-1) / c.norm(dim=-1).maximum(v.sum(-1).sqrt() / 10)
+    wide = scale.repeat_interleave(new.shape[1], 1)[:, : x.shape[1]]
+    return clipped(wide * x, s.clip), torch.cat([m, v], -1)
 
 
 def _is_batch(x: Tensor) -> bool:
@@ -291,7 +297,8 @@ class Reference:
                 state["norm"] = zeros.sum((1, 2)).unsqueeze(1)
         if s.momentum != "none" and not (matrix and s.momentum == "vectors"):
             sketch = self._sketch(name, 0, 0) if matrix else None
-            momentum = zeros if sketch is None else compress(zeros, sketch)
+            moments = 1 + (s.momentum in _TWO_MOMENTS)
+            momentum = zeros if sketch is None else compress(zeros, sketch).repeat(1, 1, 1, moments)
             state["momentum"] = momentum.to(s.state_dtype or zeros.dtype)
         return state
 
@@ -300,23 +307,26 @@ class Reference:
         weights, gradients = (self._copy(name, x) for x in (self.weights[name], gradient))
         windows = clock["window"], (clock["step"] + 1) // s.kappa
         clock["step"], clock["window"] = clock["step"] + 1, windows[1]
-        b2 = _second_moment_rate(clock["step"], s.beta2)
+        b2 = _rate(clock["step"], s.beta2)
         momenta = state["momentum"].to(weights.dtype, copy=True) if "momentum" in state else None
         for e, (w, g) in enumerate(zip(weights, gradients, strict=True)):
             x = _normalise_(-g if s.maximize else g, {k: v[e] for k, v in state.items()}, b2, s)
             own = _bounded_by(state["norm"][e], x, s) if "norm" in state else s
             if momenta is None:
-                update = clipped(x, own.clip)
+                update: Any = clipped(x, own.clip)
             else:
                 bases = [self._sketch(name, e, i) if x.ndim == 2 else None for i in windows]
-                update, momenta[e] = _rule(x, momenta[e], bases, windows[0] != windows[1], own)
+                rule = _rule
+                if s.momentum in _TWO_MOMENTS and bases[0] is not None:
+                    rule = partial(_two_moments, g=-g if s.maximize else g, t=clock["step"])
+                update, momenta[e] = rule(x, momenta[e], bases, windows[0] != windows[1], own)
             if "norm" in state:
                 # what is bounded: X before these rules, U after the others
                 early = s.momentum in _CLIP_FIRST
                 state["norm"][e] = (clipped(x, own.clip) if early else update).norm()
             if s.orthogonalise is not None and x.ndim == 2:
-                rows = [_split(r, s.orthogonalise, 1) for r in _split(update, s.orthogonalise, 0)]
-                update = torch.cat([torch.cat([alike(tile) for tile in row], 1) for row in rows])
+                rows = [r.mT.split(s.orthogonalise) for r in update.split(s.orthogonalise)]
+                update = torch.cat([torch.cat([alike(t.mT) for t in row], 1) for row in rows])
             # W <- (1 - lr wd) W - lr scale U
             scale = rms(w).clamp(min=1e-3) if s.scale_parameter else 1.0
             w.copy_((1 - s.lr * s.weight_decay) * w - s.lr * scale * update)

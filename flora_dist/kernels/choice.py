@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -73,6 +73,17 @@ def said_of(slots: Sequence[Trainable]) -> str:
     if on_gpu:
         return said_on_gpu(on_gpu)
     known = found()
-    has_records = any(entry.dtype == "uint8" for slot in slots for entry in slot.entries)
-    beside = "; momenta of few bits: torch's operators"
-    return known.said + (beside if known.operators is not None and has_records else "")
+    left = dict.fromkeys(reason for slot in slots for reason in _beyond(slot))
+    beside = f"; {', '.join(left)}: torch's operators" if left else ""
+    return known.said + (beside if known.operators is not None else "")
+
+
+def _beyond(slot: Trainable) -> Iterator[str]:
+    """What of a parameter's settings the kernels do without."""
+    rule = rule_of(slot.config, slot.geometry)
+    if rule is not None and type(rule) not in RULES:
+        yield f"momentum={slot.config.momentum!r}"
+    if not slot.geometry.is_vector:
+        yield from beyond_kernels(slot.config)
+    if any(entry.dtype == "uint8" for entry in slot.entries):
+        yield "momenta of few bits"

@@ -48,6 +48,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "blend", "transfer": "reset", "blend_gain": 4.0, "scale_parameter": True},
     {"momentum": "none"},
     {"momentum": "ademamix", "beta1": 0.99, "blend_gain": 4.0},
+    {"momentum": "subspace_adam", "blend_gain": 2.5, "transfer": "reset"},
+    {"momentum": "apollo", "beta2": 0.95},
+    {"momentum": "apollo", "sketch": "gaussian", "growth": 1.01},
     {"momentum": "vectors", "normalise": "rows", "beta2": 0.95},
     {"momentum": "flora", "normalise": "columns"},
     {"momentum": "flora_strict", "sketch": "gaussian", "state_bits": 8},
@@ -150,6 +153,15 @@ def test_the_battery_sees_norms_that_are_not_summed_for_growth() -> None:
     assert not worst < 1e6 * EXACT
 
 
+@pytest.mark.parametrize("mutation", ["rms sums", "cut blocks"])
+def test_the_battery_sees_a_scaled_gradient_whose_norm_or_sketch_is_not_summed(
+    mutation: str,
+) -> None:
+    case = Case(settings={"momentum": "apollo", "beta2": 0.95})
+    _, worst = _distances("flat x3", case, mutation)
+    assert not worst < 1e6 * EXACT
+
+
 @pytest.mark.parametrize("mutation", ["column sums", "rms sums", "window change", "keys"])
 def test_the_battery_sees_a_broken_mechanism_on_rows(mutation: str) -> None:
     _, worst = _distances("fsdp2 x2", Case(settings={"momentum": "flora"}), mutation)
@@ -170,6 +182,7 @@ def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: s
         ("fsdp2 x3", "blend", 1),
         ("fsdp2 x3", "none", 1),
         ("fsdp2 x3", "flora_strict", 2),
+        ("fsdp2 x3", "apollo", 2),
         ("hsdp 2x2", "flora", 1),
         ("columns x3", "flora", 2),
         ("columns x3", "flora_strict", 3),

@@ -30,11 +30,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import rich.table
 import torch
 from rich.console import Console
 
 from flora_dist.trainer.config_data import STDLIB
-from tests.bench import quality_compressed, quality_plan, quality_sceptic, quality_table
+from tests.bench import (
+    quality_compressed,
+    quality_plan,
+    quality_sceptic,
+    quality_search,
+    quality_table,
+)
 from tests.bench.quality_bytes import draw_bytes
 from tests.bench.quality_plan import (
     Row,
@@ -45,7 +52,6 @@ from tests.bench.quality_plan import (
     next_runs,
     resized,
     rows_named,
-    tuned,
 )
 from tests.bench.quality_ratios import draw_compressed
 from tests.bench.quality_run import Bench, Settings, bench_of, start_worker, train_one
@@ -61,6 +67,16 @@ class Table:
     quick_size: Size
     draw: Callable[[Sequence[quality_table.Line], Path, str], None]
     """Its pictures, into a folder, with a title."""
+    plan: Callable[[Sequence[Row], Mapping[Run, float], Size], list[Run]] = next_runs
+    """Runs that are missing and can be told already."""
+    expected: Callable[[Sequence[Row], Size], int] = expected_runs
+    """How many runs to expect."""
+    lines: Callable[
+        [Sequence[Row], Mapping[Run, dict[str, Any]], Mapping[Run, float], Size],
+        list[quality_table.Line],
+    ] = quality_table.lines
+    show: Callable[[Sequence[quality_table.Line], str], rich.table.Table] = quality_table.table
+    """The lines for a terminal, with a title."""
 
 
 TABLES = {
@@ -91,6 +107,10 @@ TABLES = {
         quick_rows=[row.name for row in quality_sceptic.sceptic_rows() if row.name == row.family],
         quick_size=quality_sceptic.QUICK,
         draw=quality_sceptic.draw_nothing,
+        plan=quality_search.next_rounds,
+        expected=quality_search.expected_rounds,
+        lines=quality_sceptic.sceptic_lines,
+        show=quality_sceptic.sceptic_table,
     ),
 }
 
@@ -170,6 +190,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def run_all(
+    table: Table,
     pool: Executor,
     rows: Sequence[Row],
     settings: Settings,
@@ -181,10 +202,10 @@ def run_all(
     """Train whatever is missing, `workers` runs at a time."""
     by_name = {row.name: row for row in rows}
     began, before = time.perf_counter(), len(store.records)
-    total = expected_runs(rows, settings.size)
+    total = table.expected(rows, settings.size)
     pending: dict[Future[dict[str, Any]], Run] = {}
     while True:
-        for run in next_runs(rows, store.losses, settings.size):
+        for run in table.plan(rows, store.losses, settings.size):
             if len(pending) < workers and run not in pending.values():
                 pending[pool.submit(train_one, settings, by_name[run.row], run)] = run
         if not pending:
@@ -216,15 +237,13 @@ def report(
 ) -> None:
     """results.json, the pictures and the printed table, of the rows that are complete."""
     bench = bench_of(settings)
-    if any(row.family for row in rows):
-        rows = tuned(rows, store.losses, settings.size)
-    found = quality_table.lines(rows, store.records, store.losses, settings.size)
+    found = table.lines(rows, store.records, store.losses, settings.size)
     about = facts(settings, bench)
     text = json.dumps({**about, "rows": found}, indent=1, allow_nan=False)
     write_whole(folder / "results.json", text + "\n")
     title = f"{about['parameters']:,} parameters, {about['tokens']:,} tokens per run"
     table.draw(found, folder, title)
-    console.print(quality_table.table(found, title))
+    console.print(table.show(found, title))
     console.print(f"{about['machine']}, torch {about['torch']}; written to {folder}")
 
 
@@ -302,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0
     try:
         with ProcessPoolExecutor(args.workers, context, initializer=start_worker) as pool:
-            run_all(pool, rows, settings, store, workers=args.workers, console=console)
+            run_all(table, pool, rows, settings, store, workers=args.workers, console=console)
     except KeyboardInterrupt:
         console.print(f"interrupted after {len(store.records)} runs; --resume goes on")
         code = 130

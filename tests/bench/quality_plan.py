@@ -36,7 +36,7 @@ class Row:
     factor: str
     """What varies among the rows of the same factor."""
     optimizer: str
-    """adamw, adafactor (both torch's), flora or paper (Flora.paper)."""
+    """adamw, adafactor, muon (all torch's), lion, flora or paper (Flora.paper)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     matrices: Mapping[str, Any] = field(default_factory=dict)
     """Flora: what parameters of two or more dims have instead."""
@@ -259,31 +259,10 @@ def _sketches() -> Iterator[Row]:
 
 def next_runs(rows: Sequence[Row], losses: Mapping[Run, float], size: Size) -> list[Run]:
     """Runs that are missing and can be told already: the grid, beyond it, then the other seeds."""
-    best = {row.name for row in tuned(rows, losses, size)}
     return [
         run
         for row in rows
-        for run in (
-            _seeds_missing(row.name, losses, size)
-            if row.name in best
-            else _grid_missing(row.name, losses, size)
-        )
-    ]
-
-
-def tuned(rows: Sequence[Row], losses: Mapping[Run, float], size: Size) -> list[Row]:
-    """Rows whose learning rate is found; of each family the best one, once all of it is run."""
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        families.setdefault(row.family or row.name, []).append(row)
-
-    def loss(row: Row) -> float:
-        return losses[Run(row.name, best_exponent(row.name, losses), 0)]
-
-    return [
-        min(family, key=loss)
-        for family in families.values()
-        if not any(_grid_missing(row.name, losses, size) for row in family)
+        for run in _grid_missing(row.name, losses, size) or _seeds_missing(row.name, losses, size)
     ]
 
 
@@ -319,10 +298,8 @@ def best_exponent(row: str, losses: Mapping[Run, float]) -> int:
 
 def expected_runs(rows: Sequence[Row], size: Size) -> int:
     """How many runs to expect; about every other row leaves the grid once more than it must."""
-    bracket = 3 if size.extensions else 0  # a best between two worse ones
-    families = len({row.family or row.name for row in rows})
-    beyond = len(rows) // 2 if size.extensions else 0
-    return len(rows) * max(bracket, len(size.grid)) + families * (size.seeds - 1) + beyond
+    bracket = max(3, len(size.grid))  # a best between two worse ones
+    return len(rows) * (bracket + size.seeds - 1) + len(rows) // 2
 
 
 def resized(size: Size, **given: int | None) -> Size:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ from flora_dist.trainer.optimizers import schedule_factor
 from flora_dist.trainer.optional_imports import stay_offline
 from flora_dist.trainer.progress import Silence
 from flora_dist.trainer.tokenizer import ByteTokenizer
+from tests.bench.quality_peers import muon
 from tests.bench.quality_plan import CENTRE, Row, Run, Size, lr_of
 
 
@@ -193,6 +195,12 @@ def build(row: Row, model: nn.Module, *, lr: float, seed: int) -> torch.optim.Op
     match row.optimizer:
         case "adamw":
             return torch.optim.AdamW(named, lr=lr, **row.options)
+        case "muon":
+            return muon(model, (m.weight for m in _ends(model)), lr=lr, **row.options)
+        case "lion":
+            return importlib.import_module("lion_pytorch").Lion(
+                model.parameters(), lr=lr, **row.options
+            )
         case "adafactor":
             return torch.optim.Adafactor(named, lr=lr, **row.options)
         case "paper":

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -44,11 +43,11 @@ from tests.bench.quality_plan import (
     next_runs,
     resized,
     rows_named,
-    tuned,
 )
 from tests.bench.quality_run import Settings, build, config_of_run, gradients_of, groups_of
+from tests.bench.quality_sceptic import CHANGES, sceptic_rows
 from tests.bench.quality_sceptic import FULL as SCEPTICS
-from tests.bench.quality_sceptic import VARIANTS, sceptic_rows
+from tests.bench.quality_search import FINALISTS, best_run, expected_rounds, next_rounds, rules_of
 from tests.bench.quality_table import dense_twin
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -258,40 +257,71 @@ def test_a_best_at_the_end_of_the_grid_goes_on_beyond_it_twice() -> None:
     assert planned({-1: 1.0, 0: 2.0, 1: 3.0, 2: 4.0}) == [(-2, 0)]
 
 
-def test_every_rule_of_the_sceptics_table_has_as_many_variants_as_adamw() -> None:
-    for family in {row.family for row in SCEPTIC.values()}:
-        variants = [row for row in SCEPTIC.values() if row.family == family]
-        assert len(variants) == VARIANTS
-        centre = variants[0]
-        assert centre.name == family
-        for row in variants[1:]:
+def test_every_rule_of_the_sceptics_table_has_as_many_changes_of_one_setting_as_adamw() -> None:
+    for rule in rules_of(tuple(SCEPTIC.values())):
+        centre = rule.centre
+        assert len(rule.changes) == CHANGES
+        for row in rule.changes:
             changed = {
                 key
                 for key in {*row.options, *centre.options}
                 if row.options.get(key) != centre.options.get(key)
             }
-            assert len(changed) + (row.warmup != centre.warmup) == 1, row.name
-    rules = {row.options.get("momentum", "blend") for row in SCEPTIC.values()}
+            beside = (row.warmup != centre.warmup) + (row.max_norm != centre.max_norm)
+            assert len(changed) + beside == 1, row.name
+    ours = [row for row in SCEPTIC.values() if row.optimizer == "flora"]
+    rules = {row.options.get("momentum", "blend") for row in ours}
     assert rules | OF_THE_PAPER | {"none"} == set(MOMENTA)
 
 
-def test_a_family_spends_its_other_seeds_on_its_best_variant_alone() -> None:
-    rows = [row for row in SCEPTIC.values() if row.family == "AdamW"]
-    size = replace(FULL, grid=(0, 1), extensions=0, seeds=3)
-    losses = {Run(row.name, e, 0): 2.0 for row in rows for e in (0, 1)}
-    one_left = dict(losses)
-    del one_left[Run(rows[3].name, 1, 0)]
-    assert next_runs(rows, one_left, size) == [Run(rows[3].name, 1, 0)]
-    losses[Run(rows[2].name, 1, 0)] = 1.0
-    assert next_runs(rows, losses, size) == [Run(rows[2].name, 1, seed) for seed in (1, 2)]
-    assert tuned(rows, losses, size) == [rows[2]]
+def losses_of_rounds(rows: list[Row], loss: dict[str, float]) -> tuple[list[list[Run]], Any]:
+    """The rounds of a search in which runs of a row have this loss, least at exponent 2."""
+    losses: dict[Run, float] = {}
+    rounds = []
+    while missing := next_rounds(rows, losses, SCEPTICS):
+        rounds.append(missing)
+        losses |= {run: loss[run.row] + 0.01 * abs(run.exponent - 2) for run in missing}
+    return rounds, losses
 
 
-def test_learning_rates_of_the_sceptics_table_are_half_as_far_apart() -> None:
+def test_a_search_runs_every_round_for_all_rules_and_seeds_for_the_best_and_adamw() -> None:
+    rules = rules_of(tuple(SCEPTIC.values()))[: FINALISTS + 2]
+    rows = [row for rule in rules for row in (rule.centre, *rule.changes)]
+    loss = {row.name: 3.0 - place for place, rule in enumerate(rules) for row in (rule.centre,)}
+    loss |= {row.name: loss[row.family] + 0.5 for row in rows if row.name != row.family}
+    winner = rules[-1].changes[2].name
+    loss[winner] = loss[rules[-1].centre.name] - 0.5
+    rounds, losses = losses_of_rounds(rows, loss)
+    middle, outer, fine, changed, seeds = rounds
+    for rule in rules:
+        own = [[r.exponent for r in part if r.row == rule.centre.name] for part in rounds[:3]]
+        assert own == [[0, 2], [-2, 4], [1, 3]]
+        assert [r for r in changed if r.row == rule.changes[0].name] == [
+            Run(rule.changes[0].name, 2, 0)
+        ]
+    assert len(middle) == len(outer) == len(fine) == 2 * len(rules)
+    assert len(changed) == CHANGES * len(rules)
+    # AdamW has the most to lose here, and its seeds all the same; the second worst has none.
+    best = {best_run(rule, losses).row for rule in (rules[0], *rules[2:])}
+    assert {(r.row, r.seed) for r in seeds} == {(row, seed) for row in best for seed in (1, 2)}
+    assert winner in best
+    assert len(losses) == expected_rounds(rows, SCEPTICS)
+
+
+def test_a_search_goes_beyond_the_grid_where_its_best_is_at_an_end() -> None:
+    rows, name = [SCEPTIC[n] for n in SCEPTIC if SCEPTIC[n].family == "AdamW"], "AdamW"
+    losses = {Run(name, e, 0): float(e) for e in SCEPTICS.grid}
+    assert [r.exponent for r in next_rounds(rows, losses, SCEPTICS)] == [-4, -3]
+    losses = {Run(name, e, 0): float(-e) for e in SCEPTICS.grid}
+    losses[Run(name, 4, 0)] = math.inf  # diverged
+    assert [r.exponent for r in next_rounds(rows, losses, SCEPTICS)] == [1, 3]
+
+
+def test_the_sceptics_learning_rates_are_a_factor_of_two_apart_and_then_of_its_root() -> None:
     row = SCEPTIC["AdamW"]
     rates = [lr_of(row, e, 0.02, SCEPTICS.factor) for e in SCEPTICS.grid]
-    assert rates[-1] == pytest.approx(5.06e-3, rel=1e-3)
-    assert all(b / a == pytest.approx(1.5) for a, b in itertools.pairwise(rates))
+    assert rates == pytest.approx([0.5e-3, 1e-3, 2e-3, 4e-3])
+    assert lr_of(row, 1, 0.02, SCEPTICS.factor) == pytest.approx(1.414e-3, rel=1e-3)
 
 
 def test_an_unknown_row_is_refused_by_name() -> None:
@@ -317,7 +347,9 @@ def slice_of(
     store = quality.Store(folder, {"settings": 1}, resume=resume)
     console = Console(file=io.StringIO())
     with ThreadPoolExecutor(1) as pool:
-        quality.run_all(pool, rows, settings, store, workers=1, console=console)
+        quality.run_all(
+            quality.TABLES[table], pool, rows, settings, store, workers=1, console=console
+        )
     quality.report(quality.TABLES[table], rows, settings, store, folder, console)
     return store
 
@@ -352,12 +384,16 @@ def test_a_slice_runs_and_resumes_to_the_same_table(settings: Settings, tmp_path
 
 
 def test_the_sceptics_table_has_one_line_for_each_rule(settings: Settings, tmp_path: Path) -> None:
-    names = ("vectors", "vectors, clip 2.0", "SCALE")
-    size = replace(settings.size, grid=(0,), seeds=1)
+    names = ("Muon (torch)", "vectors", "vectors, clip 2.0")
+    size = replace(settings.size, grid=(0,), seeds=2)
     slice_of(replace(settings, size=size), tmp_path / "out", *names, table="sceptic")
     lines = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert [line["factor"] for line in lines] == ["vectors", "SCALE"]
-    assert all(line["mean"] > 0 for line in lines)
+    assert sorted(line["row"] for line in lines) == ["Muon (torch)", "vectors"]
+    by_rule = {line["row"]: line for line in lines}
+    # One learning rate, two beyond it, a change and a seed.
+    assert (by_rule["Muon (torch)"]["runs"], by_rule["vectors"]["runs"]) == (4, 5)
+    assert all(line["mean"] > 0 and len(line["seeds"]) == 2 for line in lines)
+    assert by_rule["Muon (torch)"]["state_bytes"] > 10 * by_rule["vectors"]["state_bytes"]
 
 
 def test_a_slice_of_sketched_gradients_runs(settings: Settings, tmp_path: Path) -> None:

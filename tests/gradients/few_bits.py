@@ -13,10 +13,20 @@ from flora_dist.core.sketch.quantise import _LEVELS
 from flora_dist.core.state.settings import KNOBS, FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.gradients.request import SketchRequest
-from flora_dist.reference import compress, expand, few_bits, nearest_levels
+from flora_dist.reference import compress, expand, few_bits
 from tests.battery import zoo
 from tests.battery.oracle import STEPS, reference_of, trainable
 from tests.gradients.oracle import SketchedCase, Weights
+
+
+def nearest_levels(x: Tensor, levels: Tensor) -> Tensor:
+    """Return s q of each row x (..., R): q the level nearest to x / RMS(x), <s q, x> = |x|^2."""
+    tiny = torch.finfo(x.dtype).tiny  # for blocks of zeros, which stay
+    unit = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=tiny)
+    q = levels[(unit.unsqueeze(-1) - levels).abs().argmin(-1)]
+    # s = |x|^2 / <x, q>, to bf16
+    scale = x.square().sum(-1, keepdim=True) / (x * q).sum(-1, keepdim=True).clamp(min=tiny)
+    return scale.to(torch.bfloat16).to(x.dtype) * q
 
 
 class FewBits:

@@ -44,6 +44,14 @@ LEVELLED = [
     SketchedCase(settings=settings, level="sharded", micro_batches=3, samples=MANY)
     for settings in (FLORA, {"momentum": "blend"})
 ]
+YOUNGER = [
+    SketchedCase(settings={"momentum": "ademamix", "blend_gain": 4.0}),
+    SketchedCase(settings={"momentum": "vectors", "normalise": "rows", "growth": 1.01}),
+    SketchedCase(settings={"momentum": "subspace_adam"}),
+    SketchedCase(settings={"momentum": "apollo", "growth": 1.01}, gradient_rank=4),
+]
+"""Rules read a sketched gradient as they read a dense one: whole matrices and cut blocks do."""
+TILED = SketchedCase(settings={"momentum": "blend", "orthogonalise": 4}, micro_batches=3)
 KEYS = sorted({key for case in CASES for key in case.settings})
 
 
@@ -72,7 +80,7 @@ EXACT_RUNS = [run for run in RUNS if run not in LEVELLED_RUNS and run not in FLO
 
 @cache
 def _expected(name: str) -> tuple[Weights, Weights, list[float]]:
-    cases = {str(case): case for case in (*CASES, *FLOAT_CASES, *LEVELLED)}
+    cases = {str(case): case for case in (*CASES, *FLOAT_CASES, *LEVELLED, *YOUNGER, TILED)}
     return reference_run(cases[name])
 
 
@@ -93,6 +101,17 @@ def _distances(layout: str, case: SketchedCase, fault: str = "") -> tuple[float,
 
 @pytest.mark.parametrize(("layout", "case"), EXACT_RUNS, ids=str)
 def test_compressed_gradients_equal_the_reference_in_float64(
+    layout: str, case: SketchedCase
+) -> None:
+    _, worst, norm = _distances(layout, case)
+    assert worst < EXACT
+    assert norm < EXACT
+
+
+@pytest.mark.parametrize(
+    ("layout", "case"), [*product(("plain", "tp x2"), YOUNGER), ("plain", TILED)], ids=str
+)
+def test_rules_that_were_added_later_equal_the_reference_too(
     layout: str, case: SketchedCase
 ) -> None:
     _, worst, norm = _distances(layout, case)

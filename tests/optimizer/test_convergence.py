@@ -6,6 +6,7 @@ A slice of ``python -m tests.optimizer.problems``.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ CONVERGING: dict[str, dict[str, Any]] = {
     "the default": {},
     "none": {"momentum": "none"},
     "a slow average added": {"momentum": "ademamix"},
+    "Adam in the subspace": {"momentum": "subspace_adam"},
+    "APOLLO": {"momentum": "apollo"},
     "dense momentum": {"rank": None},
 }
 # Read in the sketch as a whole, momentum has the sketch's noise, 7 times its own square at rank 8
@@ -68,14 +71,14 @@ def test_an_added_average_has_the_limit_on_lr_that_its_rule_says(gain: float, be
 
 def _left_inside(rule: Rule, step: float) -> float:
     """|W| after many steps of lr x curvature = ``step`` inside the subspace, from 1."""
-    basis = DenseBasis()
+    now: Any = SimpleNamespace(basis=DenseBasis())
     place = Place(matrices=slice(0, 1), columns=(0, 1))
     weight = torch.ones(1, 1, 1, dtype=torch.float64)
     momentum = torch.zeros_like(weight)
     for _ in range(2000):
         gradient = weight.clone()
         x = Blocks(elements_ENW=gradient, whole_ENM=gradient)
-        update, momentum = rule.advance(x, gradient.clone(), momentum, basis, place)
+        update, momentum = rule.advance(x, gradient.clone(), momentum, now, place)
         weight = weight - step * update
     return float(weight.abs())
 

@@ -29,10 +29,10 @@ class NesterovRule:
     asks_update: ClassVar[bool] = False
 
     def advance(
-        self, x: Any, compressed: Tensor, momentum: Tensor, basis: Any, place: Any
+        self, x: Any, compressed: Tensor, momentum: Tensor, now: Any, place: Any
     ) -> tuple[Tensor, Tensor]:
-        new = momentum_rules.advanced(momentum, compressed, basis, place, beta=self.beta)
-        return basis.correct_(x, new, compressed, place, gain=self.beta), new
+        new = momentum_rules.advanced(momentum, compressed, now.basis, place, beta=self.beta)
+        return now.basis.correct_(x, new, compressed, place, gain=self.beta), new
 
     def square_sum(self, squares: Squares) -> Tensor:
         return squares.x2

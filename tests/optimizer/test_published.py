@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from flora_dist import Flora
+from flora_dist.core.sketch import matrices
 from flora_dist.core.sketch.ops import Blocks
-from flora_dist.core.step import basis, matrix
-from flora_dist.core.step.basis import DenseBasis, Place
-from flora_dist.core.step.momentum_rules import AdEMAMixRule
-from tests.battery.oracle import Case, distances, reference_of
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.step import basis, matrix, momentum_rules
+from flora_dist.core.step.basis import DenseBasis, Place, SketchedBasis
+from flora_dist.core.step.momentum_rules import AdEMAMixRule, SubspaceAdamRule
+from flora_dist.core.step.rates import corrected
+from tests.battery.oracle import Case, distances, reference_of, sketches
 from tests.optimizer import runs
 
 STEPS, LR = 6, 0.01
@@ -73,6 +77,7 @@ def test_an_added_average_is_simplified_ademamix_times_its_weight_of_the_gradien
     """Theirs: m <- b m + g, U = m + a g; here gain = 1 / (a (1 - b)) and U is a-th of it."""
     beta, alpha = 0.99, 5.0
     rule = AdEMAMixRule(beta=beta, gain=1 / (alpha * (1 - beta)))
+    now: Any = SimpleNamespace(basis=DenseBasis())
     place = Place(matrices=slice(0, 1), columns=(0, 4))
     torch.manual_seed(0)
     theirs, momentum = torch.zeros(2, 1, 1, 4, dtype=torch.float64)
@@ -80,8 +85,112 @@ def test_an_added_average_is_simplified_ademamix_times_its_weight_of_the_gradien
         gradient = torch.randn(1, 1, 4, dtype=torch.float64)
         theirs = beta * theirs + gradient
         x = Blocks(elements_ENW=gradient.clone(), whole_ENM=gradient)
-        update, momentum = rule.advance(x, gradient, momentum, DenseBasis(), place)
+        update, momentum = rule.advance(x, gradient, momentum, now, place)
         torch.testing.assert_close(alpha * update, theirs + alpha * gradient)
+
+
+def _apollo_step(
+    weight: Tensor, gradient: Tensor, kept: dict[str, Any], sketch: Tensor, step: int
+) -> Tensor:
+    """APOLLO (arXiv 2412.05270, Algorithm 1) of a matrix that is not wider than high."""
+    r = gradient @ sketch.T
+    kept["m"] = 0.9 * kept.get("m", 0.0) + 0.1 * r
+    kept["v"] = 0.999 * kept.get("v", 0.0) + 0.001 * r.square()
+    adam = kept["m"] / (1 - 0.9**step) / (kept["v"] / (1 - 0.999**step)).sqrt()
+    update = gradient * (adam.norm(dim=1) / r.norm(dim=1)).unsqueeze(1)
+    if "size" in kept:
+        update = update * min(1.0, 1.01 * kept["size"] / update.norm())
+    kept["size"] = update.norm()
+    return weight - LR * update
+
+
+def test_apollo_is_its_formula_where_a_block_is_a_row() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(12, 8, dtype=torch.float64))
+    expected, kept = weight.detach().clone(), dict[str, Any]()
+    config = FloraConfig(rank=2, block="full", sketch="gaussian", momentum="apollo")
+    sketch = sketches(config, {"w": (12, 8)}, torch.float64)("w", 0, 0)
+    assert sketch is not None
+    ours = LR / (8 / 2) ** 0.5  # Adam's
+    optimizer = Flora.apollo([("w", weight)], ours, rank=2, block="full", sketch="gaussian")
+    for step in range(1, STEPS + 1):
+        weight.grad = torch.randn_like(weight)
+        expected = _apollo_step(expected, weight.grad, kept, sketch, step)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-11)
+    assert optimizer.state[weight]["momentum"].shape == (12, 1, 4)
+
+
+def test_a_sketch_that_misses_a_gradient_does_not_make_it_huge() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(1, 8, dtype=torch.float64))
+    config = FloraConfig(rank=1, block=8, momentum="apollo")
+    sketch = sketches(config, {"w": (1, 8)}, torch.float64)("w", 0, 0)
+    assert sketch is not None
+    optimizer = Flora.apollo([("w", weight)], 1.0, rank=1, block=8, beta1=0.0, growth=None)
+    for unseen in (False, True):
+        before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+        if unseen:  # signs of which half are those of the sketch
+            weight.grad[0] = sketch[0].sign() * torch.tensor([1.0, -1.0] * 4)
+            weight.grad[0, 0] *= 1.001
+        optimizer.step()
+        # Adam's step of the gradient's size is 1 per element; beta1 = 0 makes it c / |c|.
+        assert (weight.detach() - before).abs().max() < 30
+
+
+def test_rows_without_a_gradient_stay_and_nothing_is_divided_by_zero() -> None:
+    weight = nn.Parameter(torch.ones(4, 8))
+    optimizer = Flora.apollo([("w", weight)], LR, rank=2, block=8)
+    for used in (slice(0, 4), slice(0, 2), slice(0, 4)):  # rows 2 and 3 pause
+        before = weight.detach().clone()
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[used] = torch.randn(4, 8)[used]
+        optimizer.step()
+        moved = (weight.detach() - before).abs().sum(1) > 0
+        assert moved.tolist() == [row in range(4)[used] for row in range(4)]
+        assert bool(weight.isfinite().all())
+
+
+def test_adam_in_the_whole_space_is_adam_of_the_normalised_gradient() -> None:
+    """Rank = block: nothing is outside, and gain 1 leaves Adam's step in another basis."""
+    rule = SubspaceAdamRule(beta=0.9, gain=1.0, ratio=1.0, eps=0.0)
+    sketch = matrices.sketch_matrix(
+        "hadamard", key=5, rank=8, block=8, dtype=torch.float64, device="cpu"
+    ).unsqueeze(0)
+    turned = SketchedBasis(old_ERB=sketch, new_ERB=sketch, scale=None, gain=1.0)
+    place, kept = Place(matrices=slice(0, 1), columns=(0, 8)), torch.zeros(1, 3, 1, 16).double()
+    weight = nn.Parameter(torch.zeros(3, 8, dtype=torch.float64))
+    adam = torch.optim.Adam([weight], lr=1.0, betas=(0.9, 0.99), eps=0.0)
+    for step in range(1, STEPS + 1):
+        gradient = torch.randn(1, 3, 8, dtype=torch.float64)
+        weight.grad = gradient[0] @ sketch[0].T
+        before = weight.detach().clone()
+        adam.step()
+        now: Any = SimpleNamespace(basis=turned, step=step, beta2=corrected(0.99, step))
+        x = Blocks(elements_ENW=gradient.clone(), whole_ENM=gradient.clone())
+        x = Blocks(elements_ENW=x.whole_ENM, whole_ENM=x.whole_ENM)
+        c = turned.compress(x, place)
+        update, kept = rule.advance(x, c, kept, now, place)
+        torch.testing.assert_close(update[0], (before - weight.detach()) @ sketch[0])
+
+
+def test_a_new_window_leaves_second_moments_their_mean() -> None:
+    second = torch.rand(1, 2, 3, 4)
+    sketch = torch.zeros(1, 4, 8)
+    there, here = (
+        SketchedBasis(old_ERB=sketch, new_ERB=sketch, scale=scale, gain=0.5).spread(second)
+        for scale in (None, 0.0)
+    )
+    assert torch.equal(there, second)
+    torch.testing.assert_close(here, second.mean(-1, keepdim=True).expand(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("momentum", ["apollo", "subspace_adam"])
+def test_what_second_moments_in_the_sketch_cannot_have_is_refused(momentum: str) -> None:
+    with pytest.raises(ValueError, match=r"second moments.*state_bits=8\. Pass state_bits=16"):
+        Flora(_model().named_parameters(), momentum=momentum, state_bits=8)
+    with pytest.raises(ValueError, match=r"of its own; got normalise='rows'\. Leave it"):
+        Flora(_model().named_parameters(), momentum=momentum, normalise="rows")
 
 
 def _distance(**settings: Any) -> float:
@@ -105,6 +214,19 @@ def test_every_rule_clips_what_rows_and_columns_normalise(momentum: str, normali
 def test_columns_that_are_divided_by_rows_too_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "row_scale", lambda _, row_EN: row_EN.rsqrt())
     assert _distance(momentum="none", normalise="columns") > 1e-3
+
+
+@pytest.mark.parametrize("momentum", ["apollo", "subspace_adam"])
+@pytest.mark.parametrize("fault", ["second moments stay", "first moments not corrected"])
+def test_a_broken_adam_in_the_sketch_is_noticed(
+    momentum: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _distance(momentum=momentum, state_dtype="bfloat16") < 1e-11
+    if fault == "second moments stay":
+        monkeypatch.setattr(SketchedBasis, "spread", lambda _, second: second)
+    else:
+        monkeypatch.setattr(momentum_rules, "corrected", lambda beta, _: beta)
+    assert _distance(momentum=momentum, state_dtype="bfloat16") > 1e-6
 
 
 def test_an_average_of_another_weight_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

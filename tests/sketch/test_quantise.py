@@ -17,7 +17,8 @@ from flora_dist.core.sketch.quantise import (
     read_records,
     round_records,
 )
-from flora_dist.reference import few_bits, nearest_levels
+from flora_dist.reference import few_bits
+from tests.gradients.few_bits import nearest_levels
 
 BITS = (8, 4, 2, 1)
 DTYPES = (torch.float32, torch.float64)

@@ -34,7 +34,7 @@ from flora_dist.cluster.planner.model import ROOT, Parameter
 from flora_dist.cluster.planner.request import DENSE, WIRE_DTYPES, Request
 from flora_dist.cluster.planner.shards import Shard, chunk, line_length, shards_by_rank
 from flora_dist.core.records import FEW_BITS, FULL_BITS, Code, mean_bits
-from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.settings import READ_LAST, FloraConfig
 
 RING_PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "all_to_all": 1}
 """Kind of a collective -> passes over the ring."""
@@ -242,8 +242,8 @@ def _message_numbers(parameter: Parameter, config: FloraConfig) -> int:
     if geometry.is_vector:
         return 2
     columns = geometry.num_matrices * geometry.num_columns
-    if config.momentum == "flora_strict" and geometry.rank is not None:
+    if config.momentum in READ_LAST and geometry.rank is not None:
         return 1 + columns + geometry.num_matrices
-    if config.momentum in {"flora", "flora_strict"}:
+    if config.momentum in {"flora", *READ_LAST}:
         return 1 + 3 * columns + geometry.num_matrices
     return 1 + 2 * columns

@@ -27,3 +27,12 @@ SCALE: Mapping[str, Any] = {
 }
 """SCALE (Glentis et al., arXiv 2506.16659): matrices are divided by the norms of their outputs, the
 head has momentum, 1-D parameters have Adam. Outputs are rows; of an embedding, columns."""
+APOLLO: Mapping[str, Any] = {
+    "momentum": "apollo",
+    "beta2": 0.999,
+    "clip": None,
+    "growth": 1.01,
+    "kappa": 200,
+}
+"""APOLLO (Zhu et al., arXiv 2412.05270): Adam in the sketch scales the gradient, and the growth of
+updates is limited; a new projection every 200 steps."""

@@ -13,9 +13,13 @@ from flora_dist.core.records import FEW_BITS
 from flora_dist.core.state.bounds import check_choice, check_range, check_whole, is_whole
 
 SKETCHES = ("hadamard", "gaussian", "rademacher")
-MOMENTA = ("flora", "flora_strict", "blend", "ademamix", "vectors", "none")
-PROJECTED = ("blend", "ademamix")
+PROJECTED = ("blend", "ademamix", "subspace_adam")
 """Rules whose gain is the weight of a projection, which A A^T = (block/rank) I makes of M A."""
+MOMENTA = ("flora", "flora_strict", *PROJECTED, "apollo", "vectors", "none")
+TWO_MOMENTS = ("subspace_adam", "apollo")
+"""Rules that keep the second moment of each sketched number beside its momentum."""
+READ_LAST = ("flora_strict", "apollo")
+"""Rules whose update has a norm that follows from the update alone: a message of its own."""
 COMPRESSIONS = ("halving", "authors")
 NORMALISATIONS = ("factored", "rows", "columns")
 TRANSFERS = ("shrink", "paper", "reset")
@@ -49,14 +53,14 @@ class FloraConfig:
     sketch: str = "hadamard"
     """Law of the projection: hadamard, gaussian (the paper) or rademacher."""
     momentum: str = "blend"
-    """Rule: blend, ademamix, flora (the authors' code), flora_strict (Algorithm 2), vectors (1-D
-    parameters alone) or none. Rows "blend, ratio 8" and 4 beat none and the dense-only control by
-    more than the spread; flora does not."""
+    """Rule: blend, ademamix, subspace_adam, apollo, flora (the authors' code), flora_strict
+    (Algorithm 2), vectors (1-D parameters alone) or none. Rows "blend, ratio 8" and 4 beat none and
+    the dense-only control by more than the spread; flora does not."""
     blend_gain: float | None = 1.0
-    """blend, ademamix: weight of the sketched momentum. Up to 1, the projection, blend converges
-    like plain gradients; above 1 / beta1 the current gradient counts negatively in its subspace,
-    and lr times curvature must stay below (1 - beta1) / (beta1 (gain - 1)). None, as in older
-    runs: min(2, block / (2 rank))."""
+    """blend, ademamix, subspace_adam: weight of the sketched momentum. Up to 1, the projection,
+    blend converges like plain gradients; above 1 / beta1 the current gradient counts negatively in
+    its subspace, and lr times curvature must stay below (1 - beta1) / (beta1 (gain - 1)). None, as
+    in older runs: min(2, block / (2 rank))."""
     beta1: float = BETA1
     """Decay of the momentum per step. Rows "blend, beta1 0.8" and "0.95" are no better."""
     kappa: int = 1000
@@ -171,6 +175,16 @@ class FloraConfig:
 
     def _check_pairs(self) -> None:
         check_rank(self.rank, self.block, self.sketch_bits)
+        if self.sketch_bits in FEW_BITS and self.momentum in TWO_MOMENTS:
+            raise ValueError(
+                f"momentum={self.momentum!r} keeps second moments beside the momentum, which share "
+                f"no scale with it; got state_bits={self.state_bits}. Pass state_bits=16 or 32."
+            )
+        if self.momentum in TWO_MOMENTS and self.normalise != "factored":
+            raise ValueError(
+                f"momentum={self.momentum!r} divides by second moments of its own; got "
+                f"normalise={self.normalise!r}. Leave it at 'factored'."
+            )
         if self.sketch_bits in FEW_BITS and not self.stochastic_rounding:
             raise ValueError(
                 f"state_bits={self.state_bits} needs stochastic_rounding=True: rounded to nearest, "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flora_dist.core.records import FEW_BITS, Code
-from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.settings import TWO_MOMENTS, FloraConfig
 from flora_dist.core.tiles import Grid
 
 FORMAT_VERSION = 1
@@ -24,7 +24,7 @@ LEVELS = ("dense", "sharded", "compressed", "fused")
 """What of the gradients is compressed; kept as an index with every parameter's state."""
 VECTOR_EPS = 1e-12
 """Smallest eps of 1-D parameters: the rounding noise of a gradient that is truly zero (a key bias
-in attention) must not be normalised into full steps."""
+in attention) must not be normalised into full steps. Of normalised sketches too."""
 
 
 WIDEST_ASPECT = 4
@@ -57,6 +57,8 @@ class Geometry:
     """Dense although compressing was asked for: it would not halve the parameter."""
     is_vector: bool = False
     """At most one dimension: the second moment is kept per element, not factored."""
+    moments: int = 1
+    """Kept of each number: 2 where its second moment follows the R numbers of its block."""
 
     @property
     def code(self) -> Code | None:
@@ -66,10 +68,15 @@ class Geometry:
         return Code(bits=self.bits, numbers=self.rank)
 
     @property
-    def width(self) -> int:
-        """Entries that a tensor of sketches keeps per block: R numbers, or a record's bytes."""
+    def numbers(self) -> int:
+        """Kept per block: R of each moment."""
         assert self.rank is not None, self
-        return self.rank if self.code is None else self.code.bytes
+        return self.rank * self.moments
+
+    @property
+    def width(self) -> int:
+        """Entries that a tensor of sketches keeps per block: numbers, or a record's bytes."""
+        return self.numbers if self.code is None else self.code.bytes
 
     @property
     def blocks_per_row(self) -> int:
@@ -110,7 +117,10 @@ def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geome
         ValueError: ``block="full"`` with hadamard on a side that is no power of two.
     """
     seen = _as_authors_see(shape, config)
-    return geometry_at(name, seen, config, rank=config.rank, bits=config.sketch_bits)
+    moments = 2 if config.momentum in TWO_MOMENTS else 1
+    return geometry_at(
+        name, seen, config, rank=config.rank, bits=config.sketch_bits, moments=moments
+    )
 
 
 def _as_authors_see(shape: tuple[int, ...], config: FloraConfig) -> tuple[int, ...]:
@@ -137,6 +147,7 @@ def geometry_at(
     *,
     rank: int | Literal["block"] | None,
     bits: int,
+    moments: int = 1,
 ) -> Geometry:
     """As ``geometry_of`` with another rank, "block" for all numbers of a block, and bits."""
     num_matrices, num_rows, num_columns = matrix_sizes(shape)
@@ -168,6 +179,7 @@ def geometry_at(
         dense_because=reason,
         falls_short=falls_short,
         is_vector=len(shape) <= 1,
+        moments=moments,
     )
 
 
@@ -241,8 +253,8 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
 
     Vectors keep ``second`` per element; matrices keep Adafactor's ``row`` and ``column`` means of
     the squared gradient, and under ``growth`` the ``norm`` of the last update. ``momentum`` has
-    rank numbers per block, or a record of as many bytes as they take in few bits; where dense, one
-    number per element.
+    rank numbers per block, then their second moments where the rule keeps these, or a record of as
+    many bytes as they take in few bits; where dense, one number per element.
     """
     dense = "bfloat16" if config.state_dtype == "bfloat16" else "arithmetic"
     shape = geometry.shape

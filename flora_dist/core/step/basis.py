@@ -69,6 +69,9 @@ class Basis(Protocol):
     def move(self, momentum: Tensor, place: Place) -> Tensor:
         """M in the new window: s M A_old A_new^T where the window changed, M where not."""
 
+    def spread(self, second: Tensor) -> Tensor:
+        """Second moments in the new window: the block's mean where it changed, V where not."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchedBasis:
@@ -124,6 +127,10 @@ class SketchedBasis:
         old_ERB, new_ERB = self.old_ERB[place.matrices], self.new_ERB[place.matrices]
         return self.scale * ops.change_basis(momentum, old_ERB, new_ERB)
 
+    def spread(self, second: Tensor) -> Tensor:
+        # A turned block has another number in every place; its mean square is what stays.
+        return second if self.scale is None else second.mean(-1, keepdim=True).expand_as(second)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseBasis:
@@ -164,6 +171,9 @@ class DenseBasis:
     def move(self, momentum: Tensor, place: Place) -> Tensor:
         del place
         return momentum
+
+    def spread(self, second: Tensor) -> Tensor:
+        return second
 
 
 class Sketches:

@@ -20,7 +20,12 @@ from torch import Tensor
 from flora_dist.core.protocols import Terms
 from flora_dist.core.step.basis import SketchedBasis
 from flora_dist.core.step.batch import Batch, Moment
-from flora_dist.core.step.normalise import advanced_columns, advanced_rows, row_scale
+from flora_dist.core.step.normalise import (
+    advanced_columns,
+    advanced_rows,
+    kind_of,
+    row_scale,
+)
 from flora_dist.core.step.pieces import Piece, build_pieces
 from flora_dist.core.step.views import as_batches
 
@@ -65,7 +70,7 @@ class CutRows:
         """What the row of a piece is multiplied by (E, 1)."""
         sums_E1 = rows_PL[piece.members, piece.cut_rows]
         row_E1 = advanced_rows(self._batch, now, piece.rows, sums_E1)
-        return row_scale(self._batch.config.normalise, row_E1)
+        return row_scale(kind_of(self._batch), row_E1)
 
     def _blocks(self, totals: Terms, scales: Sequence[Tensor], now: Moment) -> Tensor:
         batch, basis = self._batch, now.basis

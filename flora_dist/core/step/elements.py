@@ -187,10 +187,10 @@ class Writer:
             return
         size = self.batch.geometry
         columns, num_columns = tile.columns, size.num_columns
-        if size.rank is not None:  # numbers of a row in order: rank of them per block
+        if size.rank is not None:  # numbers of a row in order: so many per block
             first, last = tile.blocks(size.block)
-            columns = (first * size.rank, last * size.rank)
-            num_columns = size.blocks_per_row * size.rank
+            columns = (first * size.numbers, last * size.numbers)
+            num_columns = size.blocks_per_row * size.numbers
         if size.code is not None:
             drawn = self._bits(
                 Purpose.ROUND_MOMENTUM, members, tile, columns, num_columns, value.device

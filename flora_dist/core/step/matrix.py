@@ -40,7 +40,12 @@ from flora_dist.core.step.elements import (
     sum_of,
 )
 from flora_dist.core.step.momentum_rules import Squares, rule_of
-from flora_dist.core.step.normalise import advanced_columns, advanced_rows, row_scale
+from flora_dist.core.step.normalise import (
+    advanced_columns,
+    advanced_rows,
+    kind_of,
+    row_scale,
+)
 from flora_dist.core.step.orthogonal import orthogonalised
 from flora_dist.core.step.pieces import Piece, Pieces
 from flora_dist.core.step.stages import Coupled, Measured, Settled, Tallied
@@ -293,7 +298,7 @@ class MatrixPhases:
         if piece.edges and tallied.settled.blocks is not None:
             fill_(compressed, tallied.settled.blocks[piece.members], piece.edges, factor_E)
         momentum = read_momentum(self._batch, piece)
-        return self._rule.advance(x, compressed, momentum, now.basis, piece.place)
+        return self._rule.advance(x, compressed, momentum, now, piece.place)
 
     def _normalise(
         self, index: int, piece: Piece, settled: Settled, now: Moment, factor_E: Tensor | None
@@ -310,7 +315,7 @@ class MatrixPhases:
         return x
 
     def _row_scale(self, row_EN: Tensor) -> Tensor:
-        return row_scale(self._batch.config.normalise, row_EN)
+        return row_scale(kind_of(self._batch), row_EN)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._batch.dtype, device=self._batch.device)

@@ -4,6 +4,7 @@
     factored   1 / sqrt(R_i)    sqrt(mean(R) / C_j)    Adafactor (arXiv 1804.04235)
     rows       1 / sqrt(R_i)    1                      SCALE (arXiv 2506.16659), of outputs
     columns    1                1 / sqrt(C_j)          SCALE, of an embedding's features
+    raw        1                1                      what APOLLO sketches
 
 Shape suffixes: E and H matrices, N rows, M columns.
 """
@@ -19,14 +20,20 @@ from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.views import joined
 
 
+def kind_of(batch: Batch) -> str:
+    """The setting, or "raw" for matrices whose rule takes gradients as they are."""
+    is_raw = batch.config.momentum == "apollo" and batch.geometry.rank is not None
+    return "raw" if is_raw else batch.config.normalise
+
+
 def row_scale(normalise: str, row_EN: Tensor) -> Tensor:
     """What rows are multiplied by (E, N)."""
-    return torch.ones_like(row_EN) if normalise == "columns" else row_EN.rsqrt()
+    return torch.ones_like(row_EN) if normalise in {"columns", "raw"} else row_EN.rsqrt()
 
 
 def column_scale(normalise: str, column_HM: Tensor) -> Tensor:
     """What columns are multiplied by (H, M)."""
-    if normalise == "rows":
+    if normalise in {"rows", "raw"}:
         return torch.ones_like(column_HM)
     if normalise == "columns":
         return column_HM.rsqrt()
@@ -52,4 +59,4 @@ def advanced_columns(
     # C <- b2 C + (1-b2) colmean(G^2 + eps)
     mean_HM = square_sum_SM[batch.held] / batch.geometry.num_rows + batch.config.eps
     column_HM = now.beta2 * joined(columns) + (1 - now.beta2) * mean_HM
-    return column_HM, column_scale(batch.config.normalise, column_HM)
+    return column_HM, column_scale(kind_of(batch), column_HM)

@@ -20,6 +20,7 @@ from flora_dist.core.step.basis import Basis, DenseBasis
 from flora_dist.core.step.batch import Across, Batch, Moment
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.plan import Plan
+from flora_dist.core.step.rates import corrected
 
 
 def check_not_captured() -> None:
@@ -145,15 +146,14 @@ def _number(value: float | Tensor) -> float | Tensor:
 def beta2_at(step: int, beta2: float | None) -> float:
     """Decay of the second moment at the ``step``-th real step, counted from 1.
 
-    None: 1 - t^-0.8 (Adafactor, arXiv 1804.04235, section 7.2). A constant: Adam's bias
-    correction written as a moving rate, beta2 (1 - beta2^(t-1)) / (1 - beta2^t).
+    None: 1 - t^-0.8 (Adafactor, arXiv 1804.04235, section 7.2). A constant: ``corrected``.
 
     >>> beta2_at(1, None), beta2_at(1, 0.99)
     (0.0, 0.0)
     """
     if beta2 is None:
         return float(1.0 - step**-0.8)
-    return beta2 * (1.0 - beta2 ** (step - 1)) / (1.0 - beta2**step)
+    return corrected(beta2, step)
 
 
 def _kept(values: Sequence[Any], absent: set[int]) -> list[Any]:

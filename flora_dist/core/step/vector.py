@@ -121,7 +121,7 @@ class VectorPhases:
             return x_ENW, None
         momentum_ENW = joined(self._momenta).to(x_ENW.dtype)
         x = Blocks(elements_ENW=x_ENW, whole_ENM=x_ENW)
-        return self._rule.advance(x, x_ENW, momentum_ENW, now.basis, self._place)
+        return self._rule.advance(x, x_ENW, momentum_ENW, now, self._place)
 
     def _read(self, now: Moment) -> Tensor:
         """G (E, 1, W), in the arithmetic's dtype, times the sign."""
