@@ -57,11 +57,11 @@ def covers(batch: Batch, gradient: Gradient) -> bool:
     if isinstance(gradient, SketchedGradient):
         sketch_ERB = gradient.sketch_ERB
         numbers = sketch_ERB.shape[1] * sketch_ERB.shape[2]
-        in_numbers = all(isinstance(tile, torch.Tensor) for tile in gradient.tiles)
-        if sketch_ERB.dtype != torch.float32 or numbers > LARGEST_SKETCH or not in_numbers:
+        if sketch_ERB.dtype != torch.float32 or numbers > LARGEST_SKETCH:
             return False
+    known = {*DTYPES, torch.uint8}  # octets are a momentum's records
     return all(
-        tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.device.type == "cpu"
+        tensor.dtype in known and tensor.is_contiguous() and tensor.device.type == "cpu"
         for member in batch.members
         for tensor in (member.weight, *member.local.values())
     )
@@ -85,5 +85,3 @@ def _beyond(slot: Trainable) -> Iterator[str]:
         yield f"momentum={slot.config.momentum!r}"
     if not slot.geometry.is_vector:
         yield from beyond_kernels(slot.config)
-    if any(entry.dtype == "uint8" for entry in slot.entries):
-        yield "momenta of few bits"

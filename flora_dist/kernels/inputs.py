@@ -17,10 +17,11 @@ from flora_dist.core.sketch.keys import Purpose, derive_key
 from flora_dist.core.state.spec import VECTOR_EPS
 from flora_dist.core.step.basis import Basis, SketchedBasis
 from flora_dist.core.step.batch import Batch, Moment
-from flora_dist.core.step.gradient import SketchedGradient
+from flora_dist.core.step.gradient import Records, SketchedGradient
+from flora_dist.kernels.records import table_of
 from flora_dist.kernels.tables import DTYPES
 
-_MISSING, _SKETCHED = -1, 3
+_MISSING, _SKETCHED, _RECORDS = -1, 3, 4
 _STAYS, _MOVES, _RESETS = 0, 1, 2
 _LANES = 8
 """``struct Basis``: R is padded to a multiple of it."""
@@ -31,7 +32,8 @@ class Given:
     """The gradients of a step."""
 
     numbers: list[int]
-    """Kind, block, rank, addresses by member (and tile), addresses of sketch matrices."""
+    """Kind, block, rank, addresses by member (and tile), addresses of sketch matrices; records have
+    bits and a table before the addresses, and factors behind them."""
     kept: Sequence[object]
     """What must outlive the addresses."""
 
@@ -79,8 +81,6 @@ def gradients_of(now: Moment) -> Given:
 def _sketched(gradients: Sequence[SketchedGradient]) -> Given:
     rank, block = gradients[0].sketch_ERB.shape[1:]
     tiles = [tile for each in gradients for tile in each.tiles]
-    sums = [tile.contiguous() for tile in tiles if isinstance(tile, Tensor)]
-    assert len(sums) == len(tiles), "kernels read no records"
     matrices = [each.sketch_ERB.contiguous() for each in gradients]
     bytes_of_one = rank * block * 4
     starts = [
@@ -88,8 +88,26 @@ def _sketched(gradients: Sequence[SketchedGradient]) -> Given:
         sketch.data_ptr() - each.first_matrix * bytes_of_one
         for each, sketch in zip(gradients, matrices, strict=True)
     ]
+    records = [tile for tile in tiles if isinstance(tile, Records)]
+    if records:
+        assert len(records) == len(tiles), "a step's sketches are all in few bits, or none is"
+        given = _of_records(records)
+        numbers = [_RECORDS, block, rank, *given.numbers, *starts]
+        return Given(numbers=numbers, kept=(given, matrices))
+    sums = [tile.contiguous() for tile in tiles if isinstance(tile, Tensor)]
     numbers = [_SKETCHED, block, rank, *(each.data_ptr() for each in sums), *starts]
     return Given(numbers=numbers, kept=(sums, matrices))
+
+
+def _of_records(records: Sequence[Records]) -> Given:
+    """Bits, table, addresses and those of factors."""
+    (code,) = {each.code for each in records}
+    table = table_of(code.bits)
+    octets = [each.octets.contiguous() for each in records]
+    factors = [0 if each.factor is None else each.factor.data_ptr() for each in records]
+    numbers = [code.bits, 0 if table is None else table.data_ptr()]
+    numbers += [*(each.data_ptr() for each in octets), *factors]
+    return Given(numbers=numbers, kept=(octets, table, records))
 
 
 class Bases:
@@ -129,7 +147,11 @@ def keys_of(batch: Batch, now: Moment) -> list[int]:
     momentum = first.local.get("momentum")
     rounds_weight = first.weight.dtype != torch.float32
     rounds_momentum = momentum is not None and momentum.dtype != torch.float32
-    if not batch.config.stochastic_rounding or not (rounds_weight or rounds_momentum):
+    # Records are rounded with bits, whatever is said of bfloat16.
+    has_records = momentum is not None and momentum.dtype == torch.uint8
+    if not batch.config.stochastic_rounding:
+        rounds_weight, rounds_momentum = False, has_records
+    if not (rounds_weight or rounds_momentum):
         return []
     nothing = [0] * len(batch.members)
     weights = _keys(batch, now, Purpose.ROUND_WEIGHT) if rounds_weight else nothing

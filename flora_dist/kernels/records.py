@@ -94,7 +94,7 @@ def add_to_records_(
         DTYPES[gradient_ENW.dtype],
         sketch.first_column,
         code.bits,
-        _table(code.bits),
+        table_of(code.bits),
         *_levels(code, draws),
         runs,
         place,
@@ -133,7 +133,7 @@ def merged_records(
     operators.merge_records(
         [each.data_ptr() for each in given],
         FULL_BITS if kept is None else kept.bits,
-        None if kept is None else _table(kept.bits),
+        None if kept is None else table_of(kept.bits),
         merged,
         sent.bits,
         sent.numbers,
@@ -156,8 +156,8 @@ def _numbers(source: Tensor, kept: Code | None, dtype: torch.dtype) -> Tensor:
     return source if kept is None else read_records(source, kept, dtype)
 
 
-def _table(bits: int) -> Tensor | None:
-    """At 16 bits there is none."""
+def table_of(bits: int) -> Tensor | None:
+    """What the kernels look values up in; there is none at 16 bits."""
     return None if bits == 16 else value_table(bits, torch.float32, torch.device("cpu"))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flora_dist.core.sketch.quantise import value_table
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, Member
@@ -31,6 +32,8 @@ are nearly all of the work, and those of torch's library are better."""
 CHUNK = 512
 """``kChunk``: what stands in for the block of a dense momentum."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OCTETS = 5
+"""``kOctets``: a momentum in records."""
 RULES: dict[type[Rule] | None, int] = {None: 0, BlendRule: 1, FloraRule: 2, FloraStrictRule: 3}
 
 
@@ -129,7 +132,7 @@ def _joined(
         RULES[None if rule is None else type(rule)],
         int(size.rank is None),
         DTYPES[batch.members[0].weight.dtype],
-        0 if momentum is None else DTYPES[momentum.dtype],
+        0 if momentum is None else DTYPES.get(momentum.dtype, OCTETS),
         int(config.stochastic_rounding),
         CHUNK if size.rank is None or rule is None else size.block,
         0 if size.rank is None or rule is None else size.rank,
@@ -149,10 +152,20 @@ def _joined(
         running.partials,
         int(config.scale_parameter),
         int(config.clip is not None),
+        *_momentum_code(size, momentum),
     ]
     matrices = _matrices(batch, [tile[3] for tile in tiles], each)
     rows = [*header, *matrices, *(number for tile in tiles for number in tile)]
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def _momentum_code(size: Geometry, momentum: Tensor | None) -> tuple[int, int]:
+    """Bits of a momentum in records, and where their values stand."""
+    if momentum is None or momentum.dtype != torch.uint8:
+        return 0, 0
+    assert size.code is not None, "records have a code"
+    table = value_table(size.code.bits, torch.float32, torch.device("cpu"))
+    return size.code.bits, table.data_ptr()
 
 
 def _matrices(batch: Batch, owners: Sequence[int], each: int) -> Iterator[int]:

@@ -136,7 +136,8 @@ def parted(
     for key, other in expected.items():
         own = found[key]
         if own.dtype in CHANCE:
-            moved_on = _fed_by_ties(expected.get(f"{key}.momentum"), found.get(f"{key}.momentum"))
+            momenta = (side.get(f"{key}.momentum") for side in (expected, found))
+            moved_on = fed_by_ties(_differing(*momenta))
             if what := _ties(own, other, start.get(key, other), moved_on):
                 return f"{key}: {what}"
             continue
@@ -163,14 +164,15 @@ def _ties(own: Tensor, other: Tensor, start: Tensor, moved_on: Callable[[Tensor]
     return f"a number is {furthest / step:.1f} steps away" if furthest > STEPS * step else ""
 
 
-def _fed_by_ties(other: Tensor | None, own: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Elements whose momentum was rounded to the other side: these follow it, and tie in plenty."""
+def fed_by_ties(differs: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Elements whose momentum was rounded to the other side: they follow it, and tie in plenty.
+
+    Given which numbers of the momentum differ, or which blocks (..., 1).
+    """
 
     def fed(elements: Tensor) -> Tensor:
-        nothing = torch.zeros(elements.shape, dtype=torch.bool)
-        if other is None or own is None or own.dtype != torch.bfloat16:
-            return nothing
-        differs = own != other
+        if differs is None:
+            return torch.zeros(elements.shape, dtype=torch.bool)
         if differs.shape == elements.shape:  # dense
             return differs
         blocks = differs.any(-1)
@@ -180,6 +182,13 @@ def _fed_by_ties(other: Tensor | None, own: Tensor | None) -> Callable[[Tensor],
         return blocks.repeat_interleave(block, -1)[..., : lines.shape[-1]].reshape(elements.shape)
 
     return fed
+
+
+def _differing(other: Tensor | None, own: Tensor | None) -> Tensor | None:
+    """Where two momenta in bfloat16 do."""
+    if other is None or own is None or own.dtype != torch.bfloat16:
+        return None
+    return own != other
 
 
 def main() -> int:

@@ -60,6 +60,18 @@ FLORA_CALLED void move(float* to, const float* from, int64_t blocks, const Basis
     }
 }
 
+FLORA_CALLED void write_records(const Update& u, const Stored& stored, const float* values, int64_t i, int64_t column,
+                                int64_t num_columns) {
+  const Code code = momentum_code(u.size);
+  const RecordRoom room = RecordRoom::in(u.room.rounding, code);
+  const int64_t line = u.tile.line + i, rank = u.size.rank;
+  const Draws draws = {static_cast<uint64_t>(u.options.momentum_keys[u.tile.member]), &line, column, num_columns};
+  each_block(draws, 0, stored.count / rank, rank, true, room.bits, [&](int64_t k, const uint16_t* bits) {
+    memcpy(room.numbers, values + k * rank, sizeof(float) * rank);
+    round_record(code, static_cast<uint8_t*>(stored.at) + k * code.bytes, room.numbers, bits, room.codes);
+  });
+}
+
 FLORA_CALLED void write_momentum(const Update& u, const Stored& stored, const float* values, int64_t i, int64_t column,
                                  int64_t num_columns) {
   if (u.options.squares != nullptr) return;
@@ -67,6 +79,7 @@ FLORA_CALLED void write_momentum(const Update& u, const Stored& stored, const fl
     memcpy(stored.at, values, sizeof(float) * stored.count);
     return;
   }
+  if (stored.dtype == kOctets) return write_records(u, stored, values, i, column, num_columns);
   const Rounding rounding =
       rounding_of(u.size, stored.dtype, u.options.momentum_keys, u.tile.member, num_columns);
   auto* to = static_cast<uint16_t*>(stored.at);
@@ -184,7 +197,7 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
                  const Settled& settled, const FinishOptions& options, float* scratch) {
   const Header& size = *plan.header;
   const Tile& tile = plan.tiles[index];
-  const Room room = room_for(scratch, size, tile, given, basis);
+  const Room room = room_for(scratch, plan, tile, given, basis);
   const bool clips_input = kRule == kNone || kRule == kBlend;
   const float clip = settled.clip[tile.matrix], factor = clips_input ? clip : 1;
   const float rate = settled.rate[tile.matrix] * (clips_input ? 1 : clip);
@@ -205,7 +218,7 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
       rounding_of(size, size.weight_dtype, options.weight_keys, tile.member, size.num_columns);
   double squares = 0;
   for (int64_t i = 0; i < tile.num_rows; i++) {
-    const float* g = gradient_line(plan, tile, given, i, room.lines[0]);
+    const float* g = gradient_line(plan, tile, given, i, room, room.lines[0]);
     const float fresh = settled.rows[tile.new_row + i];
     const float row = now.sign * (1 / __builtin_sqrtf(fresh)) * factor;
     squares += finish_line<kRule>(update, g, i, row, rate, rounding);

@@ -33,15 +33,22 @@ Now read_now(const Numbers& n) {
   return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
 }
 
-// kind, block, rank, then addresses by member (and source), then those of sketches by member.
+// kind, block, rank, of records their bits and the address of their values' table, then addresses by member (and
+// source), of records those of their factors, then those of sketches by member.
 Gradients read_gradients(const Plan& plan, const Integers& given) {
-  const int64_t* addresses = given.data() + 3;
-  const int64_t members = plan.header->num_members;
-  const int64_t many = given[0] == kSketched ? members * plan.header->num_sources : members;
-  const int64_t expected = 3 + many + (given[0] == kSketched ? members : 0);
+  const int64_t members = plan.header->num_members, kind = given[0];
+  const bool sketched = kind == kSketched || kind == kRecords;
+  const int64_t many = sketched ? members * plan.header->num_sources : members;
+  const int64_t before = kind == kRecords ? 5 : 3;
+  const int64_t expected = before + (kind == kRecords ? 2 : 1) * many + (sketched ? members : 0);
   STD_TORCH_CHECK(static_cast<int64_t>(given.size()) == expected, "a step must be given ", expected,
                   " numbers on its gradients; got ", given.size());
-  return {given[0], addresses, addresses + many, given[1], given[2]};
+  const int64_t* addresses = given.data() + before;
+  const int64_t* factors = addresses + (kind == kRecords ? many : 0);
+  Code code = {};
+  if (kind == kRecords)
+    code = code_of(given[3], given[2], reinterpret_cast<const float*>(given[4]), nullptr, nullptr);
+  return {kind, addresses, factors + many, given[1], given[2], code, factors};
 }
 
 Basis read_basis(const Plan& plan, const Maybe& old_HRB, const Maybe& new_HRB, const Maybe& columns_HBP,

@@ -4,41 +4,12 @@
 #include "philox.h"
 #include "plan.h"
 #include "products.h"
+#include "records.h"
+#include "rotation.h"
 #include "simd.h"
 
 namespace flora {
 namespace {
-
-// One row of a gradient that is not read where it lies.
-FLORA_CALLED const float* made_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
-                                    float* buffer) {
-  const int64_t width = tile.last - tile.first;
-  if (given.kind == kMissing) {
-    memset(buffer, 0, sizeof(float) * width);
-    return buffer;
-  }
-  if (given.kind == kSketched) {  // G = C A
-    const int64_t block = given.block, rank = given.rank, k0 = tile.first / block;
-    const int64_t blocks = (tile.last + block - 1) / block - k0, matrix = tile.line / plan.header->num_rows;
-    const auto* sums = reinterpret_cast<const float*>(
-        given.addresses[tile.member * plan.header->num_sources + tile.source]);
-    const auto* sketch = reinterpret_cast<const float*>(given.sketches[tile.member]) + matrix * rank * block;
-    sums += (tile.source_line + i) * blocks * rank;
-    memset(buffer, 0, sizeof(float) * blocks * block);
-    for (int64_t k = 0; k < blocks; k++) expand(buffer + k * block, 0, sums + k * rank, sketch, block, rank);
-    return buffer + (tile.first - k0 * block);
-  }
-  const int64_t at = tile.gradient + i * width;
-  widen(buffer, reinterpret_cast<const uint16_t*>(given.addresses[tile.member]) + at, given.kind, width);
-  return buffer;
-}
-
-// One row of the gradient; a row of fp32 is read where it lies, any other is made in the buffer.
-FLORA_INLINE const float* gradient_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
-                                        float* buffer) {
-  if (given.kind != kFloat32) return made_line(plan, tile, given, i, buffer);
-  return reinterpret_cast<const float*>(given.addresses[tile.member]) + tile.gradient + i * (tile.last - tile.first);
-}
 
 FLORA_INLINE int64_t bytes_of(const Gradients& given) {
   return given.kind == kBFloat16 || given.kind == kFloat16 ? 2 : 4;
@@ -46,7 +17,7 @@ FLORA_INLINE int64_t bytes_of(const Gradients& given) {
 
 // Where the row below one of a dense gradient lies; the row itself where there is nothing to wait for.
 FLORA_INLINE const char* next_line(const Tile& tile, const Gradients& given, int64_t i, const float* line) {
-  if (given.kind == kMissing || given.kind == kSketched) return reinterpret_cast<const char*>(line);
+  if (given.kind == kMissing || is_sketched(given)) return reinterpret_cast<const char*>(line);
   const int64_t at = tile.gradient + (i + 1) * (tile.last - tile.first);
   return reinterpret_cast<const char*>(given.addresses[tile.member]) + bytes_of(given) * at;
 }
@@ -99,31 +70,37 @@ FLORA_CALLED float dot(const float* x, const float* y, int64_t count) {
   return sum + sum_of(sums);
 }
 
+FLORA_CALLED void read_records(float* to, const uint8_t* from, const Code& code, int64_t count) {
+  for (int64_t n = 0; n < count; n += code.numbers, from += code.bytes) read_record(code, to + n, from);
+}
+
 // The stored momentum of a chunk of row i as it is kept: numbers from its first block, or element, on.
 struct Stored {
   int64_t dtype;
   void* at;
   int64_t count;
+  const Header* size;
 
+  // Of records, writes up to eight numbers more.
   FLORA_INLINE void read(const Stored& s, float* to) {
     if (s.dtype == kFloat32)
       memcpy(to, s.at, sizeof(float) * s.count);
+    else if (s.dtype == kOctets)
+      read_records(to, static_cast<const uint8_t*>(s.at), momentum_code(*s.size), s.count);
     else
       widen(to, static_cast<const uint16_t*>(s.at), s.dtype, s.count);
   }
 };
 
 FLORA_INLINE Stored stored_momentum(const Header& size, const Tile& tile, const Chunk& chunk, int64_t i) {
+  char* line = reinterpret_cast<char*>(tile.momentum);
+  const int64_t before = chunk.k0 - tile.first / size.block, numbers = (chunk.k1 - chunk.k0) * size.rank;
+  if (size.momentum_dtype == kOctets)
+    return {kOctets, line + i * tile.momentum_stride + before * momentum_code(size).bytes, numbers, &size};
   const int64_t bytes = size.momentum_dtype == kFloat32 ? 4 : 2;
-  int64_t offset = i * tile.momentum_stride, count;
-  if (size.is_dense) {
-    offset += chunk.lo - tile.first;
-    count = chunk.hi - chunk.lo;
-  } else {
-    offset += (chunk.k0 - tile.first / size.block) * size.rank;
-    count = (chunk.k1 - chunk.k0) * size.rank;
-  }
-  return {size.momentum_dtype, reinterpret_cast<char*>(tile.momentum) + bytes * offset, count};
+  line += bytes * i * tile.momentum_stride;
+  if (size.is_dense) return {size.momentum_dtype, line + bytes * (chunk.lo - tile.first), chunk.hi - chunk.lo, &size};
+  return {size.momentum_dtype, line + bytes * before * size.rank, numbers, &size};
 }
 
 // The old M of a chunk, a block's R numbers P apart with zeros between; `narrow` is room for them without.
@@ -171,6 +148,9 @@ struct Room {
   float* fresh;
   float* difference;
   float* weights;
+  Rotation rotation;  // of a gradient in records, and room for a block's numbers
+  float* record;
+  float* rounding;    // of a momentum in records
 
   FLORA_INLINE Room of(float* scratch, int64_t width, int64_t block, int64_t gradient_block, int64_t padded) {
     const int64_t line = up(width + 2 * gradient_block, 16), blocks = chunk_blocks(block);
@@ -189,10 +169,66 @@ struct Room {
   }
 };
 
-FLORA_INLINE Room room_for(float* scratch, const Header& size, const Tile& tile, const Gradients& given,
+FLORA_INLINE Room room_for(float* scratch, const Plan& plan, const Tile& tile, const Gradients& given,
                            const Basis& basis) {
-  const int64_t gradient_block = given.kind == kSketched ? given.block : 0;
-  return Room::of(scratch, tile.last - tile.first, size.block, gradient_block, basis.padded);
+  const Header& size = *plan.header;
+  const int64_t gradient_block = is_sketched(given) ? given.block : 0;
+  Room room = Room::of(scratch + record_floats(size, given), tile.last - tile.first, size.block, gradient_block, basis.padded);
+  room.rounding = scratch + gradient_floats(given);
+  if (given.kind != kRecords) return room;
+  const int64_t matrix = tile.line / size.num_rows;
+  const auto* sketch = reinterpret_cast<const float*>(given.sketches[tile.member]);
+  Rotation::read(room.rotation, sketch + matrix * given.rank * given.block, given.block, given.rank, scratch);
+  room.record = scratch + rotation_floats(given.block, given.rank);
+  return room;
+}
+
+// One row of a gradient that is kept in few bits: G = C A, of its first block on.
+FLORA_CALLED const float* recorded_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
+                                        const Room& room, float* buffer) {
+  const int64_t block = given.block, k0 = tile.first / block, blocks = (tile.last + block - 1) / block - k0;
+  const int64_t place = tile.member * plan.header->num_sources + tile.source;
+  const auto* octets = reinterpret_cast<const uint8_t*>(given.addresses[place]);
+  octets += (tile.source_line + i) * blocks * given.code.bytes;
+  const auto* factor = reinterpret_cast<const float*>(given.factors[place]);
+  for (int64_t k = 0; k < blocks; k++, octets += given.code.bytes) {
+    read_record(given.code, room.record, octets);
+    for (int64_t r = 0; factor != nullptr && r < given.rank; r++) room.record[r] *= *factor;
+    rotate_back(room.rotation, buffer + k * block, room.record);
+  }
+  return buffer + (tile.first - k0 * block);
+}
+
+// One row of a gradient that is not read where it lies.
+FLORA_CALLED const float* made_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
+                                    const Room& room, float* buffer) {
+  const int64_t width = tile.last - tile.first;
+  if (given.kind == kMissing) {
+    memset(buffer, 0, sizeof(float) * width);
+    return buffer;
+  }
+  if (given.kind == kRecords) return recorded_line(plan, tile, given, i, room, buffer);
+  if (given.kind == kSketched) {  // G = C A
+    const int64_t block = given.block, rank = given.rank, k0 = tile.first / block;
+    const int64_t blocks = (tile.last + block - 1) / block - k0, matrix = tile.line / plan.header->num_rows;
+    const auto* sums = reinterpret_cast<const float*>(
+        given.addresses[tile.member * plan.header->num_sources + tile.source]);
+    const auto* sketch = reinterpret_cast<const float*>(given.sketches[tile.member]) + matrix * rank * block;
+    sums += (tile.source_line + i) * blocks * rank;
+    memset(buffer, 0, sizeof(float) * blocks * block);
+    for (int64_t k = 0; k < blocks; k++) expand(buffer + k * block, 0, sums + k * rank, sketch, block, rank);
+    return buffer + (tile.first - k0 * block);
+  }
+  const int64_t at = tile.gradient + i * width;
+  widen(buffer, reinterpret_cast<const uint16_t*>(given.addresses[tile.member]) + at, given.kind, width);
+  return buffer;
+}
+
+// One row of the gradient; a row of fp32 is read where it lies, any other is made in the buffer.
+FLORA_INLINE const float* gradient_line(const Plan& plan, const Tile& tile, const Gradients& given, int64_t i,
+                                        const Room& room, float* buffer) {
+  if (given.kind != kFloat32) return made_line(plan, tile, given, i, room, buffer);
+  return reinterpret_cast<const float*>(given.addresses[tile.member]) + tile.gradient + i * (tile.last - tile.first);
 }
 
 // M A_old of a chunk of row i, from column chunk.start on.

@@ -173,7 +173,7 @@ void measure(const Plan& plan, int64_t index, const Gradients& given, const Basi
              const MeasureSums& sums, float* scratch) {
   const Header& size = *plan.header;
   const Tile& tile = plan.tiles[index];
-  const Room room = room_for(scratch, size, tile, given, basis);
+  const Room room = room_for(scratch, plan, tile, given, basis);
   const int64_t width = tile.last - tile.first, stride = tile.num_rows / kLineRows;
   memset(sums.partial + tile.partial, 0, sizeof(float) * size.num_sums * width);
   double history = 0;
@@ -184,7 +184,7 @@ void measure(const Plan& plan, int64_t index, const Gradients& given, const Basi
   for (int64_t i = 0; i < stride; i++) {  // rows a quarter of the tile apart
     for (int64_t r = 0; r < kLineRows; r++) {
       at[r] = r * stride + i;
-      lines.g[r] = gradient_line(plan, tile, given, at[r], room.lines[r]);
+      lines.g[r] = gradient_line(plan, tile, given, at[r], room, room.lines[r]);
       lines.next[r] = next_line(tile, given, at[r], lines.g[r]);
     }
     lines.bytes = bytes_of(given);
@@ -193,7 +193,7 @@ void measure(const Plan& plan, int64_t index, const Gradients& given, const Basi
       for (int64_t r = 0; r < kLineRows; r++) history += add_history(size, tile, now, old, at[r], lines.g[r], sums, room);
   }
   for (int64_t i = kLineRows * stride; i < tile.num_rows; i++) {
-    const float* g = gradient_line(plan, tile, given, i, room.lines[0]);
+    const float* g = gradient_line(plan, tile, given, i, room, room.lines[0]);
     measure_lines<1>(size, tile, now, &i, {{g}, {next_line(tile, given, i, g)}, bytes_of(given)}, sums);
     if (size.num_sums == 3) history += add_history(size, tile, now, old, i, g, sums, room);
   }
@@ -206,7 +206,7 @@ void couple(const Plan& plan, int64_t index, const Gradients& given, const Basis
             const Settled& settled, const CoupleSums& sums, float* scratch) {
   const Header& size = *plan.header;
   const Tile& tile = plan.tiles[index];
-  const Room room = room_for(scratch, size, tile, given, basis);
+  const Room room = room_for(scratch, plan, tile, given, basis);
   const float* factor = settled.factor + tile.matrix * size.num_columns;
   double squares = 0, cross = 0;
   Sketch old, fresh;
@@ -214,7 +214,7 @@ void couple(const Plan& plan, int64_t index, const Gradients& given, const Basis
   if (sums.asks_blocks)
     Sketch::read(fresh, matrix_of(basis.new_HRB, size, tile), columns_of(basis, size, tile), size);
   for (int64_t i = 0; i < tile.num_rows; i++) {
-    const float* g = gradient_line(plan, tile, given, i, room.lines[0]);
+    const float* g = gradient_line(plan, tile, given, i, room, room.lines[0]);
     const float row = now.sign / __builtin_sqrtf(settled.rows[tile.new_row + i]);
     each_chunk(size, tile, [&](const Chunk& chunk) {
       const int64_t skip = chunk.lo - chunk.start, count = chunk.hi - chunk.lo;

@@ -13,7 +13,7 @@ namespace flora {
 constexpr int64_t kTableVersion = 2;
 
 enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3 };
-enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kOctets = 5 };  // octets: records
 
 struct Header {
   int64_t version;
@@ -40,6 +40,8 @@ struct Header {
   int64_t num_partials;    // numbers of all tiles' partial sums
   int64_t sums_weight;     // |W|^2 is asked for
   int64_t clips;
+  int64_t momentum_bits;   // of a momentum in records
+  int64_t momentum_table;  // address of their values
 };
 
 struct Matrix {
@@ -97,7 +99,27 @@ struct Now {
   float sign;              // -1 to maximize
 };
 
-enum GradientKind : int64_t { kMissing = -1, kSketched = 3 };  // else a Dtype
+// How the numbers of a block are written: a record of bytes, see flora_dist/core/sketch/quantise.py.
+struct Code {
+  int64_t bits;                // 32: fp32, 16: bfloat16, else 8, 4, 2 or 1
+  int64_t numbers;             // R
+  int64_t octets;              // of the numbers, without the scale
+  int64_t bytes;               // of a record
+  int64_t per_octet;
+  int64_t room;                // R up to a power of two of at least eight: zeros stand after the numbers
+  const float* table;          // (512, per octet): values of each byte over the scale, evenly spaced, then of levels
+  const float* levels;         // (2^bits) ascending, or null where they are not asked for
+  const float* edges;          // (2^bits - 1) between them
+};
+
+static inline Code code_of(int64_t bits, int64_t numbers, const float* table, const float* levels, const float* edges) {
+  int64_t room = 8;
+  while (room < numbers) room *= 2;
+  const int64_t octets = (numbers * bits + 7) / 8, scale = bits < 16 ? 2 : 0;
+  return {bits, numbers, octets, octets + scale, bits < 8 ? 8 / bits : 1, room, table, levels, edges};
+}
+
+enum GradientKind : int64_t { kMissing = -1, kSketched = 3, kRecords = 4 };  // else a Dtype
 
 struct Gradients {
   int64_t kind;
@@ -105,7 +127,11 @@ struct Gradients {
   const int64_t* sketches;     // by member: A (E, R, B) of sketched gradients
   int64_t block;
   int64_t rank;
+  Code code;                   // of records
+  const int64_t* factors;      // by member and source: address of what multiplies them; 0: nothing does
 };
+
+static inline bool is_sketched(const Gradients& given) { return given.kind == kSketched || given.kind == kRecords; }
 
 enum Move : int64_t { kStays = 0, kMoves = 1, kResets = 2 };
 
@@ -170,26 +196,6 @@ struct Sketching {
   int64_t rank;
   int64_t is_hadamard;
 };
-
-// How the numbers of a block are written: a record of bytes, see flora_dist/core/sketch/quantise.py.
-struct Code {
-  int64_t bits;                // 32: fp32, 16: bfloat16, else 8, 4, 2 or 1
-  int64_t numbers;             // R
-  int64_t octets;              // of the numbers, without the scale
-  int64_t bytes;               // of a record
-  int64_t per_octet;
-  int64_t room;                // R up to a power of two of at least eight: zeros stand after the numbers
-  const float* table;          // (512, per octet): values of each byte over the scale, evenly spaced, then of levels
-  const float* levels;         // (2^bits) ascending, or null where they are not asked for
-  const float* edges;          // (2^bits - 1) between them
-};
-
-static inline Code code_of(int64_t bits, int64_t numbers, const float* table, const float* levels, const float* edges) {
-  int64_t room = 8;
-  while (room < numbers) room *= 2;
-  const int64_t octets = (numbers * bits + 7) / 8, scale = bits < 16 ? 2 : 0;
-  return {bits, numbers, octets, octets + scale, bits < 8 ? 8 / bits : 1, room, table, levels, edges};
-}
 
 // Random bits of some lines of the whole parameter, by their places in it.
 struct Draws {
@@ -261,6 +267,17 @@ static inline int64_t floats_for(const Adding& a) {
 }
 static inline int64_t chunk_blocks(int64_t block) { return block >= kChunk ? 1 : kChunk / block; }
 
+static inline Code momentum_code(const Header& size) {
+  return code_of(size.momentum_bits, size.rank, reinterpret_cast<const float*>(size.momentum_table), nullptr, nullptr);
+}
+// Beside a tile's own, to read its gradient from records, and to round its momentum to some.
+static inline int64_t gradient_floats(const Gradients& given) {
+  return given.kind == kRecords ? up(rotation_floats(given.block, given.rank) + given.code.room, 16) + 16 : 0;
+}
+static inline int64_t record_floats(const Header& size, const Gradients& given) {
+  return gradient_floats(given) +
+         (size.momentum_dtype == kOctets ? up(rounding_floats(momentum_code(size)), 16) : 0);
+}
 // Floats that one thread needs for a tile: rows in fp32, and the buffers of a chunk.
 static inline int64_t scratch_floats(int64_t width, int64_t block, int64_t gradient_block, int64_t padded) {
   const int64_t blocks = chunk_blocks(block);

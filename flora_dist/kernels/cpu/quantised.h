@@ -10,46 +10,6 @@
 namespace flora {
 namespace {
 
-// A thread's buffers for the blocks of a line.
-struct RecordRoom {
-  float* numbers;     // of a block, with zeros up to the room
-  float* others;      // likewise, of what is added to them; products
-  uint8_t* codes;
-  uint16_t* bits;     // of some blocks
-
-  FLORA_INLINE RecordRoom in(float* scratch, const Code& code) {
-    const int64_t room = code.room + 16;
-    RecordRoom own = {scratch, scratch + room, reinterpret_cast<uint8_t*>(scratch + 2 * room),
-                      reinterpret_cast<uint16_t*>(scratch + 3 * room)};
-    memset(own.numbers, 0, sizeof(float) * room);
-    memset(own.others, 0, sizeof(float) * room);
-    return own;
-  }
-};
-
-// Random bits of some blocks of a line, from block k of those here; returns where they begin.
-FLORA_INLINE const uint16_t* draw(const Draws& draws, int64_t line, int64_t k, int64_t blocks, int64_t rank,
-                                  uint16_t* bits) {
-  const int64_t per_line = (draws.count + kIntegersPerCounter - 1) / kIntegersPerCounter;
-  const int64_t column = draws.first + k * rank, first = column / kIntegersPerCounter;
-  const int64_t counters = (column + blocks * rank + kIntegersPerCounter - 1) / kIntegersPerCounter - first;
-  philox(draws.key, static_cast<uint64_t>(draws.lines[line] * per_line + first), counters, 0,
-         reinterpret_cast<uint32_t*>(bits));
-  return bits + (column - first * kIntegersPerCounter);
-}
-
-// body(k, bits) for each block of a line, with the random bits that round its numbers.
-template <class Body>
-FLORA_INLINE void each_block(const Draws& draws, int64_t line, int64_t blocks, int64_t rank, bool draws_bits,
-                             uint16_t* bits, const Body& body) {
-  const int64_t together = rank >= kChunk ? 1 : kChunk / rank;
-  const uint16_t* own = bits;
-  for (int64_t k = 0; k < blocks; k++) {
-    if (draws_bits && k % together == 0) own = draw(draws, line, k, smaller(together, blocks - k), rank, bits);
-    body(k, own + k % together * rank);
-  }
-}
-
 // Lines [first, last), all of one matrix. Scratch: floats_for(a).
 FLORA_CALLED void add_records(const Adding& a, int64_t first, int64_t last, float* scratch) {
   const Sketching& s = a.given;

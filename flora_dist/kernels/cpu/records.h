@@ -2,6 +2,7 @@
 // The numbers of a block in few bits: flora_dist/core/sketch/quantise.py has the formulas and says what a record is.
 // Every product that a sum follows is rounded by itself, and a block is summed in halves: the bits are torch's.
 #pragma once
+#include "philox.h"
 #include "plan.h"
 #include "simd.h"
 
@@ -161,6 +162,46 @@ FLORA_CALLED void level_record(const Code& code, uint8_t* to, float* y, float* p
     case 4: return level_some<8>(code, to, y, products, codes);
     case 2: return level_some<2>(code, to, y, products, codes);
     default: return level_some<1>(code, to, y, products, codes);
+  }
+}
+
+// A thread's buffers for the blocks of a line.
+struct RecordRoom {
+  float* numbers;     // of a block, with zeros up to the room
+  float* others;      // likewise, of what is added to them; products
+  uint8_t* codes;
+  uint16_t* bits;     // of some blocks
+
+  FLORA_INLINE RecordRoom in(float* scratch, const Code& code) {
+    const int64_t room = code.room + 16;
+    RecordRoom own = {scratch, scratch + room, reinterpret_cast<uint8_t*>(scratch + 2 * room),
+                      reinterpret_cast<uint16_t*>(scratch + 3 * room)};
+    memset(own.numbers, 0, sizeof(float) * room);
+    memset(own.others, 0, sizeof(float) * room);
+    return own;
+  }
+};
+
+// Random bits of some blocks of a line, from block k of those here; returns where they begin.
+FLORA_INLINE const uint16_t* draw(const Draws& draws, int64_t line, int64_t k, int64_t blocks, int64_t rank,
+                                  uint16_t* bits) {
+  const int64_t per_line = (draws.count + kIntegersPerCounter - 1) / kIntegersPerCounter;
+  const int64_t column = draws.first + k * rank, first = column / kIntegersPerCounter;
+  const int64_t counters = (column + blocks * rank + kIntegersPerCounter - 1) / kIntegersPerCounter - first;
+  philox(draws.key, static_cast<uint64_t>(draws.lines[line] * per_line + first), counters, 0,
+         reinterpret_cast<uint32_t*>(bits));
+  return bits + (column - first * kIntegersPerCounter);
+}
+
+// body(k, bits) for each block of a line, with the random bits that round its numbers.
+template <class Body>
+FLORA_INLINE void each_block(const Draws& draws, int64_t line, int64_t blocks, int64_t rank, bool draws_bits,
+                             uint16_t* bits, const Body& body) {
+  const int64_t together = rank >= kChunk ? 1 : kChunk / rank;
+  const uint16_t* own = bits;
+  for (int64_t k = 0; k < blocks; k++) {
+    if (draws_bits && k % together == 0) own = draw(draws, line, k, smaller(together, blocks - k), rank, bits);
+    body(k, own + k % together * rank);
   }
 }
 

@@ -34,7 +34,7 @@ FLORA_CALLED const float* advance_second(const Tile& tile, const Gradients& give
 
 FLORA_INLINE Stored stored_vector(const Header& size, const Tile& tile, const VectorChunk& chunk) {
   const int64_t bytes = size.momentum_dtype == kFloat32 ? 4 : 2;
-  return {size.momentum_dtype, reinterpret_cast<char*>(tile.momentum) + bytes * chunk.offset, chunk.count};
+  return {size.momentum_dtype, reinterpret_cast<char*>(tile.momentum) + bytes * chunk.offset, chunk.count, &size};
 }
 
 void measure_vector(const Plan& plan, int64_t index, const Gradients& given, const Now& now, const VectorSums& sums,
