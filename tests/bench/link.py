@@ -75,6 +75,8 @@ class Timed:
     """One rank's steps."""
 
     seconds: list[float]
+    processor: list[float]
+    """Seconds of this rank's process, in each."""
     cost: float
     """Bytes per step that gloo's cost of the counted payload predicts."""
     sent: float
@@ -90,19 +92,20 @@ def timed(setup: Setup) -> Timed:
     """Whole steps, ranks beginning each together."""
     training = start(setup)
     training.run(range(WARM_UP))
-    collectives, seconds = Collectives(), []
+    collectives, seconds, processor = Collectives(), [], []
 
     def steps() -> None:
         for step in range(WARM_UP, WARM_UP + STEPS):
             dist.barrier()
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             with collectives:
                 training.run(range(step, step + 1))
             seconds.append(time.perf_counter() - begin)
+            processor.append(time.process_time() - used)
 
     sent = measured(steps, per_host=1) / STEPS
     cost = sum(payload.cost for payload in collectives.sent) / STEPS
-    return Timed(seconds=seconds, cost=cost, sent=sent)
+    return Timed(seconds=seconds, processor=processor, cost=cost, sent=sent)
 
 
 def print_link(only: str) -> None:
@@ -116,11 +119,11 @@ def print_link(only: str) -> None:
         "faster: than the first row of its kind; by bytes: its counted bytes over this row's;\n"
         "by link: if the link's time for the bytes saved were all that changes. counted: what\n"
         "gloo's cost of the counted payload says that a rank sends; sent: what its host has sent,\n"
-        "and how long the link takes for that."
+        "and how long the link takes for that. cpu: seconds of a rank's process, all its threads."
     )
     print(
         f"{'layout and level':31} {'median':>7} {'min':>6} {'max':>6} {'faster':>7} {'by bytes':>9}"
-        f" {'by link':>8} {'counted MB':>11} {'sent MB':>8} {'link s':>6}"
+        f" {'by link':>8} {'counted MB':>11} {'sent MB':>8} {'link s':>6} {'cpu s':>6}"
     )
     for kind, rows in ROWS.items():
         if kind.startswith(only):
@@ -150,7 +153,7 @@ def _cells(first: Timed, found: Timed) -> str:
     return (
         f"{found.median:7.2f} {min(found.seconds):6.2f} {max(found.seconds):6.2f} "
         f"{first.median / found.median:7.2f} {counted} {found.sent / 1e6:8.2f} "
-        f"{_link_seconds(found.sent):6.2f}"
+        f"{_link_seconds(found.sent):6.2f} {statistics.median(found.processor):6.2f}"
     )
 
 

@@ -5,8 +5,10 @@
 
 On the shapes of llama-9m and of one layer of llama-60m, at rank 8 of 64: all parameters' gradients,
 given, to C += G A^T. "first" begins a step, whose matrices A are drawn then; "next" are further
-micro-batches of it; "4 bits" are next ones kept in records. Both paths take turns in one process:
-read the ratios.
+micro-batches of it; "4 bits" are those of all numbers of a block, kept in records. Then, of one
+matrix in records, ns per element: putting a fresh sketch at levels, adding a gradient to it, the
+mean of two ranks, 4 bits sent in 1, and a step. Both paths take turns in one process: read the
+ratios.
 """
 
 from __future__ import annotations
@@ -20,13 +22,20 @@ from torch import Tensor, nn
 
 import flora_dist
 from flora_dist import Flora
+from flora_dist.core.records import Code
+from flora_dist.core.sketch.matrices import entry_scale, sketch_matrices
 from flora_dist.gradients.cycle import Gradients
+from flora_dist.kernels.records import Draws, add_to_records_, merged_records
+from flora_dist.kernels.sketching import RowSketch
 from tests.bench.step import CLOCKS, LARGE, SMALL, Shapes
 from tests.kernels.paths import path
 
 SHAPES: dict[str, Shapes] = {"llama-9m": SMALL, "a layer of llama-60m": LARGE}
 PATHS = ("torch", "native")
 MICRO_BATCHES = 3
+ONE, BLOCK = (1376, 512), 64
+"""Rows and columns of a matrix by itself."""
+ONE_BIT = Code(bits=1, numbers=BLOCK)
 
 
 class Matrices(nn.Module):
@@ -84,6 +93,63 @@ def measure(shapes: Shapes, dtype: torch.dtype, rounds: int, clock: Callable[[],
         )
 
 
+def measure_records(rounds: int, clock: Callable[[], float]) -> None:
+    """Print ns per element of what is done with records, by torch's operators and by kernels."""
+    elements = torch.Size(ONE).numel()
+    for bits in (4, 2, 1):
+        works = {name: _works(bits, name) for name in PATHS}
+        for what in works[PATHS[0]]:
+            seconds: dict[str, list[float]] = {name: [] for name in PATHS}
+            for name in PATHS * (rounds + 1):
+                with path(name):
+                    start = clock()
+                    works[name][what]()
+                    seconds[name].append(clock() - start)
+            torch_ns, native_ns = (
+                1e9 * statistics.median(seconds[name][1:]) / elements for name in PATHS
+            )
+            print(f"  {bits} bits, {what:18} torch {torch_ns:6.2f} ns  native {native_ns:6.2f} ns")
+
+
+def _works(bits: int, name: str) -> dict[str, Callable[[], object]]:
+    """What is timed, on matrices of one size."""
+    rows, columns = ONE
+    blocks, code = columns // BLOCK, Code(bits=bits, numbers=BLOCK)
+    sketch = RowSketch(
+        matrices_ERB=sketch_matrices(
+            "hadamard", keys=[1], rank=BLOCK, block=BLOCK, dtype=torch.float32, device="cpu"
+        ),
+        first_column=0,
+        is_hadamard=True,
+        scale=entry_scale("hadamard", rank=BLOCK),
+    )
+    draws = Draws(key=1, runs=((0, rows),), columns=(0, columns), num_columns=columns)
+    gradient = torch.randn(1, rows, columns)
+    records = torch.zeros((1, rows, blocks, code.bytes), dtype=torch.uint8)
+    (lines,), mean = records, Code(bits=4, numbers=BLOCK)
+    with path(name):
+        run = Run([ONE], bits)
+
+    def step() -> None:
+        with path("native"):
+            run.add({"layers.0.weight": gradient[0]})
+        run.optimizer.step()
+
+    def average() -> None:
+        merged_records([lines, lines], code, mean, draws, divisor=2.0, dtype=torch.float32)
+
+    def send() -> None:
+        merged_records([lines], code, ONE_BIT, None, divisor=1.0, dtype=torch.float32)
+
+    return {
+        "levels": lambda: add_to_records_(records, gradient, sketch, code, None),
+        "adding": lambda: add_to_records_(records, gradient, sketch, code, draws),
+        "mean of two": average,
+        "sent in 1 bit": send,
+        "levels and a step": step,
+    }
+
+
 def _parameters(shapes: Shapes) -> list[tuple[str, nn.Parameter]]:
     with torch.device("meta"):
         return list(Matrices(shapes).named_parameters())
@@ -101,6 +167,8 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             print(f"{title}, gradients in {dtype}")
             measure(shapes, dtype, parsed.rounds, CLOCKS[parsed.clock])
+    print(f"records of {ONE[0]} x {ONE[1]}")
+    measure_records(parsed.rounds, CLOCKS[parsed.clock])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ from flora_dist.trainer.gradients import keep_sketched
 from flora_dist.trainer.model import build_model, read_model_config
 from flora_dist.trainer.tokenizer import ByteTokenizer
 from tests.bench import quality
-from tests.bench.quality_compressed import RATIOS, RULES, compressed_rows
+from tests.bench.quality_compressed import FULL as COMPRESSED_FULL
+from tests.bench.quality_compressed import (
+    MANY_FULL,
+    RATIOS,
+    RULES,
+    compressed_rows,
+    many_rows,
+)
 from tests.bench.quality_plan import (
     ADAMW,
     CENTRE,
@@ -188,16 +195,24 @@ def test_gradients_are_sketched_for_every_rule_at_every_ratio() -> None:
     assert set(RATIOS) == {2, 4, 8, 16}
 
 
-def test_sketched_rows_differ_from_a_dense_one_in_the_gradient_alone() -> None:
-    rows = compressed_rows()
+@pytest.mark.parametrize("rows", [compressed_rows(), many_rows()])
+def test_sketched_rows_differ_from_a_dense_one_in_the_gradient_alone(rows: tuple[Row, ...]) -> None:
+    by_name = {row.name: row for row in rows}
     for row in rows:
         twin = dense_twin(row, rows)
         if row.gradient_rank is None:
             assert twin is None
         else:
             assert twin is not None
-            assert COMPRESSED[twin].options == row.options
-            assert COMPRESSED[twin].gradient_rank is None
+            assert by_name[twin].options == row.options
+            assert by_name[twin].gradient_rank is None
+
+
+def test_a_step_of_many_micro_batches_has_the_tokens_of_others() -> None:
+    assert MANY_FULL.global_batch * MANY_FULL.sequence_length == (
+        COMPRESSED_FULL.global_batch * COMPRESSED_FULL.sequence_length
+    )
+    assert max(row.micro_batches for row in many_rows()) == MANY_FULL.global_batch == 16
 
 
 @pytest.mark.parametrize("name", [ADAMW, CENTRE_NAME])

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = Path("flora_dist/kernels/cpu")
 FIXED = "tests/kernels/test_paths.py::test_a_fixed_run_is_the_same_by_kernels_and_by_torch"
 SKETCHING = "tests/kernels/test_sketching.py"
+RECORDS = "tests/kernels/test_records.py"
+STEP_ON_RECORDS = "tests/kernels/test_record_paths.py"
 SPANS = "tests/battery/test_layouts.py::test_a_layout_equals_the_reference_in_float32"
 
 
@@ -140,6 +142,97 @@ MUTATIONS = {
         new="first + line % rows * stride",
         test=SKETCHING,
         select="random_words",
+    ),
+    "records, rotation": Mutation(
+        file="rotation.h",
+        old="c[r] = o.numbers[o.rows[r]] * o.scale;",
+        new="c[r] = o.numbers[r] * o.scale;",
+        test=RECORDS,
+        select="summed_gradients",
+    ),
+    "records, rotation back": Mutation(
+        file="rotation.h",
+        old="o.numbers[o.rows[r]] = c[r] * o.scale;",
+        new="o.numbers[r] = c[r] * o.scale;",
+        test=STEP_ON_RECORDS,
+        select="fixed",
+    ),
+    "records, reading": Mutation(
+        file="records.h",
+        old="(scale < 0 ? 256 * code.per_octet : 0)",
+        new="0",
+        test=RECORDS,
+        select="merged",
+    ),
+    "records, rounding": Mutation(
+        file="records.h",
+        old="+ 0.5f) * (1.0f / 65536);",
+        new="+ 0.5f) * (1.0f / 131072);",
+        test=RECORDS,
+        select="rounded_numbers",
+    ),
+    "records, scale": Mutation(
+        file="records.h",
+        old="static_cast<uint16_t>((largest + 0xFFFF) >> 16)",
+        new="static_cast<uint16_t>((largest + 0x7FFF) >> 16)",
+        test=RECORDS,
+        select="rounded_numbers",
+    ),
+    "records, levels": Mutation(
+        file="records.h",
+        old="level = beyond ? spread(levels[j + 1]) : level;",
+        new="level = beyond ? spread(levels[j]) : level;",
+        test=RECORDS,
+        select="at_levels",
+    ),
+    "records, sum of a block": Mutation(
+        file="records.h",
+        old="x[i] += x[half + i];",
+        new="x[i] += 2 * x[half + i];",
+        test=RECORDS,
+        select="at_levels",
+    ),
+    "records, packing order": Mutation(
+        file="records.h",
+        old="word |= word >> half * (8 - kBits);",
+        new="word |= word >> (half * (8 - kBits) - kBits / 4);",
+        test=RECORDS,
+        select="rounded_numbers",
+    ),
+    "records, whose line": Mutation(
+        file="records.h",
+        old="draws.lines[line] * per_line + first",
+        new="line * per_line + first",
+        test=RECORDS,
+        select="rounded_numbers",
+    ),
+    "records, what was kept": Mutation(
+        file="quantised.h",
+        old="for (int64_t r = 0; r < code.numbers; r++) room.numbers[r] += room.others[r];",
+        new="",
+        test=RECORDS,
+        select="summed_gradients",
+    ),
+    "records, sum over ranks": Mutation(
+        file="quantised.h",
+        old="r = 0; n > 0 && r < numbers; r++",
+        new="r = 0; n > 1 && r < numbers; r++",
+        test=RECORDS,
+        select="merged",
+    ),
+    "records, factor": Mutation(
+        file="lines.h",
+        old="room.record[r] *= *factor;",
+        new="room.record[r] *= 0.99f * *factor;",
+        test=STEP_ON_RECORDS,
+        select="fixed",
+    ),
+    "records of a momentum": Mutation(
+        file="finish.h",
+        old="memcpy(room.numbers, values + k * rank, sizeof(float) * rank);",
+        new="memcpy(room.numbers, values, sizeof(float) * rank);",
+        test=STEP_ON_RECORDS,
+        select="fixed",
     ),
 }
 
