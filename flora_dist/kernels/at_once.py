@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Moment
 from flora_dist.kernels.inputs import gradients_of, keys_of, move_of, numbers_of
 from flora_dist.kernels.native import NativePhases
@@ -47,25 +46,26 @@ class NativeAcross:
         self.terms = [each.make_terms()[1] for each in phases]
         rows = [0 if each.batch.geometry.is_vector else each.table.num_rows for each in phases]
         self._rows = torch.split(torch.empty(sum(rows)), rows)
-        self._places = [
-            [own["presence"].data_ptr(), sum(term.numel() for term in own.values()), r.data_ptr()]
-            for own, r in zip(self.terms, self._rows, strict=True)
-        ]
+        self._places: list[int] = []
+        for each, own, row in zip(phases, self.terms, self._rows, strict=True):
+            is_exchanged = each.batch.members[0].cuts.peers is not None
+            numbers = sum(term.numel() for term in own.values())
+            start = own["presence"].data_ptr()
+            self._places += start, numbers, row.data_ptr(), int(is_exchanged)
 
     def measure(self, moments: Sequence[Moment]) -> _Given:
         """Fill in the terms of message 1."""
         given = _given(self._phases, moments)
-        places = [number for own in self._places for number in (*own, 0, 0)]
-        self._ops.measure_all(*given.lists, places)
+        self._ops.measure_all(*given.lists, self._places)
         return given
 
-    def finish(self, begun: _Given, totals: Sequence[Terms]) -> None:
+    def take_rows(self, begun: _Given) -> None:
+        """Add the norms of cut rows that begin here to the terms, once peers gave the rows."""
+        self._ops.take_rows_all(*begun.lists, self._places)
+
+    def finish(self, begun: _Given) -> None:
         """Update weights and state of all batches."""
-        places: list[int] = []
-        for own, total in zip(self._places, totals, strict=True):
-            places += own
-            places += _address(total.get("rows")), _address(total.get("blocks"))
-        self._ops.finish_all(*begun.lists, places)
+        self._ops.finish_all(*begun.lists, self._places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,7 @@ class NativePhases:
         self.batch, self._ops = batch, operators
         self.table = make_table(batch)
         self.bases = Bases()
+        self._cuts = batch.members[0].cuts
         rule, clips = self.table.rule, batch.config.clip is not None
         self._asks_update = clips and rule is not None and rule.asks_update
         self._asks_squares = self.table.num_sums > 1
@@ -98,7 +99,7 @@ class NativePhases:
             yield "history", (summed,)
         if batch.config.scale_parameter:
             yield "weight", (summed,)
-        cuts = batch.members[0].cuts
+        cuts = self._cuts
         if cuts.rows_anywhere and cuts.are_few:
             yield "elements", (members, len(cuts.rows), columns)
             if self._asks_cross:
@@ -108,7 +109,7 @@ class NativePhases:
 
     def _terms_of_couple(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         batch, members = self.batch, len(self.batch.members)
-        cuts = batch.members[0].cuts
+        cuts = self._cuts
         if cuts.are_few:
             return
         if cuts.rows_anywhere and self._asks_squares:
@@ -138,12 +139,28 @@ class NativePhases:
         """Whether this rank's gradients are all zeros ()."""
         return ~measured.terms["columns"].any()
 
+    def take_rows(self, now: Moment, measured: Measured) -> None:
+        """Add the norms of cut rows that begin here to the terms, once peers gave the rows."""
+        del now
+        terms = measured.terms
+        self._ops.take_rows(
+            self.table.numbers,
+            measured.numbers,
+            terms["elements"],
+            terms.get("products"),
+            measured.rows,
+            terms.get("squares"),
+            terms.get("cross"),
+        )
+
     def couple(self, now: Moment, measured: Measured, totals: Terms) -> Coupled:
         """Normalisation is known now; what cut rows and cut blocks still need."""
         matrices = len(self.batch.members) * self.batch.matrices_here
         shape = (matrices, self.batch.geometry.num_columns)
         column_HM, factor_HM = torch.empty(shape), torch.empty(shape)
         sums_H3 = torch.empty((matrices, 3), dtype=torch.float64)
+        basis = self.bases.of(now.basis)
+        blocks = self._room_for_blocks()
         self._ops.settle(
             self.table.numbers,
             measured.numbers,
@@ -152,6 +169,11 @@ class NativePhases:
             totals.get("cross"),
             totals.get("history"),
             totals.get("rows"),
+            totals.get("elements"),
+            totals.get("products"),
+            self._cuts.peers is None,
+            basis[1],
+            blocks,
             measured.rows,
             column_HM,
             factor_HM,
@@ -164,8 +186,16 @@ class NativePhases:
             column_HM=column_HM,
             factor_HM=factor_HM,
             sums_H3=sums_H3,
-            blocks=totals.get("blocks"),
+            blocks=blocks,
         )
+
+    def _room_for_blocks(self) -> Tensor | None:
+        """For whole sketches of cut blocks, where these follow from message 1."""
+        if not (self._cuts.are_few and self._cuts.blocks_anywhere and self._has_sketch):
+            return None
+        assert self.batch.geometry.rank is not None
+        members, slots = len(self.batch.members), len(self._cuts.blocks)
+        return torch.empty(members, slots, self.batch.geometry.rank)
 
     def _couple_cuts(self, now: Moment, measured: Measured, factor_HM: Tensor) -> Terms:
         if not self._second_terms:

@@ -95,7 +95,7 @@ class CountingReducer:
     sums: list[int] = field(default_factory=list, compare=False)
     """Bytes of each all-reduce."""
     exchanges: list[int] = field(default_factory=list, compare=False)
-    """Bytes sent in each exchange with the ranks that share cut rows and blocks."""
+    """Bytes sent in each exchange with the ranks that share cut rows."""
 
     def sum_(self, message_S: Tensor) -> None:
         """Leave the message as it is."""
@@ -136,7 +136,7 @@ def print_messages(title: str, shapes: Shapes) -> None:
     elements = sum(math.prod(shape) for shape in shapes.values())
     print(f"\nmessages of a step under ZeRO-3, {title}: {elements:,} parameters; gradient in fp32")
     print(f"{4 * elements:,} bytes. All-reduces (equal on all ranks) + what the busiest of the")
-    print("probed ranks sends to those that share its cut rows and blocks")
+    print("probed ranks sends to those that share its cut rows")
     print(f"{'ranks':>5} " + " ".join(f"{rule:>27}" for rule in RULES))
     for world_size in WORLDS:
         cells = []

@@ -64,6 +64,20 @@ MUTATIONS = {
         test=SPANS,
         select="flat",
     ),
+    "settle, norms of cut rows": Mutation(
+        file="settle.cpp",
+        old="whole.squares[place + j] += x * x;",
+        new="whole.squares[place + j] += 0;",
+        test=SPANS,
+        select="flat",
+    ),
+    "settle, cut blocks": Mutation(
+        file="settle.cpp",
+        old="(line[start + j] * scale * own_factor[start + j]);",
+        new="(line[start + j] * scale);",
+        test=SPANS,
+        select="flat",
+    ),
     "couple, cut rows": Mutation(
         file="measure.h",
         old="squares += square_sum(room.x + skip, count);",

@@ -59,8 +59,6 @@ class Message:
         self._runs: dict[_Names, list[_Run]] = {}
         self._places: dict[_Names, dict[int, Tensor]] = {}
 
-        self._exchanges = any(sender.cuts.peers is not None for sender in senders)
-
     def bind(self, terms: Sequence[Terms]) -> Callable[[], None]:
         """Replaces what everyone sums by the sums, through one message, as often as it is called.
 
@@ -73,8 +71,6 @@ class Message:
 
     def exchange_(self, terms: Sequence[Terms]) -> None:
         """Make cut rows whole that a few ranks share; nothing is sent where there are none."""
-        if not self._exchanges:
-            return
         shared = [
             {
                 name: own[name]

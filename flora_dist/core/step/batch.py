@@ -133,6 +133,9 @@ class Phases(Protocol):
     def is_zero(self, measured: Any) -> Tensor:
         """Whether this rank's gradients are all zeros ()."""
 
+    def take_rows(self, now: Moment, measured: Any) -> None:
+        """Add what follows from cut rows to the terms of message 1, once peers gave the rows."""
+
     def couple(self, now: Moment, measured: Any, totals: Terms) -> Any:
         """From the sums of message 1 to the terms of message 2; no terms where none is needed."""
 
@@ -153,8 +156,11 @@ class Across(Protocol):
     def measure(self, moments: Sequence[Moment]) -> Any:
         """Fill in the terms of message 1; returns what ``finish`` is to be given."""
 
-    def finish(self, begun: Any, totals: Sequence[Terms]) -> None:
-        """From the sums of message 1, with what follows from cut rows, to new weights and state."""
+    def take_rows(self, begun: Any) -> None:
+        """Add what follows from cut rows to the terms, once peers gave the rows."""
+
+    def finish(self, begun: Any) -> None:
+        """From the sums of message 1 to new weights and state."""
 
 
 class AtOnce(Protocol):

@@ -4,7 +4,7 @@
 Each holder is given the whole row's gradient, one row for each boundary at most, and finds for
 itself what follows from it: R, the row's share of the clip's norm, the sketch of a block that the
 boundary cuts. All of them sum the same numbers in the same order, so they agree bit for bit, and
-no second message is needed.
+no second message is needed. Sums are in float64, or machines would part whose vectors differ.
 
 Shape suffixes: E matrices of a piece, H matrices of a batch that are here, P parameters, L cut
 rows, M columns, W columns of a block, R rank.
@@ -85,8 +85,8 @@ class CutRows:
                 factor_EW = factor_HM[matrices, first:last]
                 x_EW = rows_EM[:, first:last] * scale_E1 * factor_EW
                 # No product of a library's, whose order of sums is its own on every machine.
-                sketch_ERW = basis.new_ERB[matrices, :, : last - first]
-                blocks_PSR[piece.members, slot] = (sketch_ERW * x_EW.unsqueeze(1)).sum(2)
+                products_ERW = basis.new_ERB[matrices, :, : last - first] * x_EW.unsqueeze(1)
+                blocks_PSR[piece.members, slot] = products_ERW.double().sum(2).to(x_EW.dtype)
         return blocks_PSR
 
     def _cut_blocks(self, piece: Piece) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -122,5 +122,8 @@ def _add_norms_(terms: Terms, piece: Piece, scale_E1: Tensor) -> None:
 
 def _square_sums(rows_PLM: Tensor) -> Tensor:
     """Sums of squares (P, L); a row's bits do not depend on others, nor on threads."""
-    parts = [part.square().sum(2) for part in torch.split(rows_PLM, _SUMMED_AT_ONCE, dim=2)]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    parts = torch.split(rows_PLM.double(), _SUMMED_AT_ONCE, dim=2)
+    sums_PL = parts[0].square().sum(2)
+    for part in parts[1:]:
+        sums_PL += part.square().sum(2)
+    return sums_PL.to(rows_PLM.dtype)

@@ -28,6 +28,7 @@ from flora_dist.core.protocols import Terms
 from flora_dist.core.sketch.ops import Blocks
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.cut_blocks import add_partial_, fill_
+from flora_dist.core.step.cut_rows import cut_rows_of
 from flora_dist.core.step.elements import (
     Writer,
     clip_factor,
@@ -63,6 +64,7 @@ class MatrixPhases:
             member.local["column"].view(-1, batch.geometry.num_columns) for member in batch.members
         ]
         self._pieces = Pieces(batch)
+        self._cut_rows = cut_rows_of(batch)
         clips = batch.config.bounds_matrices
         self._asks_update = clips and self._rule is not None and self._rule.asks_update
         self._knows_sums_early = clips and not self._asks_update
@@ -103,6 +105,11 @@ class MatrixPhases:
     def is_zero(self, measured: Measured) -> Tensor:
         """Whether this rank's gradients are all zeros ()."""
         return ~measured.terms["columns"].any()
+
+    def take_rows(self, now: Moment, measured: Measured) -> None:
+        """Add the norms of cut rows that begin here to the terms, once peers gave the rows."""
+        if self._cut_rows is not None:
+            self._cut_rows.add_begun_(measured.terms, now)
 
     def _empty_terms(self, now: Moment) -> Terms:
         batch, members = self._batch, len(self._batch.members)
@@ -160,6 +167,8 @@ class MatrixPhases:
 
     def couple(self, now: Moment, measured: Measured, totals: Terms) -> Coupled:
         """Normalisation is known now; what cut rows and cut blocks still need."""
+        if self._cut_rows is not None:
+            self._cut_rows.complete_(totals, now)
         settled = self._settle(now, measured, totals)
         terms = self._empty_terms_of_cuts()
         if terms:

@@ -55,7 +55,11 @@ def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state
     pairs = list(zip(plan.entries, moments, strict=True))
     measured = [entry.phases.measure(now) for entry, now in pairs]
     totals = [stage.terms for stage in measured]
-    plan.share_(totals, moments)
+    if plan.exchanges_rows:
+        plan.exchange_(totals)
+        for (entry, now), stage in zip(pairs, measured, strict=True):
+            if entry.exchanges_rows:
+                entry.phases.take_rows(now, stage)
     plan.sum_(totals)
     asks_finite = any(entry.batch.config.skip_nonfinite for entry in plan.entries)
     if asks_finite and not _are_finite(plan, measured):
@@ -73,18 +77,17 @@ def run_step(plan: Plan, gradients: Sequence[Gradient], *, may_only_create_state
 
 def _step_across(plan: Plan, across: Across, moments: Sequence[Moment]) -> None:
     begun = across.measure(moments)
-    plan.share_(across.terms, moments)
+    if plan.exchanges_rows:
+        plan.exchange_(across.terms)
+        across.take_rows(begun)
     plan.sum_across_()
-    totals = [dict(own) for own in across.terms]
-    plan.complete_(totals, moments)
-    across.finish(begun, totals)
+    across.finish(begun)
 
 
 def _apply(
     plan: Plan, moments: Sequence[Moment], measured: Sequence[Any], totals: Sequence[Terms]
 ) -> None:
     """The rest of the step, once it is known that there is one."""
-    plan.complete_(totals, moments)
     phases = [entry.phases for entry in plan.entries]
     steps = list(zip(phases, moments, strict=True))
     coupled = [

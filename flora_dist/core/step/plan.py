@@ -17,8 +17,7 @@ from torch import Tensor
 from flora_dist.core.comm.message import Message, Sender, exchange_rows_, summing
 from flora_dist.core.protocols import Reducer, Terms
 from flora_dist.core.step.basis import BatchSketches
-from flora_dist.core.step.batch import AtOnce, Batch, Member, Moment, Phases, arithmetic_dtype
-from flora_dist.core.step.cut_rows import CutRows, cut_rows_of
+from flora_dist.core.step.batch import AtOnce, Batch, Member, Phases, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.memory import Memory
 from flora_dist.core.step.views import work_limit
@@ -44,7 +43,8 @@ class Entry:
     """Of its members among those that were planned."""
     sender: Sender
     has_gradients: bool
-    cut_rows: CutRows | None
+    exchanges_rows: bool
+    """Whether ranks that share its cut rows give them to each other before message 1."""
 
 
 class Plan:
@@ -70,6 +70,7 @@ class Plan:
             senders = [self.entries[index].sender for index in indices]
             message = None if reducer is None else Message(senders, reducer)
             self._messages.append((indices, message))
+        self.exchanges_rows = any(entry.exchanges_rows for entry in self.entries)
         at_once = self._find_at_once()
         is_local = all(entry.batch.reducer is None for entry in self.entries)
         self.at_once = at_once if is_local else None
@@ -97,13 +98,10 @@ class Plan:
         kept = [entry for index, entry in enumerate(self.entries) if index not in absent]
         return Plan(kept, self.kinds, self._at_once_of)
 
-    def share_(self, terms: Sequence[Terms], moments: Sequence[Moment]) -> None:
-        """Give ranks the cut rows that a few of them share, before message 1."""
+    def exchange_(self, terms: Sequence[Terms]) -> None:
+        """Make cut rows whole that a few ranks share, before message 1."""
         for indices, message in self._messages:
             exchange_rows_([terms[index] for index in indices], message)
-        for entry, own, now in zip(self.entries, terms, moments, strict=True):
-            if entry.cut_rows is not None and entry.sender.cuts.peers is not None:
-                entry.cut_rows.add_begun_(own, now)
 
     def sum_(self, terms: Sequence[Terms]) -> None:
         """Replace each batch's terms by their sums over its ranks: a message per group of ranks."""
@@ -120,12 +118,6 @@ class Plan:
             summing([terms[index] for index in indices], message)
             for indices, message in self._messages
         ]
-
-    def complete_(self, totals: Sequence[Terms], moments: Sequence[Moment]) -> None:
-        """Add what follows from cut rows, which are whole now, to the sums of message 1."""
-        for entry, total, now in zip(self.entries, totals, moments, strict=True):
-            if entry.cut_rows is not None:
-                entry.cut_rows.complete_(total, now)
 
 
 def _are_level(states: Sequence[Mapping[str, Any]]) -> bool:
@@ -198,7 +190,7 @@ def _entry(
         places=tuple(indices),
         sender=sender,
         has_gradients=gradients[indices[0]] is not None,
-        cut_rows=cut_rows_of(batch),
+        exchanges_rows=first.cuts.peers is not None and first.cuts.rows_anywhere,
     )
 
 

@@ -90,6 +90,9 @@ class VectorPhases:
         """Whether this rank's gradients are all zeros ()."""
         return ~measured.x_ENW.any()
 
+    def take_rows(self, now: Moment, measured: Measured) -> None:
+        """Nothing: vectors have no rows that follow from other ranks' elements."""
+
     def couple(self, now: Moment, measured: Measured, totals: Terms) -> Summed:
         """No second message: nothing of a vector is shared but norms."""
         del now

@@ -66,13 +66,27 @@ void measure(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, T
   measure_batch(plan, given, read_now(numbers), basis, data<float>(rows), data<float>(terms_S));
 }
 
+void take_rows(Tensor table, Numbers numbers, Tensor elements, Maybe products, Tensor rows, Maybe squares, Maybe cross) {
+  const Whole whole = {data<const float>(elements), data<const float>(products), data<float>(squares),
+                       data<float>(cross), nullptr, nullptr};
+  take_rows_of(read_plan(table), read_now(numbers), whole, data<float>(rows));
+}
+
+// `adds_norms`: those of whole cut rows are not in the sums yet.
 void settle(Tensor table, Numbers numbers, Tensor columns, Maybe squares, Maybe cross, Maybe history, Maybe cut_rows,
-            Tensor rows, Tensor column, Tensor factor, Tensor sums) {
+            Maybe elements, Maybe products, bool adds_norms, Maybe new_HRB, Maybe blocks, Tensor rows, Tensor column,
+            Tensor factor, Tensor sums) {
   const Plan plan = read_plan(table);
-  const Totals totals = {data<const float>(columns), data<const float>(squares), data<const float>(cross),
-                         data<const float>(history), data<const float>(cut_rows)};
+  const Totals totals = {data<const float>(columns), data<const float>(squares),  data<const float>(cross),
+                         data<const float>(history), data<const float>(cut_rows), data<const float>(elements)};
   const Settling out = {data<float>(rows), data<float>(column), data<float>(factor), data<double>(sums)};
-  settle_batch(plan, read_now(numbers), totals, out);
+  const Whole whole = {data<const float>(elements),
+                       data<const float>(products),
+                       adds_norms ? data<float>(squares) : nullptr,
+                       adds_norms ? data<float>(cross) : nullptr,
+                       data<const float>(new_HRB),
+                       data<float>(blocks)};
+  settle_batch(plan, read_now(numbers), totals, whole, out);
 }
 
 // ---- message 2
@@ -193,10 +207,9 @@ void step(Integers batches, Integers gradients, Numbers numbers, Integers keys) 
   LocalStep(jobs.all, kernels(), torch::stable::get_num_threads()).run();
 }
 
-// The same in two calls, where one message of sums travels between them. `places`: 5 numbers of each batch: addresses
-// of its terms (how many floats: the next number) and of its rows' R, then, at the second call, of the squares of cut
-// rows and of the sketches of cut blocks, or 0.
-constexpr size_t kPlaces = 5;
+// The same in two calls, where one message of sums travels between them. `places`: 4 numbers of each batch: addresses
+// of its terms (how many floats: the next number) and of its rows' R, and whether few ranks exchange cut rows.
+constexpr size_t kPlaces = 4;
 
 void measure_all(Integers batches, Integers gradients, Numbers numbers, Integers keys, Integers places) {
   const Jobs jobs(batches, gradients, numbers, keys);
@@ -213,6 +226,21 @@ void measure_all(Integers batches, Integers gradients, Numbers numbers, Integers
     }
     std::vector<double> scalars(kVectorSums * job.plan.header->num_tiles);
     measure_vectors(job.plan, job.given, job.now, {scalars.data()}, terms);
+  }
+}
+
+// Between the two, once cut rows have been exchanged.
+void take_rows_all(Integers batches, Integers gradients, Numbers numbers, Integers keys, Integers places) {
+  const Jobs jobs(batches, gradients, numbers, keys);
+  for (size_t b = 0; b < jobs.all.size(); b++) {
+    const Job& job = jobs.all[b];
+    const Header& size = *job.plan.header;
+    const int64_t* n = places.data() + kPlaces * b;
+    if (job.is_vector || n[3] == 0) continue;
+    const MeasureTerms terms =
+        MeasureTerms::in(reinterpret_cast<float*>(n[0]) + size.num_members, size, size.num_summed);
+    const Whole whole = {terms.elements, terms.products, terms.squares, terms.cross, nullptr, nullptr};
+    take_rows_of(job.plan, job.now, whole, reinterpret_cast<float*>(n[2]));
   }
 }
 
@@ -233,10 +261,18 @@ void finish_all(Integers batches, Integers gradients, Numbers numbers, Integers 
     const int64_t columns = size.num_matrices * size.num_columns;
     const std::unique_ptr<float[]> made(new float[2 * columns]);  // C, and the factor of columns
     std::vector<double> norms(kSettledSums * size.num_matrices);
-    const Totals totals = {terms.columns, terms.squares, terms.cross, terms.history, at(3)};
-    settle_batch(job.plan, job.now, totals, {at(2), made.get(), made.get() + columns, norms.data()});
+    std::vector<float> blocks(job.basis.new_HRB == nullptr ? 0 : size.num_block_slots * size.rank);
+    const bool adds_norms = n[3] == 0;
+    const Totals totals = {terms.columns, terms.squares, terms.cross, terms.history, nullptr, terms.elements};
+    const Whole whole = {terms.elements,
+                         terms.products,
+                         adds_norms ? terms.squares : nullptr,
+                         adds_norms ? terms.cross : nullptr,
+                         job.basis.new_HRB,
+                         blocks.empty() ? nullptr : blocks.data()};
+    settle_batch(job.plan, job.now, totals, whole, {at(2), made.get(), made.get() + columns, norms.data()});
     finish_batch(job.plan, job.given, job.now, job.basis, {norms.data(), nullptr, nullptr, nullptr, terms.weight},
-                 {made.get() + columns, at(2), nullptr, nullptr, at(4)}, made.get(), job.options);
+                 {made.get() + columns, at(2), nullptr, nullptr, whole.blocks}, made.get(), job.options);
   }
 }
 
@@ -253,8 +289,12 @@ STABLE_TORCH_LIBRARY(flora_dist_kernels, library) {
   library.def("source() -> str");
   library.def("measure(Tensor table, int[] gradients, float[] now, Tensor? old, Tensor(a!) rows, Tensor(b!) terms) -> ()");
   library.def(
-      "settle(Tensor table, float[] now, Tensor columns, Tensor? squares, Tensor? cross, Tensor? history, "
-      "Tensor? cut_rows, Tensor(a!) rows, Tensor(b!) column, Tensor(c!) factor, Tensor(d!) sums) -> ()");
+      "take_rows(Tensor table, float[] now, Tensor elements, Tensor? products, Tensor(a!) rows, Tensor(b!)? squares, "
+      "Tensor(c!)? cross) -> ()");
+  library.def(
+      "settle(Tensor table, float[] now, Tensor columns, Tensor(e!)? squares, Tensor(f!)? cross, Tensor? history, "
+      "Tensor? cut_rows, Tensor? elements, Tensor? products, bool adds_norms, Tensor? new, Tensor(g!)? blocks, "
+      "Tensor(a!) rows, Tensor(b!) column, Tensor(c!) factor, Tensor(d!) sums) -> ()");
   library.def(
       "couple(Tensor table, int[] gradients, float[] now, Tensor? old, Tensor? new, Tensor? columns, Tensor rows, "
       "Tensor factor, bool asks_squares, bool asks_cross, bool asks_blocks, Tensor(a!) terms) -> ()");
@@ -271,6 +311,7 @@ STABLE_TORCH_LIBRARY(flora_dist_kernels, library) {
       "finish_vector(Tensor table, int[] gradients, float[] now, Tensor update, Tensor? weight, int[] keys) -> ()");
   library.def("step(int[] batches, int[] gradients, float[] now, int[] keys) -> ()");
   library.def("measure_all(int[] batches, int[] gradients, float[] now, int[] keys, int[] places) -> ()");
+  library.def("take_rows_all(int[] batches, int[] gradients, float[] now, int[] keys, int[] places) -> ()");
   library.def("finish_all(int[] batches, int[] gradients, float[] now, int[] keys, int[] places) -> ()");
 }
 
@@ -280,11 +321,13 @@ STABLE_TORCH_LIBRARY_IMPL(flora_dist_kernels, CompositeExplicitAutograd, library
   // Given addresses alone, of memory of this CPU.
   library.impl("step", TORCH_BOX(&flora::step));
   library.impl("measure_all", TORCH_BOX(&flora::measure_all));
+  library.impl("take_rows_all", TORCH_BOX(&flora::take_rows_all));
   library.impl("finish_all", TORCH_BOX(&flora::finish_all));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora_dist_kernels, CPU, library) {
   library.impl("measure", TORCH_BOX(&flora::measure));
+  library.impl("take_rows", TORCH_BOX(&flora::take_rows));
   library.impl("settle", TORCH_BOX(&flora::settle));
   library.impl("couple", TORCH_BOX(&flora::couple));
   library.impl("tally", TORCH_BOX(&flora::tally));

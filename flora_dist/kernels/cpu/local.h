@@ -68,7 +68,7 @@ class MatrixStep {
     const int64_t summed = size.first_summed + matrix_, before = summed * size.num_columns;
     const auto shifted = [](float* p, int64_t by) { return p == nullptr ? nullptr : p - by; };
     const Totals totals = {terms_.columns - before, shifted(terms_.squares, before), shifted(terms_.cross, before),
-                           shifted(terms_.history, summed), nullptr};
+                           shifted(terms_.history, summed), nullptr, nullptr};
     const int64_t here = matrix_ * size.num_columns;
     settle_matrix(job_.plan, matrix_, job_.now, totals,
                   {nullptr, column_ - here, factor_ - here, sums_ - kSettledSums * matrix_});

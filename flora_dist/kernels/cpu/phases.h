@@ -60,12 +60,27 @@ inline void measure_batch(const Plan& plan, const Gradients& given, const Now& n
   for (int64_t m = 0; m < size.num_matrices; m++) add_numbers(plan, m, scalars.data(), terms, size.first_summed + m);
 }
 
-inline void settle_batch(const Plan& plan, const Now& now, const Totals& totals, const Settling& out) {
+// Before message 1: a row's norm is added by the rank that has its beginning.
+inline void take_rows_of(const Plan& plan, const Now& now, const Whole& whole, float* rows) {
+  const Totals known = {nullptr, nullptr, nullptr, nullptr, nullptr, whole.elements};
+  for (int64_t t = 0; t < plan.header->num_tiles; t++) {
+    if (plan.tiles[t].first != 0) continue;
+    settle_rows(plan, t, now, known, {rows, nullptr, nullptr, nullptr});
+    add_norms(plan, t, rows, whole);
+  }
+}
+
+inline void settle_batch(const Plan& plan, const Now& now, const Totals& totals, const Whole& whole,
+                         const Settling& out) {
   const Header& size = *plan.header;
-  if (totals.cut_rows != nullptr)
-    for (int64_t t = 0; t < size.num_tiles; t++) settle_rows(plan, t, now, totals, out);
+  for (int64_t t = 0; t < size.num_tiles; t++) {
+    settle_rows(plan, t, now, totals, out);
+    add_norms(plan, t, out.rows, whole);
+  }
   each(size.num_matrices, size.num_matrices * size.num_columns,
        [&](int64_t m) { settle_matrix(plan, m, now, totals, out); });
+  if (whole.blocks != nullptr)
+    for (int64_t t = 0; t < size.num_tiles; t++) sketch_cut_blocks(plan, t, out.rows, out.factor, whole);
 }
 
 struct Scaling {

@@ -3,6 +3,7 @@
 // which share them agree whichever of the two each one runs.
 #include "settle.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace flora {
@@ -28,6 +29,10 @@ double sum(int64_t count, const Value& value) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+float square_sum(int64_t count, const float* x) {
+  return static_cast<float>(sum(count, [&](int64_t j) { return static_cast<double>(x[j]) * x[j]; }));
+}
+
 double elements(const Header& size) { return static_cast<double>(size.num_rows) * size.num_columns; }
 
 }  // namespace
@@ -36,9 +41,50 @@ void settle_rows(const Plan& plan, int64_t index, const Now& now, const Totals& 
   const Tile& tile = plan.tiles[index];
   if (!tile.is_cut) return;
   const auto* old = reinterpret_cast<const float*>(tile.row);
-  for (int64_t i = 0; i < tile.num_rows; i++)
-    out.rows[tile.new_row + i] =
-        moving_mean(old[i], totals.cut_rows[tile.row_slot + i], plan.header->num_columns, now);
+  const int64_t columns = plan.header->num_columns;
+  for (int64_t i = 0; i < tile.num_rows; i++) {
+    const int64_t slot = tile.row_slot + i;
+    const float own = totals.elements == nullptr ? totals.cut_rows[slot]
+                                                 : square_sum(columns, totals.elements + slot * columns);
+    out.rows[tile.new_row + i] = moving_mean(old[i], own, columns, now);
+  }
+}
+
+void add_norms(const Plan& plan, int64_t index, const float* rows, const Whole& whole) {
+  const Tile& tile = plan.tiles[index];
+  if (!tile.is_cut || whole.elements == nullptr) return;
+  const int64_t columns = plan.header->num_columns, place = (plan.header->first_summed + tile.matrix) * columns;
+  for (int64_t i = 0; i < tile.num_rows; i++) {
+    const float scale = 1 / std::sqrt(rows[tile.new_row + i]);
+    const int64_t line = (tile.row_slot + i) * columns;
+    for (int64_t j = 0; whole.squares != nullptr && j < columns; j++) {
+      const float x = whole.elements[line + j] * scale;
+      whole.squares[place + j] += x * x;
+    }
+    for (int64_t j = 0; whole.cross != nullptr && j < columns; j++)
+      whole.cross[place + j] += whole.products[line + j] * scale;
+  }
+}
+
+void sketch_cut_blocks(const Plan& plan, int64_t index, const float* rows, const float* factor, const Whole& whole) {
+  const Header& size = *plan.header;
+  const Tile& tile = plan.tiles[index];
+  const int64_t edges[2] = {tile.first / size.block, (tile.last - 1) / size.block};
+  const int64_t slots[2] = {tile.head_slot, tile.tail_slot};
+  const float* own_factor = factor + tile.matrix * size.num_columns;
+  const float* sketch = whole.new_HRB + tile.matrix * size.rank * size.block;
+  for (int e = 0; e < 2; e++) {
+    if (!tile.is_cut || slots[e] < 0) continue;
+    const int64_t start = edges[e] * size.block, stop = std::min(start + size.block, size.num_columns);
+    for (int64_t i = 0; i < tile.num_rows; i++) {
+      const float* line = whole.elements + (tile.row_slot + i) * size.num_columns;
+      const float scale = 1 / std::sqrt(rows[tile.new_row + i]);
+      for (int64_t r = 0; r < size.rank; r++)
+        whole.blocks[(slots[e] + i) * size.rank + r] = static_cast<float>(sum(stop - start, [&](int64_t j) {
+          return sketch[r * size.block + j] * (line[start + j] * scale * own_factor[start + j]);
+        }));
+    }
+  }
 }
 
 void settle_matrix(const Plan& plan, int64_t index, const Now& now, const Totals& totals, const Settling& out) {

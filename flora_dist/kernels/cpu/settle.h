@@ -12,6 +12,7 @@ struct Totals {
   const float* cross;
   const float* history;  // (summed)
   const float* cut_rows; // by slot
+  const float* elements; // of whole cut rows, by slot, in place of their sums
 };
 
 struct Settling {
@@ -21,6 +22,16 @@ struct Settling {
   double* sums;          // (H, 3): |X|^2, <X, M A>, |M A|^2 of whole rows
 };
 constexpr int64_t kSettledSums = 3;
+
+// What few ranks know of rows that their spans cut; all null elsewhere.
+struct Whole {
+  const float* elements;   // (slots, M), as a message has them: times the sign
+  const float* products;   // G (M A) likewise, or null
+  float* squares;          // sums of message 1 that the rows' norms are added to; null where they have been
+  float* cross;
+  const float* new_HRB;
+  float* blocks;           // (slots, R): the sketches of cut blocks are written here; or null
+};
 
 // What message 2 adds, and what scales the rate; each may be null.
 struct Clipping {
@@ -32,6 +43,8 @@ struct Clipping {
 };
 
 void settle_rows(const Plan&, int64_t tile, const Now&, const Totals&, const Settling&);
+void add_norms(const Plan&, int64_t tile, const float* rows, const Whole&);
+void sketch_cut_blocks(const Plan&, int64_t tile, const float* rows, const float* factor, const Whole&);
 void settle_matrix(const Plan&, int64_t matrix, const Now&, const Totals&, const Settling&);
 float clip_factor(const Plan&, int64_t matrix, const Now&, const Clipping&);
 float rate(const Plan&, int64_t matrix, const Now&, const Clipping&);
