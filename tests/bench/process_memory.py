@@ -46,7 +46,7 @@ def main() -> None:
     """Prints the table, or measures one row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama_60m")
-    parser.add_argument("--only", default="", help="rows whose name begins so")
+    parser.add_argument("--only", default="", help="rows whose name begins so; several: '; '")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.row is not None:
@@ -55,7 +55,7 @@ def main() -> None:
     print("| row | built | in backward | in step | peak | a parameter | planned |")
     print("|---|---|---|---|---|---|---|")
     for row in rows(asked.model):
-        if str(row).startswith(asked.only):
+        if str(row).startswith(tuple(asked.only.split("; "))):
             print(line(row, run(row)), flush=True)
 
 
@@ -187,15 +187,14 @@ def _own_loop(row: Row, model: Any) -> Loop:
 
     optimizer = _optimizer(row, model)
     if row.gradients != "dense":
-        flora_dist.attach(model, optimizer, row.gradients, gradient_bits=32)
-    if row.steps == "within":
-        flora_dist.step_in_backward(model, optimizer)
+        flora_dist.attach(model, optimizer, row.gradients, gradient_bits=row.bits)
+    handle = flora_dist.step_in_backward(model, optimizer) if row.steps == "within" else None
     is_sharded = isinstance(model, FSDPModule)
     lowered = row.precision == "bfloat16" and not is_sharded
 
     def loss(tokens: Any, is_last: bool) -> Any:
         if is_sharded:
-            model.set_requires_gradient_sync(is_last)
+            model.set_requires_gradient_sync(is_last or row.gradients == "sharded")
         with torch.autocast("cpu", dtype=torch.bfloat16) if lowered else nullcontext():
             return loss_of(model, tokens) / row.micro_batches
 
@@ -203,7 +202,11 @@ def _own_loop(row: Row, model: Any) -> Loop:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Loop(loss=loss, backward=lambda loss, _: loss.backward(), step=step)
+    def backward(loss: Any, is_last: bool) -> None:
+        with nullcontext() if handle is None or is_last else handle.accumulating():
+            loss.backward()
+
+    return Loop(loss=loss, backward=backward, step=step)
 
 
 def _fsdp2(row: Row, model: Any) -> Loop:
@@ -238,7 +241,7 @@ def _zero2(row: Row, model: Any) -> Loop:
         "steps_per_print": 10**9,
     }
     if row.gradients != "dense":
-        config["flora"] = {"gradients": row.gradients}
+        config["flora"] = {"gradients": row.gradients, "gradient_bits": row.bits}
     start = flora_dist.deepspeed if row.optimizer == "flora" else deepspeed
     engine, *_ = start.initialize(model=model, optimizer=_optimizer(row, model), config=config)
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flora_dist.cluster.planner.config_file import read_model
@@ -30,6 +31,8 @@ class Row:
     backend: str
     optimizer: str
     gradients: str = "dense"
+    bits: int = 32
+    """Of each number of sketched gradients; below 32, of all numbers of a block."""
     precision: str
     steps: str = "after"
     """``within`` backward, or after it."""
@@ -37,6 +40,7 @@ class Row:
 
     def __str__(self) -> str:
         sketched = "" if self.gradients == "dense" else f" {self.gradients}"
+        sketched += f" 64 x {self.bits} bits" if self.bits < 32 else ""
         within = " in backward" if self.steps == "within" else ""
         batches = "" if self.micro_batches == 4 else f", {self.micro_batches} micro-batch"
         return f"{self.backend}, {self.optimizer}{sketched}{within}, {self.precision}{batches}"
@@ -52,49 +56,48 @@ def rows(model: str) -> Iterator[Row]:
         for optimizer in ("adamw", "adafactor") if backend == "one" else ("adamw",):
             yield Row(model=model, backend=backend, optimizer=optimizer, precision=precision)
         for each in (precision, PURE):
-            for gradients in ("dense", "compressed"):
+            for gradients, bits in (("dense", 32), ("compressed", 32), ("compressed", 4)):
                 yield Row(
                     model=model,
                     backend=backend,
                     optimizer="flora",
                     gradients=gradients,
+                    bits=bits,
                     precision=each,
                 )
-        if backend == "zero2":
-            continue
-        for steps in ("after", "within"):
-            yield Row(
-                model=model,
-                backend=backend,
-                optimizer="flora",
-                precision=PURE,
-                steps=steps,
-                micro_batches=1,
-            )
+        yield from _in_backward(model, backend)
+
+
+def _in_backward(model: str, backend: str) -> Iterator[Row]:
+    """Steps within backward beside those after it, where they can be."""
+    alone = partial(Row, model=model, backend=backend, optimizer="flora", precision=PURE)
+    if backend == "zero2":
+        return
+    for steps in ("after", "within"):
+        yield alone(steps=steps, micro_batches=1)
+    if backend == "one":
+        yield alone(steps="within", gradients="compressed", bits=4)
+    else:
+        yield alone(steps="within", gradients="sharded")
 
 
 def planned(row: Row) -> int:
     """The plan's total in bytes; 0 for what the planner does not know."""
-    if row.steps == "within" and row.backend != "one":
-        return 0
     request = Request(
         model=read_model(MODELS / f"{row.model}.json"),
         gpus=PROCESSES[row.backend],
         backend=BACKENDS["ddp" if row.backend == "one" else row.backend],
         flora=FloraConfig(rank=4, block=64),
         gradients=row.gradients,
-        gradient_bits=32,
+        gradient_bits=row.bits,
         sequence_length=128,
         accumulate=row.micro_batches,
         precision=row.precision,
         checkpointing=True,
         bucket=20_000_000,
+        step_in_backward=row.steps == "within",
     )
     methods = [asked(request)] if row.optimizer == "flora" else list(others(request))
     labels = {"flora": methods[0].label, "adamw": "AdamW"}
-    found = [
-        dataclasses.replace(method, in_backward=row.steps == "within")
-        for method in methods
-        if method.label == labels.get(row.optimizer)
-    ]
+    found = [method for method in methods if method.label == labels.get(row.optimizer)]
     return estimate(request, found[0]).total if found else 0

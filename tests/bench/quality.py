@@ -5,6 +5,7 @@
     python -m tests.bench.quality --quick               about 3 minutes
     python -m tests.bench.quality --table compressed    about 45 minutes of a shared core
     python -m tests.bench.quality --table sceptic --size small    every rule tuned as AdamW is
+    python -m tests.bench.quality --table weights       weights in bfloat16 alone
 
 Every row gets the same tokens and learning rates (`quality_plan.py`); the one with the lowest
 validation loss counts, and is run again with a second seed. Finished runs are kept in runs.jsonl at
@@ -41,6 +42,7 @@ from tests.bench import (
     quality_sceptic,
     quality_search,
     quality_table,
+    quality_weights,
 )
 from tests.bench.quality_bytes import draw_bytes
 from tests.bench.quality_plan import (
@@ -111,6 +113,13 @@ TABLES = {
         expected=quality_search.expected_rounds,
         lines=quality_sceptic.sceptic_lines,
         show=quality_sceptic.sceptic_table,
+    ),
+    "weights": Table(
+        rows=quality_weights.weights_rows(),
+        size=quality_weights.FULL,
+        quick_rows=quality_weights.QUICK_ROWS,
+        quick_size=quality_weights.QUICK,
+        draw=quality_sceptic.draw_nothing,
     ),
 }
 

@@ -58,6 +58,10 @@ class Row:
     """What a step's sketches are the sum of; in few bits they are rounded after each."""
     steps_per_batch: int = 1
     """Steps that a global batch is cut into, on equal parts of it; more than 1: no accumulation."""
+    precision: str = "float32"
+    """As `train.precision` in the trainer's config has it."""
+    norms: str | None = None
+    """Dtype of the weights of norms; None: as all others."""
 
     @property
     def scales_by_weight(self) -> bool:

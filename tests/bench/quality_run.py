@@ -37,13 +37,20 @@ from flora_dist.trainer.gradients import keep_sketched, totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import RunResult, TrainingRun, train
 from flora_dist.trainer.metrics import Metrics
-from flora_dist.trainer.model import build_model, parameter_count, read_model_config, shapes_only
+from flora_dist.trainer.model import (
+    build_model,
+    parameter_count,
+    read_model_config,
+    shapes_only,
+    weight_dtype,
+)
 from flora_dist.trainer.optimizers import schedule_factor
 from flora_dist.trainer.optional_imports import stay_offline
 from flora_dist.trainer.progress import Silence
 from flora_dist.trainer.tokenizer import ByteTokenizer
 from tests.bench.quality_peers import muon
 from tests.bench.quality_plan import CENTRE, Row, Run, Size, lr_of
+from tests.bench.quality_weights import keep_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +113,10 @@ def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     """Train from scratch; returns what the table needs, as JSON knows it."""
     bench = bench_of(settings)
     config = config_of_run(settings, row, run)
-    model = build_model(config.model, bench.network, seed=run.seed)
+    dtype = weight_dtype(config.train)
+    model = build_model(config.model, bench.network, seed=run.seed, dtype=dtype)
+    if row.norms is not None:
+        keep_norms(model, getattr(torch, row.norms))
     module = spread(model, config, bench.world)
     lr = lr_of(row, run.exponent, bench.network.initializer_range, settings.size.factor)
     optimizer = build(row, model, lr=lr, seed=run.seed)
@@ -178,6 +188,7 @@ def config_of_run(settings: Settings, row: Row, run: Run) -> Config:
             # In full the sum over micro-batches is the same, and one pass is quicker.
             micro_batch=sequences // row.micro_batches,
             seed=run.seed,
+            precision=row.precision,
             max_grad_norm=row.max_norm,
             log_every=max(1, steps // 40),
         ),

@@ -97,6 +97,7 @@ def _line(
         "gradient_bits": row.gradient_bits,
         "micro_batches": row.micro_batches,
         "steps_per_batch": row.steps_per_batch,
+        "precision": row.precision,
         "gradient_bytes": first["gradient_bytes"],
         "state_bytes": first["state_bytes"],
         "share_of_adamw": first["state_bytes"] / first["adamw_bytes"],
