@@ -96,7 +96,9 @@ install_extra() {
     fi
     say "installing flora_dist[$extra] into $VENV; the first time this downloads torch"
     rm -f "$STAMP"
-    local options=(--disable-pip-version-check --no-warn-script-location -c "$CONSTRAINTS")
+    # Of some 14,000 modules a run imports a fifth, and Python compiles those as it does: all of them take half a
+    # minute of one core.
+    local options=(--disable-pip-version-check --no-warn-script-location --no-compile -c "$CONSTRAINTS")
     # A person waits for gigabytes and wants the bar; a log wants what went wrong.
     [[ -t 1 ]] || options+=(--quiet)
     # torch before us: our kernels are compiled against its headers while we are installed.

@@ -56,6 +56,8 @@ walk() {
 
 [[ -d $work/clone ]] || git clone --quiet . "$work/clone"
 timed './launch/quickstart.sh'
+# A training that was ended half way would be refused: it overwrites no run.
+grep -qF '  flora-dist train' "$TIMES" || rm -rf "$work/clone/runs/mine"
 [[ -f $work/clone/mytext.txt ]] ||
     for line in {1..400}; do echo "Once upon a time, $line small models met."; done >"$work/clone/mytext.txt"
 walk README.md 'Your own data in five minutes'
