@@ -151,6 +151,11 @@ def _settings(dealer: random.Random) -> dict[str, Any]:
     younger = {"blend": "ademamix", "none": "vectors"}.get(momentum, momentum)
     momentum = later.choice([momentum, momentum, younger])
     normalise = later.choice(["factored", *NORMALISATIONS])
+    # Again of a dealer of its own, for the same reason.
+    latest = random.Random(repr((settings, growth)))
+    if latest.random() < 0.2 and momentum in {"blend", "flora_strict"}:
+        momentum = {"blend": "subspace_adam", "flora_strict": "apollo"}[momentum]
+        normalise = "factored"
     return {**settings, "growth": growth, "momentum": momentum, "normalise": normalise}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flora_dist import Flora
+from flora_dist.kernels.library import found
 from tests.battery import zoo
 from tests.bench import state_bytes
 from tests.optimizer import runs
@@ -34,6 +35,7 @@ MODELS = {"zoo": lambda: zoo.build(torch.float32), "conv": _conv_net, "attention
         {},
         {"state_dtype": "bfloat16"},
         {"momentum": "none"},
+        {"momentum": "apollo"},
         {"rank": None},
         {"rank": 2, "block": "full", "sketch": "gaussian", "momentum": "flora"},
         {"rank": 1, "block": 4, "momentum": "blend"},
@@ -129,3 +131,11 @@ def test_llama_60m_keeps_at_most_a_quarter_byte_per_compressed_element(
     assert elements == config["num_hidden_layers"] * per_layer + tables
     assert 1 / 16 * (4 if state_dtype == "float32" else 2) < report.bytes_per_compressed_element
     assert report.bytes_per_compressed_element <= bound
+
+
+def test_a_report_says_what_the_compiled_kernels_leave_to_torch() -> None:
+    _, optimizer = runs.pair(torch.float32, momentum="apollo", growth=1.01)
+    left = "; momentum='apollo', growth=1.01: torch's operators"
+    assert optimizer.report().kernels.endswith(left) == (found().operators is not None)
+    _, default = runs.pair(torch.float32, momentum="blend")
+    assert "torch's operators" not in default.report().kernels.partition(";")[2]
