@@ -36,23 +36,23 @@ def orthogonalised(update_ENW: Tensor, side: int) -> Tensor:
     matrices, rows, columns = update_ENW.shape
     # Beyond the matrix zeros stay zeros: singular values of a part are those of the padded tile.
     high, wide = min(side, rows), min(side, columns)
-    padded = pad(update_ENW, (0, -columns % wide, 0, -rows % high))
+    beyond = (0, -columns % wide, 0, -rows % high)
+    padded = pad(update_ENW, beyond) if any(beyond) else update_ENW
     down, across = padded.shape[1] // high, padded.shape[2] // wide
     tiles_THW = padded.view(matrices, down, high, across, wide).transpose(2, 3).flatten(0, 2)
     size_T11 = tiles_THW.square().mean((1, 2), keepdim=True).sqrt()
-    alike_THW = newton_schulz(tiles_THW)
     tiny = torch.finfo(update_ENW.dtype).tiny
+    alike_THW = newton_schulz(tiles_THW / size_T11.clamp(min=tiny))
     alike_THW *= size_T11 / alike_THW.square().mean((1, 2), keepdim=True).sqrt().clamp(min=tiny)
     back = alike_THW.view(matrices, down, across, high, wide).transpose(2, 3)
     return back.reshape(padded.shape)[:, :rows, :columns].contiguous()
 
 
 def newton_schulz(tiles_THW: Tensor) -> Tensor:
-    """About U V^T of each tile's singular value decomposition U S V^T."""
+    """About U V^T of each tile's singular value decomposition U S V^T; entries of about 1 or 0."""
     is_high = tiles_THW.shape[1] > tiles_THW.shape[2]
     y = tiles_THW.mT if is_high else tiles_THW
     tiny = torch.finfo(y.dtype).tiny
-    y = y / y.square().sum((1, 2), keepdim=True).sqrt().clamp(min=tiny)
     gram = y @ y.mT
     largest_T11 = gram.square().sum((1, 2), keepdim=True).sqrt().clamp(min=tiny)
     y, gram = y / largest_T11.sqrt(), gram / largest_T11
