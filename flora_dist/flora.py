@@ -43,7 +43,7 @@ from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.phases import check_not_captured, run_step
 from flora_dist.kernels.choice import at_once_of, phases_of, said_of
-from flora_dist.kernels.random_bits import use_kernels
+from flora_dist.kernels.use import use_kernels
 
 use_kernels()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flora_dist.core.sketch.philox import Counters, draw_by, drawn_by_torch
+from flora_dist.core.sketch.philox import Counters, drawn_by_torch
 from flora_dist.kernels.library import found
 
 
@@ -20,8 +20,3 @@ def drawn(counters: Counters, device: torch.device) -> Tensor:
     keys = [key - (1 << 64) if key >> 63 else key for key in counters.keys]
     operators.random_words(keys, counters.first, counters.stride, int(counters.stream), words)
     return words.view(-1, 4).view(torch.int64)
-
-
-def use_kernels() -> None:
-    """Draw by them from now on, wherever there are any."""
-    draw_by("cpu", drawn)

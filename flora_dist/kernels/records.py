@@ -21,6 +21,7 @@ from flora_dist.core.sketch.philox import grid16
 from flora_dist.core.sketch.quantise import (
     level_records,
     level_tables,
+    read_by_torch,
     read_records,
     round_records,
     value_table,
@@ -143,6 +144,29 @@ def merged_records(
         place,
     )
     return merged
+
+
+def read(records: Tensor, code: Code) -> Tensor:
+    """``Reader``: the numbers that ``read_by_torch`` finds."""
+    operators = found().operators
+    if operators is None or records.numel() == 0:
+        return read_by_torch(records, code, torch.float32)
+    given, shape = records.contiguous(), (*records.shape[:-1], code.numbers)
+    numbers = torch.empty((given.numel() // code.bytes, 1, code.numbers))
+    operators.merge_records(
+        [given.data_ptr()],
+        code.bits,
+        table_of(code.bits),
+        numbers,
+        FULL_BITS,
+        code.numbers,
+        None,
+        None,
+        1.0,
+        [],
+        [0, 0, 0],
+    )
+    return numbers.view(shape)
 
 
 def _rounded(numbers_R: Tensor, code: Code, draws: Draws | None) -> Tensor:

@@ -63,6 +63,9 @@ FLOAT_CASES = [
     Case(dtype=torch.float32, settings={"momentum": momentum})
     for momentum in ("flora", "flora_strict", "blend", "none")
 ]
+FLOAT_RECORDS = Case(
+    dtype=torch.float32, settings={"momentum": "flora", "rank": 4, "state_bits": 4}
+)
 KEYS = sorted({key for settings in SETTINGS for key in settings})
 
 
@@ -84,7 +87,7 @@ EXACT_RUNS, FLOAT_RUNS = (
 
 @cache
 def _expected(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    cases = {str(case): case for case in (*EXACT_CASES, *FLOAT_CASES)}
+    cases = {str(case): case for case in (*EXACT_CASES, *FLOAT_CASES, FLOAT_RECORDS)}
     return reference_run(cases[name])
 
 
@@ -107,6 +110,14 @@ def test_a_layout_equals_the_reference_in_float64(layout: str, case: Case) -> No
 @pytest.mark.parametrize(("layout", "case"), FLOAT_RUNS, ids=str)
 def test_a_layout_equals_the_reference_in_float32(layout: str, case: Case) -> None:
     whole, worst = _distances(layout, case)
+    assert whole < FLOAT_MODEL
+    assert worst < FLOAT_PARAMETER
+
+
+@pytest.mark.parametrize("layout", ["flat x3", "columns x2"])
+def test_a_momentum_in_few_bits_is_the_references_in_float32(layout: str) -> None:
+    """The compiled kernels' records, of cut blocks too; no number here lies near an edge."""
+    whole, worst = _distances(layout, FLOAT_RECORDS)
     assert whole < FLOAT_MODEL
     assert worst < FLOAT_PARAMETER
 

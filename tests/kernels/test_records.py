@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flora_dist.core.records import Code
 from flora_dist.core.sketch.matrices import entry_scale, sketch_matrices
-from flora_dist.core.sketch.quantise import LEVEL_BITS, read_records
+from flora_dist.core.sketch.quantise import LEVEL_BITS, read_by_torch, read_records
 from flora_dist.kernels.records import Draws, add_to_records_, merged_records
 from flora_dist.kernels.sketching import RowSketch
 from tests.kernels.paths import path
@@ -164,10 +164,20 @@ def added(
     return records
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_records_are_read_as_by_torchs_operators(bits: int) -> None:
+    code = Code(bits=bits, numbers=12)
+    records = merged("torch", bits, 12, puts_at_levels=bits in LEVEL_BITS)[3:, 1:]
+    with path("native"):
+        own = read_records(records, code, torch.float32)
+    assert torch.equal(own, read_by_torch(records, code, torch.float32))
+
+
 @pytest.mark.parametrize(("kept", "sent"), [(4, 1), (4, 4), (2, 8), (16, 8), (1, 2)])
 def test_records_are_merged_into_those_of_torchs_operators(kept: int, sent: int) -> None:
     codes = Code(bits=kept, numbers=12), Code(bits=sent, numbers=12)
-    sources = [merged("torch", kept, 12, puts_at_levels=False)[3:] for _ in range(3)]
+    at_levels = (kept in LEVEL_BITS, False, False)
+    sources = [merged("torch", kept, 12, puts_at_levels=each)[3:] for each in at_levels]
     found = []
     for name in PATHS:
         with path(name):

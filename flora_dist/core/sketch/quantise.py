@@ -24,6 +24,7 @@ bfloat16, without a scale. Shape suffix: R numbers of a block; a record stands i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,6 +50,16 @@ LEVEL_BITS = tuple(_LEVELS)
 LEVEL_ERRORS = {1: 0.5708, 2: 0.1331, 4: 0.00959}
 """Relative squared error of ``level_records`` on many normal numbers, by bits: D / (1 - D) with D
 the distortion of Lloyd's levels (EDEN, section 4)."""
+
+
+Reader = Callable[[Tensor, Code], Tensor]
+"""Numbers (..., R) in float32 of records that lie in one piece."""
+_readers: dict[str, Reader] = {}
+
+
+def read_by(device_type: str, reader: Reader) -> None:
+    """Let compiled code read float32 on such devices; its bits must be those of torch's here."""
+    _readers[device_type] = reader
 
 
 def round_records(x_R: Tensor, bits16_R: Tensor, code: Code) -> Tensor:
@@ -119,6 +130,13 @@ def read_records(records: Tensor, code: Code, dtype: torch.dtype) -> Tensor:
     Zero bytes stand for zeros.
     """
     assert records.shape[-1] == code.bytes, (records.shape, code)
+    if dtype == torch.float32 and (reader := _readers.get(records.device.type)) is not None:
+        return reader(records, code)
+    return read_by_torch(records, code, dtype)
+
+
+def read_by_torch(records: Tensor, code: Code, dtype: torch.dtype) -> Tensor:
+    """The same by torch's operators, on any device."""
     if code.bits == 16:
         return _halves(records).to(dtype)
     codes, scale = records[..., :-2], _halves(records[..., -2:])
