@@ -87,7 +87,8 @@ _REFUSED: tuple[_Feature, ...] = (
         "NVMe offload of the optimizer",
         f"{_OFFLOAD}.device",
         lambda device: device == "nvme",
-        # Tried with libaio: steps equal those of CPU offload bit for bit.
+        # Tried with libaio: steps equal those of CPU offload bit for bit. AdamW loses its state
+        # likewise: python -m tests.zero.nvme_fault.
         "steps are right, but load_checkpoint of DeepSpeed 0.19 reads only its swap files, and "
         "Flora's state would be lost. Offload to the CPU",
     ),
