@@ -7,7 +7,8 @@ Why flora_dist refuses ``offload_optimizer: {device: nvme}``. One process, ZeRO-
 two matrices and a bias in groups of their own: three steps, ``save_checkpoint``, a new engine,
 ``load_checkpoint``, one more step in both. With offload to the CPU both engines then hold the same
 weights, bit for bit. With NVMe, ``load_checkpoint`` copies swap files back and skips the rest of
-the checkpoint: the new engine's AdamW has no state, and begins again at its first step.
+the checkpoint: the fp32 weights that ``safe_get_full_fp32_param`` finds are not those saved, AdamW
+has no state, and begins again at its first step.
 
 Needs libaio (apt: libaio-dev), and compiles DeepSpeed's async_io once, for minutes. The exit code
 is 0 where NVMe loses state and the CPU does not, and 1 where this no longer holds: then the refusal
