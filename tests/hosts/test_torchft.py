@@ -1,37 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchft's optimizer wrapper and DiLoCo around Flora, with a lighthouse and a manager of its own.
+"""torchft's optimizer wrapper and DiLoCo around Flora, with a lighthouse and managers of its own.
 
-One replica group: with an outer step of 1 and no momentum DiLoCo is the plain loop.
+One replica group: with an outer step of 1 and no momentum DiLoCo is the plain loop. Two groups,
+each a process: their gradients are averaged, and one that comes late heals from the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
 from flora_dist import Flora
+from tests.conftest import pool_of
 
 pytest.importorskip("torchft", reason="torchft is not installed (docs/hosts/fault_tolerance.md)")
 pytestmark = pytest.mark.slow
 STEPS = 6
 
 
-def build() -> tuple[nn.Module, Flora]:
-    torch.manual_seed(3)
+def build(seed: int = 3) -> tuple[nn.Module, Flora]:
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
     return model, Flora(model.named_parameters(), lr=1e-2, rank=4, block=16, kappa=3)
 
 
-def backward(model: nn.Module, step: int) -> None:
+def backward(model: nn.Module, step: int, part: slice = slice(None)) -> None:
     generator = torch.Generator().manual_seed(step)
-    model(torch.randn(8, 16, generator=generator)).square().mean().backward()
+    model(torch.randn(8, 16, generator=generator)[part]).square().mean().backward()
 
 
 def plain_loop(steps: int) -> dict[str, Tensor]:
@@ -44,31 +47,46 @@ def plain_loop(steps: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def manager_of(model: nn.Module, flora: Flora, *, is_async: bool) -> Iterator[Any]:
-    from torchft import Manager, ProcessGroupGloo
+def lighthouse_of(least: int) -> Iterator[str]:
+    """Its address; ``least``: groups that a step needs."""
     from torchft.coordination import LighthouseServer
 
-    lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=100)
+    lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=least, join_timeout_ms=100)
+    try:
+        yield lighthouse.address()
+    finally:
+        lighthouse.shutdown()
+
+
+@contextmanager
+def manager_of(
+    model: nn.Module, flora: Flora, lighthouse: str, *, group: int = 0, is_async: bool = True
+) -> Iterator[Any]:
+    from torchft import Manager, ProcessGroupGloo
+
+    def load(state: dict[str, Any]) -> None:
+        model.load_state_dict(state["model"])
+        flora.load_state_dict(state["optimizer"])
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     manager = Manager(
         pg=ProcessGroupGloo(timeout=timedelta(seconds=30)),
         state_dict=lambda: {"model": model.state_dict(), "optimizer": flora.state_dict()},
-        load_state_dict=lambda _: None,
+        load_state_dict=load,
         min_replica_size=1,
         use_async_quorum=is_async,
-        replica_id="only",
+        replica_id=f"group{group}",
         rank=0,
         world_size=1,
         store_addr="127.0.0.1",
         store_port=store.port,
         hostname="127.0.0.1",
-        lighthouse_addr=lighthouse.address(),
+        lighthouse_addr=lighthouse,
     )
     try:
         yield manager
     finally:
         manager.shutdown()
-        lighthouse.shutdown()
 
 
 def assert_equal(model: nn.Module, expected: dict[str, Tensor]) -> None:
@@ -80,7 +98,7 @@ def test_the_wrapper_is_the_plain_loop_and_leaves_out_what_is_not_committed() ->
     from torchft import Optimizer
 
     model, flora = build()
-    with manager_of(model, flora, is_async=True) as manager:
+    with lighthouse_of(1) as address, manager_of(model, flora, address) as manager:
         optimizer = Optimizer(manager, flora)
         for step in range(STEPS):
             optimizer.zero_grad()
@@ -101,7 +119,8 @@ def test_diloco_of_one_replica_is_the_plain_loop() -> None:
     model, flora = build()
     outer = torch.optim.SGD(model.parameters(), lr=1.0)
     with (
-        manager_of(model, flora, is_async=False) as manager,
+        lighthouse_of(1) as address,
+        manager_of(model, flora, address, is_async=False) as manager,
         DiLoCo(manager, [model], flora, outer, sync_every=2, pin_memory=False),
     ):
         for step in range(STEPS):
@@ -111,3 +130,79 @@ def test_diloco_of_one_replica_is_the_plain_loop() -> None:
         assert manager.current_step() == STEPS // 2
     for name, expected in plain_loop(STEPS).items():
         torch.testing.assert_close(dict(model.named_parameters())[name], expected)
+
+
+# ---- two groups
+
+
+def address_for_all(stack: ExitStack, least: int) -> str:
+    """Of the lighthouse that rank 0 keeps."""
+    said = [stack.enter_context(lighthouse_of(least)) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(said)
+    return str(said[0])
+
+
+def step_of(optimizer: Any, manager: Any, model: nn.Module, part: slice) -> None:
+    optimizer.zero_grad()
+    backward(model, manager.current_step(), part)
+    for work in [manager.allreduce(parameter.grad) for parameter in model.parameters()]:
+        work.wait()
+    optimizer.step()
+
+
+def in_halves() -> dict[str, Tensor]:
+    from torchft import Optimizer
+
+    group = dist.get_rank()
+    model, flora = build(seed=3 + group)  # a first step takes the first group's weights
+    with ExitStack() as stack:
+        address = address_for_all(stack, least=2)
+        # Healed beside the forward, the second group's first gradient would not count.
+        host = manager_of(model, flora, address, group=group, is_async=False)
+        manager = stack.enter_context(host)
+        optimizer = Optimizer(manager, flora)
+        while manager.current_step() < STEPS:
+            step_of(optimizer, manager, model, slice(4 * group, 4 * group + 4))
+        dist.barrier()  # whoever leaves first would end the other's step
+    return dict(model.named_parameters())
+
+
+def healed() -> tuple[int, dict[str, Tensor]]:
+    """Steps, and weights; the second group comes after three steps with weights of its own."""
+    from torchft import Optimizer
+
+    group = dist.get_rank()
+    model, flora = build(seed=3 + group)
+    store = dist.distributed_c10d._get_default_store()
+    with ExitStack() as stack:
+        address = address_for_all(stack, least=1)
+        if group == 1:
+            dist.barrier()
+        manager = stack.enter_context(manager_of(model, flora, address, group=group))
+        optimizer = Optimizer(manager, flora)
+        last = None
+        while last is None or manager.current_step() < last:
+            # All take the same samples: their mean is one group's gradient, whoever is there.
+            step_of(optimizer, manager, model, slice(None))
+            if group == 0 and manager.current_step() == 3:
+                dist.barrier()
+            if group == 0 and last is None and manager.num_participants() == 2:
+                store.set("last", str(manager.current_step() + STEPS))
+            if store.check(["last"]):
+                last = int(store.get("last"))
+        dist.barrier()
+    return manager.current_step(), dict(model.named_parameters())
+
+
+def both_ways() -> tuple[dict[str, Tensor], tuple[int, dict[str, Tensor]]]:
+    return in_halves(), healed()
+
+
+@pytest.mark.ranks(2)
+def test_two_groups_are_the_plain_loop_and_one_that_comes_late_heals() -> None:
+    expected = plain_loop(STEPS)
+    for halves, (steps, late) in pool_of(2)(both_ways):
+        for name, value in expected.items():
+            torch.testing.assert_close(halves[name], value)
+        assert steps > 3 + STEPS
+        assert all(torch.equal(late[name], value) for name, value in plain_loop(steps).items())
