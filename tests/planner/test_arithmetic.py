@@ -35,7 +35,7 @@ from flora_dist.cluster.planner.search import search, sizes
 from flora_dist.cluster.planner.shards import Shard, line_length, shards_by_rank
 from flora_dist.cluster.planner.wire import payloads
 from flora_dist.core.layouts.flat import FlatPart, cut_each, cut_line
-from flora_dist.core.state.settings import MOMENTA, FloraConfig
+from flora_dist.core.state.settings import MOMENTA, TWO_MOMENTS, FloraConfig
 from flora_dist.core.state.spec import geometry_of, state_tensors
 from tests.planner.measured import bytes_of, kept_by_autograd
 from tests.planner.runs import MODELS
@@ -242,6 +242,8 @@ def test_floras_state_on_one_rank_is_what_the_optimizer_reports(
 ) -> None:
     from flora_dist import Flora
 
+    if momentum in TWO_MOMENTS:
+        kept = {name: value for name, value in kept.items() if name != "state_bits"}
     config = replace(FLORA, momentum=momentum, **kept)
     named = [(p.name, nn.Parameter(torch.zeros(p.shape))) for p in TINY.parameters]
     optimizer = Flora(named, lr=1e-3, momentum=momentum, **{"rank": config.rank, **kept})

@@ -43,7 +43,7 @@ from flora_dist.cluster.planner.request import (
 from flora_dist.cluster.planner.shards import Shard
 from flora_dist.core.records import DEFAULT_BITS, FULL_BITS
 from flora_dist.core.state.settings import FloraConfig
-from flora_dist.core.state.spec import Geometry, geometry_at, state_tensors
+from flora_dist.core.state.spec import Geometry, geometry_at, moments_of, state_tensors
 
 FP32 = 4
 BF16 = 2
@@ -197,7 +197,8 @@ def _sketched(shape: tuple[int, ...], sketch: Sketch) -> Geometry:
 def flora_state(shard: Shard, *, config: FloraConfig) -> int:
     """Bytes of the tensors of ``state_tensors`` that a rank keeps for its tiles."""
     shape, bits = shard.parameter.shape, config.sketch_bits
-    geometry = _geometry(shape, config.rank, config.block, bits)
+    blocks = _geometry(shape, config.rank, config.block, bits)
+    geometry = replace(blocks, moments=moments_of(config))
     return sum(
         _numbers(shard, entry.along, entry.block, entry.shape, entry.name)
         * {"bfloat16": 2, "uint8": 1}.get(entry.dtype, FP32)

@@ -117,10 +117,13 @@ def geometry_of(name: str, shape: tuple[int, ...], config: FloraConfig) -> Geome
         ValueError: ``block="full"`` with hadamard on a side that is no power of two.
     """
     seen = _as_authors_see(shape, config)
-    moments = 2 if config.momentum in TWO_MOMENTS else 1
-    return geometry_at(
-        name, seen, config, rank=config.rank, bits=config.sketch_bits, moments=moments
-    )
+    rank, bits = config.rank, config.sketch_bits
+    return geometry_at(name, seen, config, rank=rank, bits=bits, moments=moments_of(config))
+
+
+def moments_of(config: FloraConfig) -> int:
+    """How many are kept of each sketched number."""
+    return 2 if config.momentum in TWO_MOMENTS else 1
 
 
 def _as_authors_see(shape: tuple[int, ...], config: FloraConfig) -> tuple[int, ...]:
