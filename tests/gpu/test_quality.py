@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from tests.gpu.text import python_text
 from tests.harness.launched import ROOT
 
 ROWS = ("AdamW", "Flora, gradients 64 x 4 bits")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small gain nothing by two threads, which wait long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_runs_that_have_ended_are_kept_and_only_the_others_are_run(
