@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from flora_dist.core.comm.message import Message, Sender, exchange_rows_, summing
 from flora_dist.core.protocols import Reducer, Terms
 from flora_dist.core.step.basis import BatchSketches
-from flora_dist.core.step.batch import AtOnce, Batch, Member, Phases, arithmetic_dtype
+from flora_dist.core.step.batch import Across, AtOnce, Batch, Member, Phases, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.memory import Memory
 from flora_dist.core.step.views import work_limit
@@ -71,12 +72,23 @@ class Plan:
             message = None if reducer is None else Message(senders, reducer)
             self._messages.append((indices, message))
         self.exchanges_rows = any(entry.exchanges_rows for entry in self.entries)
-        at_once = self._find_at_once()
-        is_local = all(entry.batch.reducer is None for entry in self.entries)
-        self.at_once = at_once if is_local else None
-        self.across = None if is_local or at_once is None else at_once.across()
-        if self.across is not None:
-            self._sums = self._summing(self.across.terms)
+        self._is_local = all(entry.batch.reducer is None for entry in self.entries)
+
+    @cached_property
+    def at_once(self) -> AtOnce | None:
+        """The step by one call, where no sums travel."""
+        return self._find_at_once() if self._is_local else None
+
+    @cached_property
+    def across(self) -> Across | None:
+        """The step by two calls, where one message is enough; made at the first one that asks."""
+        at_once = None if self._is_local else self._find_at_once()
+        return None if at_once is None else at_once.across()
+
+    @cached_property
+    def _sums(self) -> list[Callable[[], None]]:
+        assert self.across is not None
+        return self._summing(self.across.terms)
 
     def _find_at_once(self) -> AtOnce | None:
         """A way to step all batches together; None where something is asked between phases."""
