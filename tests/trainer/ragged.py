@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.data import IGNORED
 from flora_dist.trainer.loop import MicroBatch
@@ -18,7 +19,7 @@ COUNTED = (32, 1, 5, 30, 2, 32, 7, 3)
 
 def tiny_model(config: Config) -> nn.Module:
     network = read_model_config(config.model, ByteTokenizer(), config.data.sequence_length)
-    return build_model(config.model, network, seed=config.train.seed)
+    return arranged(build_model(config.model, network, seed=config.train.seed), config.model)
 
 
 def whole_batch() -> MicroBatch:

@@ -46,6 +46,10 @@ BACKENDS = {
 FLORA = ["optimizer={name: flora, lr: 1e-2, rank: 8}"]
 
 
+# Of 64 tokens; the curves are those of whole logits.
+CHUNKED = "model.loss_chunk=10"
+
+
 def in_full(level: str) -> str:
     """Few bits are another run on another number of processes."""
     return (
@@ -58,6 +62,7 @@ def in_full(level: str) -> str:
 SKETCHED = {
     2: {
         f"{name}.{level}": [f"backend.name={name}", in_full(level)]
+        + ([] if level == "fused" else [CHUNKED])
         for name, levels in {
             "ddp": ("compressed", "fused"),
             "fsdp2": ("dense", "sharded", "compressed", "fused"),
