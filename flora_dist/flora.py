@@ -60,8 +60,8 @@ class Flora(torch.optim.Optimizer):
     all-reduce for each sharded axis of the mesh; ``flora_strict`` and ``apollo`` add one message,
     and sharded columns add another. Under ZeRO and FSDP1 it sends one all-reduce, and from three
     ranks on an exchange before it among those that share a cut row. Parameters that are sharded
-    over other axes have messages of their own. More parameters do not mean more messages, and more
-    ranks do not mean more bytes from each.
+    over other axes have messages of their own. More parameters do not mean more messages. More
+    ranks do not mean more bytes from each, but where more than two of them share a row.
 
     Args:
         params: parameters, groups, or ``model.named_parameters()`` (preferred: random
@@ -80,7 +80,7 @@ class Flora(torch.optim.Optimizer):
             arXiv 2502.07752), "apollo" (the gradient, scaled block by block as Adam scales its
             sketch: arXiv 2412.05270), "flora" (the authors' code), "flora_strict" (Algorithm 2),
             "vectors" (for 1-D parameters alone) or "none". "subspace_adam" and "apollo" keep twice
-            as many numbers; compiled kernels do without them and "ademamix".
+            as many numbers; no compiled kernels exist for them and "ademamix".
         blend_gain: weight of the sketched momentum under "blend", "ademamix" and "subspace_adam";
             of "blend" above 1 only where noise hides the limit on lr that it brings
             (core/step/momentum_rules.py); None: min(2, block / (2 rank)), as in older runs.
@@ -91,10 +91,11 @@ class Flora(torch.optim.Optimizer):
         normalise: what a matrix is divided by: "factored" (the root of Adafactor's second moment),
             "rows" or "columns" (the root of their mean squares in this gradient alone, as in
             SCALE); compiled kernels know the first.
-        eps: added to squared gradients; 1-D parameters use at least 1e-12.
+        eps: added to squared gradients; 1-D parameters use at least 1e-12, and sketched numbers
+            of ``subspace_adam`` 1e-8.
         clip: largest root mean square of an update, per matrix; None: no clipping.
         growth: largest growth of a matrix's update from step to step, as a factor of its norm, in
-            place of ``clip``: 1.01 in Fira and APOLLO; compiled kernels do without it.
+            place of ``clip``: 1.01 in Fira and APOLLO; no compiled kernels exist for it.
         orthogonalise: side of the square tiles of a matrix's update whose singular values are made
             alike, as Muon does with whole matrices; each keeps its size. Needs tiles that are whole
             on a rank. Not for head and embedding: pass None for them in ``roles``.

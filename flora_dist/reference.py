@@ -211,7 +211,7 @@ def _two_moments(
     b, b2, (old, new) = _rate(t, s.beta1), _rate(t, s.beta2), bases
     (m, v), ratio = mv.chunk(2, -1), new.shape[1] / new.shape[0]
     x = g if s.momentum == "apollo" else clipped(x, s.clip)
-    c, eps = compress(x, new), s.eps if s.momentum == "apollo" else max(s.eps, 1e-12)
+    c, eps = compress(x, new), s.eps if s.momentum == "apollo" else max(s.eps, 1e-8)
     m, v = (_move(m, old, new, s), v.mean(-1, keepdim=True)) if moved else (m, v)
     # M <- b move(M) + (1-b) X A^T;  V <- b2 V + (1-b2) ((X A^T)^2 + eps)
     m, v = b * m + (1 - b) * c, b2 * v + (1 - b2) * (c.square() + eps)

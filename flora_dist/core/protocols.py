@@ -16,7 +16,7 @@ Terms = dict[str, Tensor]
 """Named plain tensors that one parameter contributes to a message; a sum over ranks keeps them."""
 WHOLE_ROWS = ("elements", "products")
 """Terms that hold whole cut rows of ``Part.cuts`` (parameters, rows, columns), where these are few:
-each rank fills in the columns that it has. Other ranks than those that share a row need none."""
+each rank fills in the columns that it has. Only ranks that share a row need it."""
 
 
 class Reducer(Protocol):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of all batches by one call, or by two with a message between, in place of one a phase."""
+"""A step of all batches by one call, or by two with a message between, not one for each phase."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flora_dist.core.step.batch import Moment
 from flora_dist.kernels.inputs import gradients_of, keys_of, move_of, numbers_of
 from flora_dist.kernels.native import NativePhases
 from flora_dist.kernels.native_vector import NativeVectorPhases
+from flora_dist.kernels.tables import floats
 
 AnyPhases = NativePhases | NativeVectorPhases
 
@@ -45,7 +46,7 @@ class NativeAcross:
         self._phases, self._ops = phases, operators
         self.terms = [each.make_terms()[1] for each in phases]
         rows = [0 if each.batch.geometry.is_vector else each.table.num_rows for each in phases]
-        self._rows = torch.split(torch.empty(sum(rows)), rows)
+        self._rows = torch.split(floats(sum(rows)), rows)
         self._places: list[int] = []
         for each, own, row in zip(phases, self.terms, self._rows, strict=True):
             is_exchanged = each.batch.members[0].cuts.peers is not None

@@ -19,7 +19,7 @@ from torch import Tensor
 from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.kernels.inputs import Bases, Given, gradients_of, keys_of, move_of, numbers_of
-from flora_dist.kernels.tables import make_table
+from flora_dist.kernels.tables import floats, make_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +121,12 @@ class NativePhases:
             yield "blocks", (members, len(cuts.blocks), batch.geometry.rank)
 
     def measure(self, now: Moment) -> Measured:
-        """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
+        """Sums of squares by column, what RMS follows from, and elements or squares of cut rows."""
         given, numbers = gradients_of(now), numbers_of(self.batch, now)
         buffer, terms = self.make_terms()
         if not now.is_missing:
             terms["presence"].fill_(1.0)
-        rows = torch.empty(self.table.num_rows, dtype=torch.float32)
+        rows = floats(self.table.num_rows)
         old, _, _ = self.bases.of(now.basis)
         self._ops.measure(self.table.numbers, given.numbers, numbers, old, rows, buffer)
         return Measured(terms=terms, given=given, numbers=numbers, rows=rows)
@@ -157,8 +157,8 @@ class NativePhases:
         """Normalisation is known now; what cut rows and cut blocks still need."""
         matrices = len(self.batch.members) * self.batch.matrices_here
         shape = (matrices, self.batch.geometry.num_columns)
-        column_HM, factor_HM = torch.empty(shape), torch.empty(shape)
-        sums_H3 = torch.empty((matrices, 3), dtype=torch.float64)
+        column_HM, factor_HM = floats(*shape), floats(*shape)
+        sums_H3 = torch.empty((matrices, 3), dtype=torch.float64, device="cpu")
         basis = self.bases.of(now.basis)
         blocks = self._room_for_blocks()
         self._ops.settle(
@@ -195,7 +195,7 @@ class NativePhases:
             return None
         assert self.batch.geometry.rank is not None
         members, slots = len(self.batch.members), len(self._cuts.blocks)
-        return torch.empty(members, slots, self.batch.geometry.rank)
+        return floats(members, slots, self.batch.geometry.rank)
 
     def _couple_cuts(self, now: Moment, measured: Measured, factor_HM: Tensor) -> Terms:
         if not self._second_terms:
@@ -221,7 +221,7 @@ class NativePhases:
         coupled = replace(coupled, blocks=totals.get("blocks", coupled.blocks))
         if self._asks_update:
             summed = len(self.batch.members) * self.batch.matrices_summed
-            terms["update"] = torch.zeros(summed)
+            terms["update"] = floats(summed).zero_()
             self._ops.tally(
                 *self._common(now, coupled),
                 coupled.factor_HM,
@@ -262,7 +262,7 @@ class NativePhases:
 def make_terms(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Tensor, Terms]:
     """Zeros in one buffer, and terms that lie in it one after the other."""
     sizes = [torch.Size(shape).numel() for _, shape in shapes]
-    buffer = torch.zeros(sum(sizes))
+    buffer = floats(sum(sizes)).zero_()
     parts = torch.split(buffer, sizes)
     return buffer, {
         name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)

@@ -65,7 +65,7 @@ class NativeVectorPhases:
         buffer, terms = self.make_terms()
         if not now.is_missing:
             terms["presence"].fill_(1.0)
-        sums_T4 = torch.empty((self.table.num_tiles, _SUMS), dtype=torch.float64)
+        sums_T4 = torch.empty((self.table.num_tiles, _SUMS), dtype=torch.float64, device="cpu")
         self._ops.measure_vector(self.table.numbers, given.numbers, numbers, sums_T4, buffer)
         return Measured(terms=terms, given=given, numbers=numbers, sums_T4=sums_T4)
 

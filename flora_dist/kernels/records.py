@@ -29,7 +29,7 @@ from flora_dist.core.sketch.quantise import (
 from flora_dist.core.tiles import Interval
 from flora_dist.kernels.library import found
 from flora_dist.kernels.sketching import RowSketch, add_sketched_, kernels_cover
-from flora_dist.kernels.tables import DTYPES
+from flora_dist.kernels.tables import DTYPES, floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ def merged_records(
             sum_LKR = sum_LKR + _numbers(source, kept, dtype)
         return _rounded(sum_LKR if divisor == 1 else sum_LKR / divisor, sent, draws)
     given = [each.contiguous() for each in sources]
-    merged = torch.empty((*given[0].shape[:2], sent.bytes), dtype=torch.uint8)
+    merged = given[0].new_empty((*given[0].shape[:2], sent.bytes), dtype=torch.uint8)
     runs, place = ([], [0, 0, 0]) if draws is None else draws.place
     operators.merge_records(
         [each.data_ptr() for each in given],
@@ -152,7 +152,7 @@ def read(records: Tensor, code: Code) -> Tensor:
     if operators is None or records.numel() == 0:
         return read_by_torch(records, code, torch.float32)
     given, shape = records.contiguous(), (*records.shape[:-1], code.numbers)
-    numbers = torch.empty((given.numel() // code.bytes, 1, code.numbers))
+    numbers = floats(given.numel() // code.bytes, 1, code.numbers)
     operators.merge_records(
         [given.data_ptr()],
         code.bits,

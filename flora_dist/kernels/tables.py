@@ -37,6 +37,11 @@ OCTETS = 5
 RULES: dict[type[Rule] | None, int] = {None: 0, BlendRule: 1, FloraRule: 2, FloraStrictRule: 3}
 
 
+def floats(*shape: int) -> Tensor:
+    """Room for the float32 that kernels write, whatever the process's default dtype and device."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def beyond_kernels(config: FloraConfig) -> Iterator[str]:
     """Settings that step matrices by torch's operators alone, as they are written."""
     if config.growth is not None:

@@ -8,6 +8,9 @@ gradients of hidden states and head are computed beside each chunk's loss, as in
 torch's linear_cross_entropy (2.13) does the same, and returns the loss in the dtype of its input:
 of bfloat16, sums of losses with 3 digits.
 
+The gradients of weight and bias are summed in float32: rounded to bfloat16 after each of many
+chunks they would keep fewer digits than those of whole logits.
+
 Shape suffixes: T tokens, M hidden, V words.
 """
 
@@ -21,6 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from flora_dist.trainer.data import IGNORED
+
+_WORDS_AT_ONCE = 1 << 13
+"""Rows of the weight's gradient that a chunk's product is made for in a lower precision."""
 
 
 def chunk_loss(model: nn.Module, tokens: int) -> None:
@@ -71,9 +77,9 @@ class ChunkingHead:
             self._labels = None
         given, self._loss = self._loss, None
         if not self._is_checked:
-            # Once: it waits for the device.
+            # Once, and it waits for the device. A loss of no labels shows nothing.
             self._check(loss, given)
-            self._is_checked = True
+            self._is_checked = bool(loss.isfinite() & (loss != 0))
         return loss
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -95,7 +101,12 @@ class ChunkingHead:
 
     def _check(self, loss: Tensor, given: Tensor | None) -> None:
         """A model that caps or scales its logits would do so with the loss."""
-        if given is None or loss.shape != () or not torch.equal(loss.detach(), given):
+        # A loss that is not a number is the trainer's to report.
+        if (
+            given is None
+            or loss.shape != ()
+            or not torch.allclose(loss, given, rtol=0, atol=0, equal_nan=True)
+        ):
             raise ValueError(
                 "model.loss_chunk needs a model whose logits are what its head gives; this one "
                 "changes them afterwards (caps or scales them). Set it to null."
@@ -122,9 +133,12 @@ class _ChunkedLoss(torch.autograd.Function):
         rows_TM, own_VM, own_V = (None if each is None else each.to(dtype) for each in inputs)
         assert rows_TM is not None
         assert own_VM is not None
+        wide = torch.promote_types(dtype, torch.float32)
         gradients = [
-            torch.zeros_like(each) if each is not None and needed else None
-            for each, needed in zip((rows_TM, own_VM, own_V), ctx.needs_input_grad, strict=False)
+            torch.zeros_like(each, dtype=kept) if each is not None and needed else None
+            for each, kept, needed in zip(
+                (rows_TM, own_VM, own_V), (dtype, wide, wide), ctx.needs_input_grad, strict=False
+            )
         ]
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TM.device)
         with torch.autocast(device, enabled=False):
@@ -169,7 +183,9 @@ def _add_chunk_(
     if of_hidden is not None:
         torch.mm(low_TV, weight_VM, out=of_hidden[part])
     if of_weight is not None:
-        of_weight.addmm_(low_TV.t(), rows_TM)
+        for first in range(0, len(of_weight), _WORDS_AT_ONCE):
+            words = slice(first, first + _WORDS_AT_ONCE)
+            of_weight[words] += torch.mm(low_TV[:, words].t(), rows_TM)
     if of_bias is not None:
         of_bias += slope_TV.sum(0)
     return loss

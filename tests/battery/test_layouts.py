@@ -66,6 +66,11 @@ FLOAT_CASES = [
 FLOAT_RECORDS = Case(
     dtype=torch.float32, settings={"momentum": "flora", "rank": 4, "state_bits": 4}
 )
+# Without a clip one message is enough where columns are sharded, between blocks.
+UNCLIPPED = [
+    Case(dtype=torch.float32, settings={"momentum": momentum, "clip": None})
+    for momentum in ("none", "blend", "flora")
+]
 KEYS = sorted({key for settings in SETTINGS for key in settings})
 
 
@@ -87,7 +92,7 @@ EXACT_RUNS, FLOAT_RUNS = (
 
 @cache
 def _expected(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    cases = {str(case): case for case in (*EXACT_CASES, *FLOAT_CASES, FLOAT_RECORDS)}
+    cases = {str(case): case for case in (*EXACT_CASES, *FLOAT_CASES, FLOAT_RECORDS, *UNCLIPPED)}
     return reference_run(cases[name])
 
 
@@ -118,6 +123,13 @@ def test_a_layout_equals_the_reference_in_float32(layout: str, case: Case) -> No
 def test_a_momentum_in_few_bits_is_the_references_in_float32(layout: str) -> None:
     """The compiled kernels' records, of cut blocks too; no number here lies near an edge."""
     whole, worst = _distances(layout, FLOAT_RECORDS)
+    assert whole < FLOAT_MODEL
+    assert worst < FLOAT_PARAMETER
+
+
+@pytest.mark.parametrize("case", UNCLIPPED, ids=str)
+def test_sharded_columns_without_a_clip_equal_the_reference_in_float32(case: Case) -> None:
+    whole, worst = _distances("columns x2", case)
     assert whole < FLOAT_MODEL
     assert worst < FLOAT_PARAMETER
 

@@ -64,7 +64,7 @@ def step(rank: int, ranks: int, settings: Mapping[str, Any]) -> tuple[dict[str, 
     spans = cut_line(
         list(SHAPES.items()), offsets=offsets[:-1], size=size, rank=rank, world_size=ranks
     )
-    flat = (0.1 * torch.randn(size)).requires_grad_()
+    flat = (0.1 * torch.randn(size, dtype=torch.float32)).requires_grad_()
     reducer, layout = Alone(rank), FlatLayout()
     layout.add(flat, spans, rank=rank, reducer=reducer)
     optimizer = Flora([flat], lr=1e-2, rank=4, block=16, **settings)
@@ -72,7 +72,7 @@ def step(rank: int, ranks: int, settings: Mapping[str, Any]) -> tuple[dict[str, 
     with contextlib.redirect_stderr(io.StringIO()):  # the report
         for _ in range(STEPS):
             reducer.sent.clear()
-            flat.grad = torch.randn(size)
+            flat.grad = torch.randn(size, dtype=torch.float32)
             optimizer.step()
     found = {"flat": flat.detach()}
     for name, own in optimizer.state[flat].items():
@@ -108,6 +108,22 @@ def test_a_step_in_two_calls_has_the_bits_of_one_by_phases(
     assert len(counted) == STEPS
     assert sent == (["sum"] if ranks == 2 else ["exchange", "sum"])
     assert [key for key in in_two if not torch.equal(in_two[key], by_phases[key])] == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"momentum": "blend"}, {"momentum": "flora_strict"}, {"momentum": "none", "clip": None}],
+    ids=str,
+)
+def test_a_step_does_not_depend_on_the_default_dtype(settings: dict[str, Any]) -> None:
+    with path("native"):
+        expected, _ = step(0, 2, settings)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found, _ = step(0, 2, settings)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
 
 
 @pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict"])

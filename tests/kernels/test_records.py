@@ -10,7 +10,7 @@ from torch import Tensor
 from flora_dist.core.records import Code
 from flora_dist.core.sketch.matrices import entry_scale, sketch_matrices
 from flora_dist.core.sketch.quantise import LEVEL_BITS, read_by_torch, read_records
-from flora_dist.kernels.records import Draws, add_to_records_, merged_records
+from flora_dist.kernels.records import Draws, add_to_records_, merged_records, read
 from flora_dist.kernels.sketching import RowSketch
 from tests.kernels.paths import path
 
@@ -61,6 +61,37 @@ def test_rounded_numbers_have_the_bits_of_torchs_operators(bits: int, numbers: i
 def test_numbers_at_levels_have_the_bits_of_torchs_operators(bits: int, numbers: int) -> None:
     expected, own = (merged(name, bits, numbers, puts_at_levels=True) for name in PATHS)
     assert_equal(own, expected, Code(bits=bits, numbers=numbers))
+
+
+@pytest.mark.parametrize("bits", LEVEL_BITS)
+def test_what_is_no_number_stays_in_its_block(bits: int) -> None:
+    """Twelve numbers fill no power of two: what stands behind them must not be the last block's."""
+    gradient = torch.randn(1, 2, 4 * 16)
+    gradient[0, 0, 3] = torch.nan
+    drawn = sketch_matrices(
+        "hadamard", keys=[1], rank=12, block=16, dtype=torch.float32, device="cpu"
+    )
+    scale = entry_scale("hadamard", rank=12)
+    sketch = RowSketch(matrices_ERB=drawn, first_column=0, is_hadamard=True, scale=scale)
+    code = Code(bits=bits, numbers=12)
+    records = torch.zeros(1, 2, 4, code.bytes, dtype=torch.uint8)
+    with path("native"):
+        add_to_records_(records, gradient, sketch, code, None)
+    is_nan = read_records(records, code, torch.float32).isnan().any(-1)
+    assert is_nan.sum() == 1
+
+
+def test_records_are_read_in_float32_whatever_the_default() -> None:
+    code = Code(bits=4, numbers=64)
+    records = merged("native", 4, 64, puts_at_levels=True)
+    expected = read_by_torch(records, code, torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with path("native"):
+            found = read(records, code)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
 
 
 PATHS = ("torch", "native")

@@ -7,6 +7,7 @@ test_trainer_engines.py, where their curves are compared with those of one proce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,23 +91,25 @@ def test_loss_and_gradients_are_those_of_whole_logits(
         assert float(sum_of_losses(chunked, *batch())) == loss
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_whole_logits(
-    weights: torch.dtype,
+    weights: torch.dtype, tokens: int
 ) -> None:
-    exact, whole, chunked = (network() for _ in range(3))
-    chunk_loss(chunked, 16)
-    wanted = loss_and_gradients(exact)[1]["lm_head.weight"]
-    errors = []
-    for model in (whole, chunked):
-        model.to(weights)
-        with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
-            loss, gradients = loss_and_gradients(model)
-        found = gradients["lm_head.weight"]
-        assert found.dtype == weights
-        errors.append(float((found.float() - wanted).norm() / wanted.norm()))
-        assert loss == pytest.approx(loss_and_gradients(network())[0], rel=1e-3)
-    assert errors[1] < 1.25 * errors[0] < 0.05
+    exact, whole, chunked = (with_bias(network()) for _ in range(3))
+    chunk_loss(chunked, tokens)
+    expected, wanted = loss_and_gradients(exact)
+    for name in ("lm_head.weight", "lm_head.bias"):
+        errors = []
+        for model in (whole, chunked):
+            model.to(weights).zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+                loss, gradients = loss_and_gradients(model)
+            found = gradients[name]
+            assert found.dtype == weights
+            errors.append(float((found.float() - wanted[name]).norm() / wanted[name].norm()))
+            assert loss == pytest.approx(expected, rel=1e-3)
+        assert errors[1] < 1.25 * errors[0] < 0.05
 
 
 class Largest(TorchDispatchMode):
@@ -163,3 +166,20 @@ def test_chunks_are_refused_where_the_heads_gradient_is_never_formed(
 ) -> None:
     with pytest.raises(ValueError, match=r"model\.loss_chunk=16.*level: compressed"):
         tiny("optimizer={name: flora, lr: 1e-2}", "gradients.level=fused", "model.loss_chunk=16")
+
+
+def test_a_model_whose_first_loss_shows_nothing_is_looked_at_again() -> None:
+    model = network("gemma2")
+    chunk_loss(model, 16)
+    inputs, labels = batch()
+    assert sum_of_losses(model, inputs, torch.full_like(labels, IGNORED)).item() == 0
+    with pytest.raises(ValueError, match="changes them afterwards"):
+        sum_of_losses(model, inputs, labels)
+
+
+def test_a_loss_that_is_no_number_is_not_taken_for_a_changed_one() -> None:
+    model = network()
+    chunk_loss(model, 16)
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").fill_(float("nan"))
+    assert math.isnan(sum_of_losses(model, *batch()).item())

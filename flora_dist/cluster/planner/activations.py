@@ -101,12 +101,13 @@ def _multiplied(model: Model) -> int:
 def logits_gradient_bytes(model: Model, batch: MicroBatchShape) -> int:
     """The gradient of the logits: in fp32, and its copy in a lower precision.
 
-    In chunks: of one, its logits beside it, and the gradient of the head, which forward makes.
+    In chunks: of one, its logits beside it, and the gradient of the head, which forward sums in
+    fp32.
     """
     words = model.sizes.vocabulary
     if batch.loss_chunk is not None:
         chunk = min(batch.loss_chunk, batch.tokens)
-        return words * (chunk * (_FP32 + batch.element) + model.sizes.hidden * batch.element)
+        return words * (chunk * (_FP32 + batch.element) + model.sizes.hidden * _FP32)
     low = 0 if batch.element == _FP32 else batch.element
     return batch.tokens * words * (_FP32 + low)
 

@@ -178,12 +178,15 @@ def _published(request: Request, base: Method) -> Iterator[Method]:
 
 def blocks_of(parameter: Parameter, config: FloraConfig) -> Geometry:
     """A parameter in blocks, where only block and rank of the settings matter."""
-    return _geometry(parameter.shape, config.rank, config.block, FULL_BITS)
+    return _geometry(parameter.shape, config.rank, config.block, FULL_BITS, 1)
 
 
 @lru_cache(maxsize=4096)
-def _geometry(shape: tuple[int, ...], rank: int | None, block: int | str, bits: int) -> Geometry:
-    return geometry_at("", shape, FloraConfig(rank=None, block=block), rank=rank, bits=bits)
+def _geometry(
+    shape: tuple[int, ...], rank: int | None, block: int | str, bits: int, moments: int
+) -> Geometry:
+    config = FloraConfig(rank=None, block=block)
+    return geometry_at("", shape, config, rank=rank, bits=bits, moments=moments)
 
 
 @lru_cache(maxsize=4096)
@@ -197,8 +200,7 @@ def _sketched(shape: tuple[int, ...], sketch: Sketch) -> Geometry:
 def flora_state(shard: Shard, *, config: FloraConfig) -> int:
     """Bytes of the tensors of ``state_tensors`` that a rank keeps for its tiles."""
     shape, bits = shard.parameter.shape, config.sketch_bits
-    blocks = _geometry(shape, config.rank, config.block, bits)
-    geometry = replace(blocks, moments=moments_of(config))
+    geometry = _geometry(shape, config.rank, config.block, bits, moments_of(config))
     return sum(
         _numbers(shard, entry.along, entry.block, entry.shape, entry.name)
         * {"bfloat16": 2, "uint8": 1}.get(entry.dtype, FP32)

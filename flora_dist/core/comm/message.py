@@ -3,7 +3,7 @@
 
 Ranks agree on the layout of a message without a word: parameters of one kind stand together, kinds
 and parameters in the order of their names. Rows that only a few ranks share travel between those,
-so that no rank's bytes grow with their number.
+so that bytes do not grow with the number of ranks, but where many share a row.
 
 Shape suffixes: P parameters of a batch, S numbers of a message.
 """

@@ -74,7 +74,8 @@ class FloraConfig:
     """What a matrix is divided by: the root of a factored second moment (Adafactor), or of the mean
     square of each of its rows or columns in this gradient alone, as in SCALE."""
     eps: float = 1e-30
-    """Added to the squared gradient; 1-D parameters use at least 1e-12."""
+    """Added to the squared gradient; 1-D parameters use at least 1e-12, and second moments of
+    sketched numbers under "subspace_adam" 1e-8."""
     clip: float | None = 1.0
     """Largest root mean square of an update; None: no clipping. Rows "blend, clip None" and
     "clip 2" are within the spread; 1 is Adafactor's."""
@@ -179,6 +180,12 @@ class FloraConfig:
             raise ValueError(
                 f"momentum={self.momentum!r} keeps second moments beside the momentum, which share "
                 f"no scale with it; got state_bits={self.state_bits}. Pass state_bits=16 or 32."
+            )
+        if self.sketch_bits == 16 and self.momentum in TWO_MOMENTS and not self.stochastic_rounding:
+            raise ValueError(
+                f"momentum={self.momentum!r} with a state in bfloat16 needs "
+                "stochastic_rounding=True: rounded to nearest, second moments would stop moving. "
+                "Leave it on, or pass state_bits=32."
             )
         if self.momentum in TWO_MOMENTS and self.normalise != "factored":
             raise ValueError(

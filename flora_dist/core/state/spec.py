@@ -167,8 +167,9 @@ def geometry_at(
             block, kept = _block_and_rank(name, num_rows, num_columns, config, rank, bits)
     else:
         block, kept = _block_and_rank(name, num_rows, num_columns, config, rank, bits)
-        if not _halves(num_columns, block, kept, bits):
+        if not _halves(num_columns, block, kept, bits, moments):
             few = f" in {bits} bits" if bits in FEW_BITS else ""
+            few += f" and {moments} moments" if moments > 1 else ""
             reason = f"rank {kept} per block of {block}{few} would not halve {num_columns} columns"
             block, kept, falls_short = num_columns, None, True
     return Geometry(
@@ -214,11 +215,11 @@ def grid_of(shape: tuple[int, ...], block: int) -> Grid:
     return Grid(num_matrices=matrices, num_rows=rows, num_columns=columns, block=block)
 
 
-def _halves(columns: int, block: int, rank: int, bits: int) -> bool:
+def _halves(columns: int, block: int, rank: int, bits: int, moments: int) -> bool:
     """Whether sketches take at most half of a row: its numbers, or with few bits its fp32 bytes."""
     blocks = -(-columns // block)
     if bits not in FEW_BITS:
-        return 2 * blocks * rank <= columns
+        return 2 * blocks * rank * moments <= columns
     return 2 * blocks * Code(bits=bits, numbers=rank).bytes <= 4 * columns
 
 

@@ -4,7 +4,8 @@
 Each holder is given the whole row's gradient, one row for each boundary at most, and finds for
 itself what follows from it: R, the row's share of the clip's norm, the sketch of a block that the
 boundary cuts. All of them sum the same numbers in the same order, so they agree bit for bit, and
-no second message is needed. Sums are in float64, or machines would part whose vectors differ.
+no second message is needed. Sums are in float64: otherwise machines whose vectors have
+other widths would get other bits.
 
 Shape suffixes: E matrices of a piece, H matrices of a batch that are here, P parameters, L cut
 rows, M columns, W columns of a block, R rank.

@@ -11,7 +11,7 @@ over rows of G_ij^2 / R_i (R is local), |X|^2 = mean(R) sum_j S1_j / C_j: S1 tra
 column sums. The same holds for <X, M A>. Rows that several ranks hold pieces of know R only
 after message 1. Where they are few, their elements are in it (core/step/cut_rows.py). Where columns
 are sharded, all rows are cut: their share of RMS, and the sketches of their cut blocks, are
-message 2. The strict rule's RMS follows from the momentum alone: one more message.
+message 2. RMS(U) of ``flora_strict`` and ``apollo`` follows from U alone: one more message.
 
 Shape suffixes: E matrices of a piece, H all that are here, S all that are summed, P parameters,
 N rows, M columns, W columns of a piece, K blocks of a piece, R rank.
@@ -75,7 +75,7 @@ class MatrixPhases:
     # ---- message 1
 
     def measure(self, now: Moment) -> Measured:
-        """Sums of squares by column, what RMS follows from, and the squares of cut rows."""
+        """Sums of squares by column, what RMS follows from, and elements or squares of cut rows."""
         batch = self._batch
         self._pieces.refresh()
         terms, rows = self._empty_terms(now), {}
@@ -231,7 +231,7 @@ class MatrixPhases:
             add_partial_(terms["blocks"][piece.members], compressed, piece.edges)
 
     def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
-        """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
+        """|U|^2 of ``flora_strict`` and ``apollo``, whose cut blocks are whole only now."""
         terms: Terms = {}
         settled = replace(coupled.settled, blocks=totals.get("blocks", coupled.settled.blocks))
         known = Tallied(terms=terms, settled=settled, sums=totals)

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from flora_dist.core.sketch.ops import Blocks
 from flora_dist.core.state.settings import FloraConfig
-from flora_dist.core.state.spec import VECTOR_EPS, Geometry
+from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.basis import Basis, Place
 from flora_dist.core.step.batch import Moment
 from flora_dist.core.step.rates import corrected
 
+SKETCH_EPS = 1e-8
+"""Of second moments of sketched numbers, least: numbers that are zero but for float32's rounding,
+about 1e-7 of a normalised gradient's, must not be made full steps of."""
 LEAST_OF_USUAL = 0.1
 """Of a sketch's root mean square so far, that it counts for at least where it is divided by."""
 
@@ -285,8 +288,7 @@ def _subspace_adam(config: FloraConfig, geometry: Geometry) -> Rule:
         return BlendRule(beta=config.beta1, gain=1.0)
     ratio = geometry.block / geometry.rank
     gain = config.gain_at(ratio)
-    # Numbers that are zero but for rounding must not be made full steps of.
-    eps = max(config.eps, VECTOR_EPS)
+    eps = max(config.eps, SKETCH_EPS)
     return SubspaceAdamRule(beta=config.beta1, gain=gain, ratio=ratio, eps=eps)
 
 

@@ -52,7 +52,7 @@ class Coupled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tallied:
-    """The same with the sums of message 2, and what the strict rule must sum still."""
+    """The same with the sums of message 2; ``flora_strict`` and ``apollo`` must sum |U|^2 still."""
 
     terms: Terms
     settled: Settled

@@ -263,7 +263,7 @@ void finish_all(Integers batches, Integers gradients, Numbers numbers, Integers 
     std::vector<double> norms(kSettledSums * size.num_matrices);
     std::vector<float> blocks(job.basis.new_HRB == nullptr ? 0 : size.num_block_slots * size.rank);
     const bool adds_norms = n[3] == 0;
-    const Totals totals = {terms.columns, terms.squares, terms.cross, terms.history, nullptr, terms.elements};
+    const Totals totals = {terms.columns, terms.squares, terms.cross, terms.history, terms.rows, terms.elements};
     const Whole whole = {terms.elements,
                          terms.products,
                          adds_norms ? terms.squares : nullptr,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A whole step where this process holds everything: no message is waited for, so the phases of a matrix follow
-// each other while its gradient is in the cache still. The phases are those of library.cpp, with the same bits.
+// each other while its gradient is in the cache still. The phases are those of phases.h, with the same bits.
 #pragma once
 #include <algorithm>
 #include <cstring>

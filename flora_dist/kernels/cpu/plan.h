@@ -30,9 +30,9 @@ struct Header {
   int64_t num_matrices;    // H
   int64_t num_summed;      // matrices in sums over ranks
   int64_t first_summed;    // place of the first of H among them
-  int64_t num_row_slots;   // cut rows of all members in message 1
-  int64_t sends_elements;  // their elements are in it, not the sums of their squares
-  int64_t num_block_slots; // cut blocks of all members in message 2
+  int64_t num_row_slots;   // cut rows of all members
+  int64_t sends_elements;  // of cut rows elements are sent, not the sums of their squares
+  int64_t num_block_slots; // cut blocks of all members
   int64_t num_members;
   int64_t num_tiles;
   int64_t num_sources;     // tiles that a member's part consists of

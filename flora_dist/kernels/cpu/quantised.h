@@ -52,8 +52,6 @@ FLORA_CALLED void merge_records(const Merging& m, int64_t first, int64_t last, f
         for (int64_t r = 0; n > 0 && r < numbers; r++) room.numbers[r] += room.others[r];
       }
       for (int64_t r = 0; r < numbers; r++) room.numbers[r] /= m.divisor;
-      // What was read beyond a block's numbers
-      for (int64_t r = numbers; r < smaller(numbers + 8, m.code.room); r++) room.numbers[r] = 0;
       uint8_t* to = m.to + (line * m.blocks + k) * m.code.bytes;
       if (m.code.bits == 32)
         memcpy(to, room.numbers, m.code.bytes);

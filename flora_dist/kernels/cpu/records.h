@@ -94,8 +94,13 @@ FLORA_INLINE void store_codes(uint8_t* to, VecLanes codes) {
   memcpy(to, &octets, sizeof octets);
 }
 
-// y = s (2 k / L - 1), k = floor((x / s + 1) L / 2 + u); x has zeros after its numbers, up to the room.
-FLORA_CALLED void round_record(const Code& code, uint8_t* to, const float* x, const uint16_t* bits, uint8_t* codes) {
+// Zeros after a block's numbers, up to the room: a block before may have left NaN there.
+FLORA_INLINE void clear_beyond(const Code& code, float* x) {
+  for (int64_t i = code.numbers; i < code.room; i++) x[i] = 0;
+}
+
+// y = s (2 k / L - 1), k = floor((x / s + 1) L / 2 + u). `x` is a room.
+FLORA_CALLED void round_record(const Code& code, uint8_t* to, float* x, const uint16_t* bits, uint8_t* codes) {
   if (code.bits == 16) {
     for (int64_t i = 0; i < code.numbers; i++) {
       const uint16_t half = to_bf16_stochastic(x[i], bits[i]);
@@ -103,6 +108,7 @@ FLORA_CALLED void round_record(const Code& code, uint8_t* to, const float* x, co
     }
     return;
   }
+  clear_beyond(code, x);
   const uint32_t largest = largest_bits(x, code.room);
   // The smallest bfloat16 that is not below: a number above its scale would be cut.
   const uint16_t scale = largest > 0x7F800000u ? 0x7FC0 : static_cast<uint16_t>((largest + 0xFFFF) >> 16);
@@ -120,10 +126,10 @@ FLORA_CALLED void round_record(const Code& code, uint8_t* to, const float* x, co
   write_record(code, to, codes, scale);
 }
 
-// y = s q(x / RMS(x)), q the nearest level, s = |x|^2 / <x, q>. `y` and `products` are rooms, `y` with zeros after
-// its numbers.
+// y = s q(x / RMS(x)), q the nearest level, s = |x|^2 / <x, q>. `y` and `products` are rooms.
 template <int kHalf>
 FLORA_INLINE void level_some(const Code& code, uint8_t* to, float* y, float* products, uint8_t* codes) {
+  clear_beyond(code, y);
   const uint32_t bits = largest_bits(y, code.room);
   const float largest = float_of(bits);
   // Over the largest first: squares of small numbers would be zero.
@@ -167,8 +173,8 @@ FLORA_CALLED void level_record(const Code& code, uint8_t* to, float* y, float* p
 
 // A thread's buffers for the blocks of a line.
 struct RecordRoom {
-  float* numbers;     // of a block, with zeros up to the room
-  float* others;      // likewise, of what is added to them; products
+  float* numbers;     // of a block
+  float* others;      // of what is added to them; products
   uint8_t* codes;
   uint16_t* bits;     // of some blocks
 
