@@ -29,6 +29,15 @@ def build() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS))
 
 
+def blank() -> LlamaForCausalLM:
+    """The model with zeros for weights: a run that goes on from a checkpoint must load them."""
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
 class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """As many as a step takes, so that every step sees the same."""
 

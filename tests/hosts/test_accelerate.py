@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -43,6 +44,7 @@ CASES: list[Case] = [
     *((mode, False) for mode in ("plain", "ddp", "fsdp2", "zero2", "zero3", "offload")),
     *((mode, True) for mode in ("plain", "ddp", "fsdp2", "zero2")),
 ]
+OTHERS: list[Case] = [("zero3", True), ("offload", True)]
 
 
 def accelerator_of(mode: str, blocks: dict[str, Any]) -> Any:
@@ -141,6 +143,16 @@ def test_accelerates_loop_is_the_plain_one_and_resumes_bit_for_bit(
     weights, is_equal = runs[case]
     assert distance(weights, expected[case[1]]) < 1e-5
     assert is_equal
+
+
+@pytest.mark.slow
+def test_accelerates_loop_is_so_with_sketches_on_every_other_layout(
+    tmp_path: Path, expected: dict[bool, dict[str, Tensor]]
+) -> None:
+    runs = launched_pool_of(2)(all_cases, OTHERS, str(tmp_path))[0]
+    for case, (weights, is_equal) in runs.items():
+        assert distance(weights, expected[True]) < 1e-5, case
+        assert is_equal, case
 
 
 def swapped() -> str:

@@ -14,6 +14,7 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import flora_dist.transformers
@@ -21,25 +22,31 @@ from flora_dist import Flora
 from flora_dist.frameworks.transformers.check import unwrapped
 from tests.conftest import launched_pool_of
 from tests.hosts.small import (
+    DECAY,
     LR,
+    MAX_NORM,
     MODES,
     SAMPLES,
     SETTINGS,
     STEPS,
     Samples,
+    blank,
     build,
+    distance,
     host_of,
     is_zero,
+    whole_weights,
     zero_config,
 )
-from tests.hosts.trainer_runs import SKETCHES
+from tests.hosts.trainer_runs import SKETCHES, by_hand
 
 
 class SketchedSFT(flora_dist.transformers.SketchedGradients, trl.SFTTrainer):
     """As docs/hosts/transformers.md has it."""
 
 
-def trainer_of(kind: Any, folder: Path, mode: str = "plain", **given: Any) -> Any:
+def trainer_of(kind: Any, folder: Path, mode: str = "plain", saves: int = 0, **given: Any) -> Any:
+    """``saves``: steps between checkpoints; 0: none."""
     words = {"[UNK]": 0, "[EOS]": 1, "[PAD]": 2}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")),
@@ -56,11 +63,14 @@ def trainer_of(kind: Any, folder: Path, mode: str = "plain", **given: Any) -> An
         output_dir=str(folder),
         max_steps=STEPS,
         learning_rate=LR,
+        weight_decay=DECAY,
+        max_grad_norm=MAX_NORM,
         lr_scheduler_type="constant",
         logging_steps=1,
         per_device_train_batch_size=SAMPLES // ranks,
         report_to=[],
-        save_strategy="no",
+        save_strategy="steps" if saves else "no",
+        save_steps=saves or 500,
         disable_tqdm=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -71,8 +81,8 @@ def trainer_of(kind: Any, folder: Path, mode: str = "plain", **given: Any) -> An
     return kind(args=config, train_dataset=data, processing_class=tokenizer, **given)
 
 
-def losses(trainer: Any) -> list[float]:
-    trainer.train()
+def losses(trainer: Any, resume: Path | None = None) -> list[float]:
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -102,11 +112,49 @@ def in_modes(modes: list[str], folder: Path) -> dict[str, list[float]]:
 
 @pytest.mark.slow
 @pytest.mark.deepspeed
-def test_sft_is_one_run_on_every_layout(tmp_path: Path) -> None:
-    expected = in_modes(["plain"], tmp_path)["plain"]
-    others = [mode for mode in MODES if mode != "plain"]
-    for mode, found in launched_pool_of(2)(in_modes, others, tmp_path)[0].items():
+def test_sft_is_the_plain_loop_on_every_layout(tmp_path: Path) -> None:
+    expected = by_hand().losses
+    several = [mode for mode in MODES if mode != "plain"]
+    runs = launched_pool_of(2)(in_modes, several, tmp_path)[0] | in_modes(["plain"], tmp_path)
+    for mode, found in runs.items():
         assert found == pytest.approx(expected, rel=1e-6), mode
+
+
+Case = tuple[str, bool]
+"""A mode, and whether gradients are sketched."""
+
+
+def resumed_in_modes(cases: list[Case], folder: Path) -> dict[Case, tuple[dict[str, Tensor], bool]]:
+    """Weights at the end, and whether a run that was stopped half way has the bits of them."""
+    found = {}
+    for mode, is_sketched in cases:
+        kind = SketchedSFT if is_sketched else trl.SFTTrainer
+        given: dict[str, Any] = {"optimizer_cls_and_kwargs": ASKED, "mode": mode}
+        given |= SKETCHES if is_sketched else {}
+        place = folder / f"{mode}-{is_sketched}"
+        with host_of(mode):
+            trainer = trainer_of(kind, place, saves=STEPS // 2, **given)
+            losses(trainer)
+            whole = whole_weights(trainer.model_wrapped)
+        with host_of(mode):
+            trainer = trainer_of(kind, place / "again", model=blank(), **given)
+            losses(trainer, place / f"checkpoint-{STEPS // 2}")
+            again = whole_weights(trainer.model_wrapped)
+        found[mode, is_sketched] = whole, all(torch.equal(again[n], w) for n, w in whole.items())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_sft_resumes_on_every_layout_with_dense_and_sketched_gradients(tmp_path: Path) -> None:
+    expected = {False: by_hand().weights, True: by_hand(sketches=SKETCHES).weights}
+    cases = [(mode, is_sketched) for mode in MODES for is_sketched in (False, True)]
+    single = [case for case in cases if case[0] == "plain"]
+    several = [case for case in cases if case[0] != "plain"]
+    runs = launched_pool_of(2)(resumed_in_modes, several, tmp_path)[0]
+    for case, (weights, is_equal) in (runs | resumed_in_modes(single, tmp_path)).items():
+        assert is_equal, case
+        assert distance(weights, expected[case[1]]) < 1e-5, case
 
 
 def test_sft_trains_the_adapters_of_peft_alone(tmp_path: Path) -> None:
