@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 from flora_dist import Flora
 from tests.hosts.small import host_of
+from tests.hosts.trainer_runs import by_hand
 
 PAGES = Path(__file__).parents[2] / "docs" / "hosts"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -33,15 +35,30 @@ def test_the_example_of_a_host_runs(
         exec(compile(example_of(page), f"{page}.md", "exec"), {"__name__": "__main__"})
 
 
+def run_by_ray(folder: Path, *command: str) -> None:
+    """In a process of its own: Ray's start and end are none of the other tests' business."""
+    pytest.importorskip("ray.train", reason="ray is not installed (docs/hosts/ray.md)")
+    places = [str(PAGES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command], env=environment, cwd=folder, check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_example_of_ray_runs_on_its_workers(tmp_path: Path) -> None:
-    pytest.importorskip("ray.train", reason="ray is not installed (docs/hosts/ray.md)")
     script = tmp_path / "example.py"
     script.write_text(example_of("ray"), encoding="utf-8")
-    places = [str(PAGES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script], env=environment, cwd=tmp_path, check=True)
+    run_by_ray(tmp_path, str(script))
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+@pytest.mark.timeout(480)  # DeepSpeed may compile its helper first
+def test_workers_of_ray_train_the_plain_loop_on_fsdp2_and_under_deepspeed(tmp_path: Path) -> None:
+    run_by_ray(tmp_path, "-m", "tests.hosts.ray_runs", "losses.json")
+    found = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
+    for way in ("fsdp2", "deepspeed"):
+        assert found[way] == pytest.approx(by_hand(kept=set()).losses, rel=1e-6), way
 
 
 def test_every_page_is_in_the_index() -> None:
