@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flora_dist.core.records import FULL_BITS
 from flora_dist.core.sketch.keys import Purpose, derive_key, name_key
 from flora_dist.core.sketch.matrices import sketch_matrix
 from flora_dist.core.state.settings import KNOBS, FloraConfig
-from flora_dist.core.state.spec import geometry_of
+from flora_dist.core.state.spec import geometry_at
 from flora_dist.reference import compress, expand
 from tests.battery import zoo
 from tests.battery.oracle import SAMPLES, STEPS, Case, reference_of, trainable
@@ -81,7 +82,7 @@ class GradientSketch:
     ) -> list[Tensor] | None:
         rank = self._case.gradient_rank
         config = self._config if rank is None else replace(self._config, rank=rank)
-        size = geometry_of(name, shape, config)
+        size = geometry_at(name, shape, config, rank=config.rank, bits=FULL_BITS)
         if size.rank is None:
             return None
         found = []

@@ -47,8 +47,8 @@ LEVELLED = [
 YOUNGER = [
     SketchedCase(settings={"momentum": "ademamix", "blend_gain": 4.0}),
     SketchedCase(settings={"momentum": "vectors", "normalise": "rows", "growth": 1.01}),
-    SketchedCase(settings={"momentum": "subspace_adam"}),
-    SketchedCase(settings={"momentum": "apollo", "growth": 1.01}, gradient_rank=4),
+    SketchedCase(settings={"momentum": "subspace_adam", "rank": 1}),
+    SketchedCase(settings={"momentum": "apollo", "growth": 1.01, "rank": 1}, gradient_rank=4),
 ]
 """Rules read a sketched gradient as they read a dense one: whole matrices and cut blocks do."""
 TILED = SketchedCase(settings={"momentum": "blend", "orthogonalise": 4}, micro_batches=3)

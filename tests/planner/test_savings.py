@@ -46,11 +46,11 @@ def test_losses_in_chunks_by_hand() -> None:
     saved = whole["activations"].total - found["activations"].total
     assert saved == 16 * (4 * 257 + 8)
     # Logits of 4 tokens in both precisions, and the head's gradient; or a sketched gradient.
-    making, sketched = 257 * (4 * (4 + 2) + 2 * 32), (2 + 4) * 257 * 32
+    making, sketched = 257 * (4 * (4 + 2) + 4 * 32), (2 + 4) * 257 * 32
     assert found["temporary"].total == max(making, sketched)
     dense = replace(asks, gradients="dense", loss_chunk=100)
     temporary = estimate(dense, asked(dense)).held["temporary"].total
-    assert temporary == 257 * (16 * (4 + 2) + 2 * 32)
+    assert temporary == 257 * (16 * (4 + 2) + 4 * 32)
 
 
 def test_pieces_of_sketched_gradients_are_those_of_the_step() -> None:
@@ -68,6 +68,6 @@ def test_with_losses_in_chunks_activations_are_what_autograd_keeps(
     )
     path = tmp_path / f"{name}.json"
     kept = bytes_of(kept_by_autograd(path, (2, 16), f"{precision}, chunked"))
-    # That of the head is among the gradients, or temporary.
-    head = batch.element * model.sizes.vocabulary * model.sizes.hidden
+    # That of the head, in fp32, is among the gradients, or temporary.
+    head = 4 * model.sizes.vocabulary * model.sizes.hidden
     assert 0 <= kept - head - activation_bytes(model, batch) <= 4 + 16 * 8

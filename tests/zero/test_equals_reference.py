@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.battery.mutations import MUTATIONS, SPAN_MUTATIONS
+from tests.battery.mutations import MUTATIONS
 from tests.battery.test_layouts import FLOAT_MODEL, FLOAT_PARAMETER
 from tests.conftest import launched_pool_of
 from tests.harness.covering import by_default
@@ -134,7 +134,8 @@ def test_rows_are_cut_twice_and_blocks_are_cut(stage: int, groups: bool) -> None
     assert sum(blocks > 0 for _, blocks in cuts.values()) > 1
 
 
-@pytest.mark.parametrize("mutation", [*MUTATIONS, *SPAN_MUTATIONS])
+# Engines step by kernels, which find blocks of spans themselves: tests.kernels.mutations.
+@pytest.mark.parametrize("mutation", [*MUTATIONS, "rows of spans"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_broken_mechanism_is_seen(stage: int, mutation: str) -> None:
     run = Run(stage=stage, settings=FLORA, mutation=mutation)
