@@ -130,7 +130,7 @@ def planned(gpus: int, *more: str) -> dict[str, float]:
 
 def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.partition("| llama of 1.3 billion parameters |")[2].partition("\n\n")[0]
+    table = text.partition("| GiB per GPU: llama, 1.3 billion parameters |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     shown = {
         re.sub(r"\*| \(.*\)", "", name): [float(value.removesuffix(" GiB")) for value in values[:3]]
@@ -142,8 +142,8 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
         "AdamW": ("AdamW", dense),
         "8-bit AdamW": ("AdamW, 8-bit", dense),
         "Flora": ("Flora 1/4, dense", dense),
-        "Flora, weights in bf16 alone": ("Flora 1/4, dense, bf16 alone", dense),
-        "Flora, rank 8, gain 2": ("Flora 1/8, dense", dense),
+        "Flora, bf16 weights, no fp32 masters": ("Flora 1/4, dense, bf16 alone", dense),
+        "Flora, rank 8, `blend_gain=2`": ("Flora 1/8, dense", dense),
         "Flora, rank 8, gradients as sketches": ("Flora 1/8, compressed, 4 bits", sketched),
         "GaLore, rank 512": ("GaLore, rank 512 (ddp)", dense),
         "LoRA, rank 64": ("LoRA, rank 64", dense),
