@@ -183,13 +183,9 @@ class Accumulator:
         if self.code is None:
             add_sketched_(own_ENKR, rows_ENW, sketch)
             return
-        draws = None if self._is_fresh else self._draws(where, own_ENKR.shape[:2].numel())
+        at_levels = self.num_added == 0 and self.code.bits in LEVEL_BITS
+        draws = None if at_levels else self._draws(where, own_ENKR.shape[:2].numel())
         add_to_records_(own_ENKR, rows_ENW, sketch, self.code, draws)
-
-    @property
-    def _is_fresh(self) -> bool:
-        """Whether what is added now is put at levels."""
-        return self.num_added == 0 and self.code is not None and self.code.bits in LEVEL_BITS
 
     def _draws(self, where: tuple[slice, slice], num_lines: int) -> Draws:
         """Random bits of some lines of C, of this rank's own for each micro-batch."""
