@@ -13,7 +13,8 @@ SCALE_BYTES = 2
 """Of a block's scale, a bfloat16."""
 DEFAULT_BITS = 4
 """Of "compressed" without further words, which keeps all numbers of a block: of what was measured,
-the most bytes saved at the loss of dense gradients in any number of micro-batches up to 64."""
+the most bytes saved at the loss of dense gradients in up to 16 micro-batches; what rounding adds
+grows slowly from there to 64 (docs/sketched_gradients.md)."""
 SMALLEST_MEAN_BITS = 4
 """Of a mean: it is a sum of rounded numbers, to which one or two bits would add as much again."""
 

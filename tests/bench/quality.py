@@ -45,6 +45,7 @@ from tests.bench import (
     quality_weights,
 )
 from tests.bench.quality_bytes import draw_bytes
+from tests.bench.quality_peers import package_rows
 from tests.bench.quality_plan import (
     Row,
     Run,
@@ -83,7 +84,7 @@ class Table:
 
 TABLES = {
     "optimizers": Table(
-        rows=all_rows(),
+        rows=(*all_rows(), *package_rows()),
         size=quality_plan.FULL,
         quick_rows=quality_plan.QUICK_ROWS,
         quick_size=quality_plan.QUICK,

@@ -32,6 +32,8 @@ MANY_MICRO_BATCHES = 16
 """The same, where a step has twice as many of half the length."""
 STATES = ((32, 8), (32, 4), (8, 8), (8, 4))
 """The same of a momentum."""
+STATES_OF_DEFAULT = ((16, 32), (16, 8), (16, 4), (8, 8), (8, 4))
+"""The same at gain 1, the default, whose 16 numbers of 32 bits come first."""
 MICRO_BATCHES = 4
 """Steps per global batch without accumulation."""
 # Smaller than the first table, and bracketed from two learning rates instead of four: a step with
@@ -53,6 +55,7 @@ def compressed_rows() -> tuple[Row, ...]:
         *_without_accumulation(),
         *(row for rank, bits in EQUAL_BYTES for row in _few_bits(rank, bits, MOST_MICRO_BATCHES)),
         *(_state(rank, bits) for rank, bits in STATES),
+        *(_state_of_default(rank, bits) for rank, bits in STATES_OF_DEFAULT),
         *(row for ratio in RATIOS[1:] for row in _at(ratio)),
         *rows_named(["flora, ratio 8", "flora_strict, ratio 8", FULL_MOMENTUM], all_rows()),
         # Does it take a momentum over all elements to average the noise of sketches?
@@ -111,6 +114,11 @@ def _state(rank: int, bits: int) -> Row:
         optimizer="flora",
         options=CENTRE | {"rank": rank, "state_bits": bits},
     )
+
+
+def _state_of_default(rank: int, bits: int) -> Row:
+    row = _state(rank, bits)
+    return replace(row, name=f"{row.name}, gain 1", options=row.options | {"blend_gain": 1.0})
 
 
 def _without_accumulation() -> Iterator[Row]:

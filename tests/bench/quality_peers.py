@@ -3,11 +3,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.bench.quality_plan import Row
+
+GALORE: Mapping[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+"""A quarter of the small model's width, as 512 of 2048; the rest is the authors' example."""
+
+
+def package_rows() -> Iterator[Row]:
+    """What users reach for today, where the packages are installed."""
+    kept: dict[str, Any] = {"weight_decay": 0.0}
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        yield Row(
+            name="AdamW 8-bit (bitsandbytes)", factor="package", optimizer="adamw8", options=kept
+        )
+    if importlib.util.find_spec("galore_torch") is not None:
+        yield Row(name="GaLore, rank 32", factor="package", optimizer="galore", options=kept)
+
+
+def adamw8(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW whose moments are kept in 8 bits, by the package bitsandbytes."""
+    made: torch.optim.Optimizer = importlib.import_module("bitsandbytes.optim").AdamW8bit(
+        model.parameters(), lr=lr, weight_decay=weight_decay
+    )
+    return made
+
+
+def galore(
+    model: nn.Module, ends: Iterable[Tensor], *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW in GaLore's subspace for the matrices of layers, and as it is for the rest."""
+    kept = {id(tensor) for tensor in ends}
+    inner = [p for p in model.parameters() if p.ndim == 2 and id(p) not in kept]
+    projected = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if id(p) not in projected]
+    made: torch.optim.Optimizer = importlib.import_module("galore_torch").GaLoreAdamW(
+        [{"params": rest}, {"params": inner, **GALORE}], lr=lr, weight_decay=weight_decay
+    )
+    return made
 
 
 class Together(torch.optim.Optimizer):

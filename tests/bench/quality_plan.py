@@ -36,7 +36,7 @@ class Row:
     factor: str
     """What varies among the rows of the same factor."""
     optimizer: str
-    """adamw, adafactor, muon (all torch's), lion, flora or paper (Flora.paper)."""
+    """adamw, adafactor, muon (torch's), adamw8, galore, lion, flora or paper (Flora.paper)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     matrices: Mapping[str, Any] = field(default_factory=dict)
     """Flora: what parameters of two or more dims have instead."""

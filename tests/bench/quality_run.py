@@ -48,7 +48,7 @@ from flora_dist.trainer.optimizers import schedule_factor
 from flora_dist.trainer.optional_imports import stay_offline
 from flora_dist.trainer.progress import Silence
 from flora_dist.trainer.tokenizer import ByteTokenizer
-from tests.bench.quality_peers import muon
+from tests.bench.quality_peers import adamw8, galore, muon
 from tests.bench.quality_plan import CENTRE, Row, Run, Size, lr_of
 from tests.bench.quality_weights import keep_norms
 
@@ -208,6 +208,10 @@ def build(row: Row, model: nn.Module, *, lr: float, seed: int) -> torch.optim.Op
             return torch.optim.AdamW(named, lr=lr, **row.options)
         case "muon":
             return muon(model, (m.weight for m in _ends(model)), lr=lr, **row.options)
+        case "adamw8":
+            return adamw8(model, lr=lr, **row.options)
+        case "galore":
+            return galore(model, (m.weight for m in _ends(model)), lr=lr, **row.options)
         case "lion":
             return importlib.import_module("lion_pytorch").Lion(
                 model.parameters(), lr=lr, **row.options

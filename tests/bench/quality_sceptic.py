@@ -47,6 +47,7 @@ CHANGES = 5
 Change = Mapping[str, Any]
 SHARP: Change = {"orthogonalise": None}
 """Of the ends of a model, as in Muon."""
+TILES: Change = {"orthogonalise": 64, "roles": {"head": SHARP, "embedding": SHARP}}
 MUON: Change = {"betas": (0.9, 0.95), "momentum": 0.95, "weight_decay": 0.0}
 
 
@@ -63,10 +64,12 @@ def sceptic_rows() -> tuple[Row, ...]:
         *_flora("default", {}, {"beta2": 0.95}, {"beta1": 0.95}),
         *_flora(
             "orthogonal tiles",
-            {"orthogonalise": 64, "roles": {"head": SHARP, "embedding": SHARP}},
+            TILES,
             {"beta2": 0.95},
             {"beta1": 0.95},
         ),
+        *_flora("tiles, rank 4", TILES | {"rank": 4}, {"beta2": 0.95}, {"beta1": 0.95}),
+        *_flora("tiles, vectors", TILES | {"momentum": "vectors"}, {"beta2": 0.95}, {"clip": 2.0}),
         *_rule("Muon (torch)", "muon", MUON, {"momentum": 0.9}, {"betas": (0.9, 0.99)}),
         *_flora(
             "ademamix",
