@@ -111,12 +111,18 @@ def _end_with_parent() -> None:
 
 def train_one(settings: Settings, row: Row, run: Run) -> dict[str, Any]:
     """Train from scratch; returns what the table needs, as JSON knows it."""
-    bench = bench_of(settings)
     config = config_of_run(settings, row, run)
     dtype = weight_dtype(config.train)
-    model = build_model(config.model, bench.network, seed=run.seed, dtype=dtype)
+    model = build_model(config.model, bench_of(settings).network, seed=run.seed, dtype=dtype)
     if row.norms is not None:
         keep_norms(model, getattr(torch, row.norms))
+    return train_model(settings, row, run, model)
+
+
+def train_model(settings: Settings, row: Row, run: Run, model: nn.Module) -> dict[str, Any]:
+    """Train these weights; returns what the table needs, as JSON knows it."""
+    bench = bench_of(settings)
+    config = config_of_run(settings, row, run)
     module = spread(model, config, bench.world)
     lr = lr_of(row, run.exponent, bench.network.initializer_range, settings.size.factor)
     optimizer = build(row, model, lr=lr, seed=run.seed)
