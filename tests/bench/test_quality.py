@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quality bench: its plan holds every row it promises, and a slice of it runs to the end."""
+"""The quality bench: its plan holds every row it promises, and every row steps."""
 
 from __future__ import annotations
 
