@@ -16,6 +16,7 @@ from flora_dist.core.comm.groups import Peers, process_rank
 from flora_dist.core.consistency import compare as consistency
 from flora_dist.core.parameters import loading
 from flora_dist.core.parameters import names as naming
+from flora_dist.core.parameters.advice import advice, advice_on_rate
 from flora_dist.core.parameters.ahead import Ahead
 from flora_dist.core.parameters.checks import (
     check_as_torch_has_it,
@@ -37,6 +38,7 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.parameters.turns import Player, take_turn
 from flora_dist.core.protocols import Layout
 from flora_dist.core.sketch.ops import exact_products
+from flora_dist.core.state.bounds import check_whole
 from flora_dist.core.state.presets import APOLLO, PAPER, SCALE
 from flora_dist.core.state.settings import BETA1, from_betas
 from flora_dist.core.state.spec import LEVELS
@@ -437,6 +439,20 @@ class Flora(torch.optim.Optimizer):
             unnamed=sum(slot.position is not None for slot in slots),
             kernels=said_of(slots),
         )
+
+    def advice(self, *, steps: int) -> tuple[str, ...]:
+        """What is known before a run of ``steps`` steps about settings that will cost it.
+
+        A sentence with its remedy for each: windows too few for ``flora_strict``, momentum noisier
+        than gradients, an lr that looks like a relative step. Changes and prints nothing. The
+        trainer and the Hugging Face Trainer say it before the first step.
+
+        Raises:
+            ValueError: ``steps`` is no whole number of at least 1.
+        """
+        check_whole("steps", steps, smallest=1)
+        held = [(slot.geometry, slot.config) for slot in self.slots() if takes_part(slot)]
+        return (*advice(held, steps), *advice_on_rate(self.param_groups))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave: dtypes bit for bit, settings as saved.

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flora_dist.core.parameters.advice import advice, advice_on_rate
 from flora_dist.flora import Flora
 from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import find_world, process_group, wait_for_all
@@ -196,9 +195,7 @@ def _warn(learner: Learner, steps: int, console: Console) -> None:
     """Say what is known before the run about settings that will cost it."""
     if not isinstance(learner.optimizer, Flora):
         return
-    held = [(slot.geometry, slot.config) for slot in learner.optimizer.slots()]
-    groups = learner.optimizer.param_groups
-    for sentence in (*advice(held, steps), *advice_on_rate(groups)):
+    for sentence in learner.optimizer.advice(steps=steps):
         console.print(f"warning: {sentence}", soft_wrap=True, style="yellow")
 
 

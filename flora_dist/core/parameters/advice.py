@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known before a run about settings that will cost it: sentences for whoever starts it.
 
-Both formulas follow from E[A^T A] = I alone; c is the relative noise of a sketch
-(``matrices.relative_noise``), b = beta1. They hold for the two rules that read momentum out of its
-sketch as if it were whole, ``flora`` and ``flora_strict`` (arXiv 2402.03293).
+The formulas follow from the rules (core/step/momentum_rules.py) and from E[A^T A] = I alone, for
+gradients that are independent from step to step; c is the relative noise of a sketch
+(``matrices.relative_noise``), b = beta1, g = blend_gain, w = (1 - b) / (1 + b) the variance of a
+whole average over that of one gradient.
 
     coverage     each window's subspace holds rank / block of a direction's square on average, so W
                  windows leave (1 - rank / block)^W of it where ``flora_strict`` cannot go
-    break-even   noise that is new at each step has the variance (1 - b) / (1 + b) of one gradient
-                 in a whole average, and (1 + c) times that in a sketched one: above 1 the average
-                 is noisier than the gradient it stands for
+    break-even   above 1 an update has more noise than the gradient that it stands for:
+                 ``flora_strict`` (1 + c) w, an average read out of its sketch (arXiv 2402.03293,
+                 Algorithm 2); ``flora`` (1 + b^2 c) w, whose newest gradient is read as it is;
+                 ``blend`` (1 - g b)^2 + g^2 b^2 w inside its subspace, whatever the ratio, which is
+                 above 1 from g = (1 + b) / b on
+
+The others have no such point. ``none`` and ``vectors`` step by the gradient, dense momenta by a
+whole average. A A^T = (block / rank) I makes a projection of ``subspace_adam``'s average, without
+noise of a sketch; ``ademamix`` adds it to a signal that grows as much. ``apollo`` scales blocks of
+the gradient by the size of ``rank`` numbers: where s is that scale, chance multiplies the noise by
+E[s^2] / E[s]^2, which is 1.4 at rank 4 and 3.1 at rank 1, where APOLLO itself (arXiv 2412.05270)
+has one scale for a whole matrix.
 
 A learning rate says something too. An update has a root mean square of at most ``clip``, and
 Adafactor's relative steps (arXiv 1804.04235, section 8: up to 1e-2) are meant times RMS(weight).
@@ -28,7 +38,6 @@ from flora_dist.core.state.spec import Geometry
 ENOUGH_COVERAGE = 0.9
 USUAL_RMS = 0.02
 """Of matrices at the start, in most language models: a step of that size replaces them."""
-_READ_WHOLE = ("flora", "flora_strict")
 
 
 def coverage(size: Geometry, kappa: int, steps: int) -> float:
@@ -44,12 +53,27 @@ def coverage(size: Geometry, kappa: int, steps: int) -> float:
     return float(1 - (1 - size.rank / size.block) ** (1 + steps // kappa))
 
 
-def noise_of_momentum(size: Geometry, config: FloraConfig) -> float:
-    """Variance of a sketched average over that of one gradient, where steps are independent."""
+def noise_of_update(size: Geometry, config: FloraConfig) -> float:
+    """Variance of an update over that of one gradient, where that follows from the rule alone.
+
+    Of ``blend`` inside its subspace; 1 for the rules that have no break-even.
+
+    >>> from flora_dist.core.state.spec import geometry_of
+    >>> config = FloraConfig(momentum="flora_strict", rank=8, block=64)
+    >>> round(noise_of_update(geometry_of("w", (10, 64), config), config), 2)
+    0.42
+    """
     if size.rank is None:
-        return 0.0
+        return 1.0
+    b, gain = config.beta1, config.gain_at(size.block / size.rank)
+    average = (1 - b) / (1 + b)
     noise = relative_noise(config.sketch, rank=size.rank, block=size.block)
-    return (1 + noise) * (1 - config.beta1) / (1 + config.beta1)
+    found = {
+        "flora": (1 + b**2 * noise) * average,
+        "flora_strict": (1 + noise) * average,
+        "blend": (1 - gain * b) ** 2 + (gain * b) ** 2 * average,
+    }
+    return found.get(config.momentum, 1.0)
 
 
 def advice(held: Iterable[tuple[Geometry, FloraConfig]], steps: int) -> Iterator[str]:
@@ -59,17 +83,22 @@ def advice(held: Iterable[tuple[Geometry, FloraConfig]], steps: int) -> Iterator
         held: geometry and settings of each parameter.
         steps: length of the whole run.
     """
-    read_whole = [
-        (size, config)
-        for size, config in held
-        if size.rank is not None and config.momentum in _READ_WHOLE
-    ]
-    strict = [(s, c) for s, c in read_whole if c.momentum == "flora_strict"]
-    if strict:
+    by_rule: dict[str, list[tuple[Geometry, FloraConfig]]] = {}
+    for size, config in held:
+        if size.rank is not None:
+            by_rule.setdefault(config.momentum, []).append((size, config))
+    if strict := by_rule.get("flora_strict"):
         least = min(strict, key=lambda held: coverage(held[0], held[1].kappa, steps))
         yield from _of_coverage(*least, steps)
-    if read_whole:
-        yield from _of_noise(*max(read_whole, key=lambda held: noise_of_momentum(*held)))
+    if whole := [*by_rule.get("flora", ()), *by_rule.get("flora_strict", ())]:
+        yield from _of_noise(*max(whole, key=lambda held: noise_of_update(*held)))
+    if blended := by_rule.get("blend"):
+        yield from _of_gain(*max(blended, key=lambda held: noise_of_update(*held)))
+    if any(size.rank == 1 for size, _ in by_rule.get("apollo", ())):
+        yield (
+            "momentum='apollo' at rank 1 scales each block by the size of one number, whose chance "
+            "alone makes updates some three times as noisy. Raise rank to 4 or more."
+        )
 
 
 def advice_on_rate(groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -102,11 +131,24 @@ def _of_coverage(size: Geometry, config: FloraConfig, steps: int) -> Iterator[st
 
 
 def _of_noise(size: Geometry, config: FloraConfig) -> Iterator[str]:
-    ratio = noise_of_momentum(size, config)
+    ratio = noise_of_update(size, config)
     if ratio <= 1.0:
         return
     yield (
         f"momentum={config.momentum!r} at rank {size.rank} per block of {size.block} and "
         f"beta1={config.beta1} has {ratio:.2g} times the noise of the gradient it averages. Raise "
         "rank or beta1, or use the default rule."
+    )
+
+
+def _of_gain(size: Geometry, config: FloraConfig) -> Iterator[str]:
+    ratio = noise_of_update(size, config)
+    if ratio <= 1.0:
+        return
+    assert size.rank is not None
+    most = (1 + config.beta1) / config.beta1
+    yield (
+        f"momentum='blend' at blend_gain={config.gain_at(size.block / size.rank):g} and "
+        f"beta1={config.beta1} has {ratio:.2g} times the noise of the gradient inside its "
+        f"subspace: more from {most:.2g} on. Pass blend_gain=1 and a larger rank."
     )
