@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,57 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from flora_dist.trainer.config import Config
 from flora_dist.trainer.optional_imports import needs_train_extra
-from flora_dist.trainer.replicated import World, local_part
+from flora_dist.trainer.place import Drawn, Place, Rows, Unfit
+from flora_dist.trainer.replicated import local_part
 
-Rows = dict[str, Tensor]
-"""This process's rows of each parameter, by name; whoever fills a network takes them out."""
 _OVERWRITES = ("normal_", "uniform_", "fill_", "zero_", "copy_", "random_")
-
-
-class Unfit(RuntimeError):
-    """A network whose initialisation is not parameter after parameter."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Which rows of each parameter a process keeps."""
-
-    number: int
-    """Of the process among those that hold shards, from 0."""
-    count: int
-    """Of those processes."""
-
-    def rows(self, whole: Tensor) -> Tensor:
-        """As torch.chunk cuts the first dimension, and FSDP2 with it; memory of the whole."""
-        if whole.ndim == 0:
-            return whole
-        size = -(-whole.shape[0] // self.count)
-        return whole[self.number * size : (self.number + 1) * size]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A network without memory, and what this process keeps of its weights."""
-
-    model: nn.Module
-    """On the meta device, but for its buffers."""
-    rows: Rows
-    """By name."""
-
-
-def place_in(config: Config, world: World) -> Place | None:
-    """Where a process keeps its rows alone; None: it needs the whole network."""
-    model, backend = config.model, config.backend
-    if model.pretrained is not None or model.lora is not None:
-        return None
-    if backend.name == "fsdp2":
-        return Place(number=world.process_rank, count=world.size)
-    if backend.name == "hsdp":
-        count = backend.shard or 1
-        return Place(number=world.process_rank % count, count=count)
-    return None
 
 
 def draw_rows(network: Any, place: Place, *, seed: int, dtype: torch.dtype) -> Drawn:

@@ -9,11 +9,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from flora_dist.trainer.backend import bound_waits, spread
-from flora_dist.trainer.by_rows import Rows, fill_
+from flora_dist.trainer.by_rows import fill_
 from flora_dist.trainer.config import Config, OptimizerConfig
 from flora_dist.trainer.gradients import check_level, keep_sketched
 from flora_dist.trainer.in_backward import check_in_backward, in_backward
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
+from flora_dist.trainer.place import Rows
 from flora_dist.trainer.replicated import Learner, Spread, World
 from flora_dist.trainer.storage import TorchStorage, TorchStorageBehind
 

@@ -108,19 +108,34 @@ def _load(folder: Path, network: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=network,
-            local_files_only=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
+        return from_files(AutoModelForCausalLM, folder, config=network)
     except Exception as error:  # what safetensors' Rust raises has no type of its own
         raise ValueError(
             f"model.pretrained must name a folder with a model's whole weights; '{folder}' gave: "
             f"{' '.join(str(error).split())} Save them again with save_pretrained."
         ) from error
-    return model
+
+
+def from_files(kind: Any, source: Path | None, **options: Any) -> nn.Module:
+    """What a transformers class makes in float32 of a folder, or of weights among the options.
+
+    Raises:
+        ValueError: some weights are missing.
+        Exception: whatever transformers raises.
+    """
+    model, found = kind.from_pretrained(
+        source,
+        local_files_only=True,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of the model's weights, {missing[0]!r} first.")
+    made: nn.Module = model
+    return made
 
 
 def _with_weights(model: nn.Module, run: Path) -> nn.Module:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from flora_dist.flora import Flora
 from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import find_world, process_group, wait_for_all
-from flora_dist.trainer.by_rows import Rows, draw_rows, place_in
 from flora_dist.trainer.checkpoint import Checkpoints, Start, check_same_start, resume
 from flora_dist.trainer.config import CheckpointConfig, Config, OptimizerConfig
 from flora_dist.trainer.configfile import as_tree, as_yaml
@@ -24,9 +23,11 @@ from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import RunResult, TrainingRun, train
 from flora_dist.trainer.metrics import open_metrics
 from flora_dist.trainer.mfu import load_of_a_token
-from flora_dist.trainer.model import build_model, parameter_count, weight_dtype
+from flora_dist.trainer.model import parameter_count
+from flora_dist.trainer.new_network import new_network
 from flora_dist.trainer.optimizers import LABELS, schedule_factor
 from flora_dist.trainer.optional_imports import needs_train_extra, stay_offline
+from flora_dist.trainer.place import Rows
 from flora_dist.trainer.preflight import RESOLVED, CheckedRun, check_run, checkpoint_folder
 from flora_dist.trainer.progress import open_progress
 from flora_dist.trainer.replicated import Learner
@@ -131,7 +132,7 @@ def _one(
 ) -> tuple[RunResult, int]:
     """Train one fresh model with one optimizer; its measurements and the model's size."""
     config, label = checked.config, LABELS[optimizer_config.name]
-    built, rows = _drawn(checked, console)
+    built, rows = _new_network(checked, console)
     model = arranged(built, config.model)
     parameters = parameter_count(model)
     if console is not None and not compared:
@@ -176,19 +177,12 @@ def _one(
     return measured, parameters
 
 
-def _drawn(checked: CheckedRun, console: Console | None) -> tuple[nn.Module, Rows | None]:
-    """The network: this process's rows alone where shards are all it needs, else whole."""
-    config, dtype = checked.config, weight_dtype(checked.config.train)
-    seed, place = config.train.seed, place_in(checked.config, checked.world)
-    if place is not None:
-        try:
-            drawn = draw_rows(checked.network, place, seed=seed, dtype=dtype)
-        except RuntimeError as error:
-            if console is not None:
-                console.print(f"every process draws the whole network: {error}", soft_wrap=True)
-        else:
-            return drawn.model, drawn.rows
-    return build_model(config.model, checked.network, seed=seed, dtype=dtype), None
+def _new_network(checked: CheckedRun, console: Console | None) -> tuple[nn.Module, Rows | None]:
+    def say_so(line: str) -> None:
+        if console is not None:
+            console.print(line, soft_wrap=True)
+
+    return new_network(checked.config, checked.network, checked.world, say_so)
 
 
 def _warn(learner: Learner, steps: int, console: Console) -> None:

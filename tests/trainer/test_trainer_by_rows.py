@@ -19,12 +19,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from flora_dist.trainer import run as trainer_run
-from flora_dist.trainer.by_rows import Place, Unfit, draw_rows, place_in
+from flora_dist.trainer import new_network
+from flora_dist.trainer.by_rows import draw_rows
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.engine import build_learner
 from flora_dist.trainer.model import build_model, read_model_config
+from flora_dist.trainer.new_network import place_in
+from flora_dist.trainer.place import Place, Unfit
 from flora_dist.trainer.replicated import World
 from flora_dist.trainer.run import run
 from flora_dist.trainer.tokenizer import ByteTokenizer
@@ -137,7 +139,7 @@ def test_what_cannot_be_drawn_by_rows_is_drawn_whole_and_said_so(
     def unfit(*_: Any, **__: Any) -> None:
         raise Unfit("weight is special")
 
-    monkeypatch.setattr(trainer_run, "draw_rows", unfit)
+    monkeypatch.setattr(new_network, "draw_rows", unfit)
     assert run(tiny("backend.name=fsdp2", "train.steps=1")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "every process draws the whole network: weight is special" in said

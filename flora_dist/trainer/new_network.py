@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's network before its first step, in no more of each process's memory than it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flora_dist.trainer.by_rows import draw_rows
+from flora_dist.trainer.config import Config
+from flora_dist.trainer.model import build_model, weight_dtype
+from flora_dist.trainer.place import WHOLE, Drawn, Place, Rows
+from flora_dist.trainer.pretrained_rows import read_rows
+from flora_dist.trainer.replicated import World
+from flora_dist.trainer.trained import is_run
+
+
+def new_network(
+    config: Config, network: Any, world: World, say: Callable[[str], object]
+) -> tuple[nn.Module, Rows | None]:
+    """The network: whole, or without memory and this process's rows where shards are all it needs.
+
+    ``say`` is told in a line where a network cannot come to be parameter after parameter.
+
+    Raises:
+        ValueError: weights that are to be loaded are missing, damaged or another model's.
+    """
+    seed, dtype = config.train.seed, weight_dtype(config.train)
+    place = place_in(config, world)
+    if place is not None:
+        try:
+            drawn = _in_place(config, network, place)
+        except RuntimeError as error:
+            does = "draws" if config.model.pretrained is None else "loads"
+            say(f"every process {does} the whole network: {error}")
+        else:
+            return drawn.model, drawn.rows
+    elif dtype != torch.float32 and not _is_of_a_run(config):
+        try:
+            return settled(_in_place(config, network, WHOLE)), None
+        except RuntimeError as error:
+            say(f"every process builds the network in float32 first: {error}")
+    return build_model(config.model, network, seed=seed, dtype=dtype), None
+
+
+def place_in(config: Config, world: World) -> Place | None:
+    """Where a process keeps its rows alone; None: it needs the whole network."""
+    backend = config.backend
+    if config.model.lora is not None or _is_of_a_run(config):
+        return None
+    if backend.name == "fsdp2":
+        return Place(number=world.process_rank, count=world.size)
+    if backend.name == "hsdp":
+        count = backend.shard or 1
+        return Place(number=world.process_rank % count, count=count)
+    return None
+
+
+def settled(drawn: Drawn) -> nn.Module:
+    """The network with memory, where all rows of it were kept."""
+    for name, parameter in drawn.model.named_parameters():
+        own = nn.Parameter(drawn.rows.pop(name), parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, own)  # type: ignore[no-untyped-call]
+    return drawn.model
+
+
+def _in_place(config: Config, network: Any, place: Place) -> Drawn:
+    seed, dtype = config.train.seed, weight_dtype(config.train)
+    if config.model.pretrained is None:
+        return draw_rows(network, place, seed=seed, dtype=dtype)
+    return read_rows(Path(config.model.pretrained), network, place, seed=seed, dtype=dtype)
+
+
+def _is_of_a_run(config: Config) -> bool:
+    """Whether weights come from another run's checkpoint, which is read whole."""
+    return config.model.pretrained is not None and is_run(Path(config.model.pretrained))
