@@ -54,6 +54,7 @@ def numbers_of(batch: Batch, now: Moment) -> list[float]:
         batch.gain * now.basis.gain,
         clip,
         batch.sign,
+        0.0 if config.growth is None else config.growth,
     ]
 
 

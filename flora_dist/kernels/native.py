@@ -44,7 +44,7 @@ class Coupled:
     column_HM: Tensor
     """The new C."""
     factor_HM: Tensor
-    """sqrt(mean(R) / C)."""
+    """What columns are multiplied by."""
     sums_H3: Tensor
     """|X|^2, <X, M A> and |M A|^2 of whole rows, in float64."""
     blocks: Tensor | None
@@ -69,8 +69,8 @@ class NativePhases:
         self.table = make_table(batch)
         self.bases = Bases()
         self._cuts = batch.members[0].cuts
-        rule, clips = self.table.rule, batch.config.clip is not None
-        self._asks_update = clips and rule is not None and rule.asks_update
+        rule, bounds = self.table.rule, batch.config.bounds_matrices
+        self._asks_update = bounds and rule is not None and rule.asks_update
         self._asks_squares = self.table.num_sums > 1
         self._asks_cross = self.table.num_sums > 2
         self._has_sketch = batch.geometry.rank is not None and rule is not None

@@ -16,11 +16,18 @@ from flora_dist.core.sketch.quantise import value_table
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, Member
-from flora_dist.core.step.momentum_rules import BlendRule, FloraRule, FloraStrictRule, Rule, rule_of
+from flora_dist.core.step.momentum_rules import (
+    AdEMAMixRule,
+    BlendRule,
+    FloraRule,
+    FloraStrictRule,
+    Rule,
+    rule_of,
+)
 from flora_dist.core.step.views import as_batches, carve, momentum_batches
 from flora_dist.core.tiles import Tile
 
-VERSION = 2
+VERSION = 3
 """``kTableVersion``."""
 TILE_ELEMENTS = 1 << 16
 """Of a tile, about: enough to pay for the sums that are kept of each, few enough for a cache."""
@@ -34,7 +41,14 @@ CHUNK = 512
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OCTETS = 5
 """``kOctets``: a momentum in records."""
-RULES: dict[type[Rule] | None, int] = {None: 0, BlendRule: 1, FloraRule: 2, FloraStrictRule: 3}
+RULES: dict[type[Rule] | None, int] = {
+    None: 0,
+    BlendRule: 1,
+    FloraRule: 2,
+    FloraStrictRule: 3,
+    AdEMAMixRule: 4,
+}
+_NORMALISATIONS = {"factored": 0, "rows": 1, "columns": 2}
 
 
 def floats(*shape: int) -> Tensor:
@@ -44,12 +58,8 @@ def floats(*shape: int) -> Tensor:
 
 def beyond_kernels(config: FloraConfig) -> Iterator[str]:
     """Settings that step matrices by torch's operators alone, as they are written."""
-    if config.growth is not None:
-        yield f"growth={config.growth}"
     if config.orthogonalise is not None:
         yield f"orthogonalise={config.orthogonalise}"
-    if config.normalise != "factored":
-        yield f"normalise={config.normalise!r}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +101,7 @@ class _Running:
 def make_table(batch: Batch) -> Table:
     """Cut a batch of matrices in tiles, and write down all that holds for every step."""
     rule = rule_of(batch.config, batch.geometry)
-    clips = batch.config.clip is not None
-    knows_early = clips and not (rule is not None and rule.asks_update)
+    knows_early = batch.config.bounds_matrices and not (rule is not None and rule.asks_update)
     num_sums = 1
     if knows_early:
         num_sums = 3 if rule is not None and rule.asks_history else 2
@@ -158,6 +167,8 @@ def _joined(
         int(config.scale_parameter),
         int(config.clip is not None),
         *_momentum_code(size, momentum),
+        _NORMALISATIONS[config.normalise],
+        int(config.growth is not None),
     ]
     matrices = _matrices(batch, [tile[3] for tile in tiles], each)
     rows = [*header, *matrices, *(number for tile in tiles for number in tile)]
@@ -174,18 +185,21 @@ def _momentum_code(size: Geometry, momentum: Tensor | None) -> tuple[int, int]:
 
 
 def _matrices(batch: Batch, owners: Sequence[int], each: int) -> Iterator[int]:
-    """First and last tile, member and C of each matrix; its tiles follow each other."""
+    """First and last tile, member, C and norm of each matrix; its tiles follow each other."""
     start = 0
     for matrix in range(len(batch.members) * each):
         stop = start
         while stop < len(owners) and owners[stop] == matrix:
             stop += 1
-        column = batch.members[matrix // each].local.get("column")
-        address = 0
-        if column is not None:
-            width = batch.geometry.num_columns
-            address = column.data_ptr() + 4 * width * (matrix % each)
-        yield from (start, stop, matrix // each, address)
+        local, place = batch.members[matrix // each].local, matrix % each
+        column, norm = local.get("column"), local.get("norm")
+        yield from (
+            start,
+            stop,
+            matrix // each,
+            0 if column is None else column.data_ptr() + 4 * batch.geometry.num_columns * place,
+            0 if norm is None else norm.data_ptr() + 4 * place,
+        )
         start = stop
     assert start == len(owners), "a matrix's tiles must follow each other"
 

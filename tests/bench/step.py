@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,11 @@ SHAPES: dict[str, Shapes] = {
 }
 LAYER_7B = "llama-7b, one layer"
 RULES = ("blend", "none", "flora", "flora_strict")
+OTHERS: dict[str, dict[str, Any]] = {
+    "ademamix": {"momentum": "ademamix"},
+    "growth": {"momentum": "blend", "growth": 1.01},
+    "columns": {"momentum": "blend", "normalise": "columns"},
+}
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
@@ -60,9 +66,10 @@ def optimizers_of(parameters: list[nn.Parameter], paths: Sequence[str]) -> dict[
         "Adafactor (torch)": (torch.optim.Adafactor(parameters, lr=1e-5), "torch"),
     }
     for kernels in paths:
-        for rule in RULES:
-            optimizer = Flora(named, lr=1e-5, momentum=rule, rank=8, block=64)
-            made[f"Flora, {rule}, {kernels}"] = optimizer, kernels
+        settings = {rule: {"momentum": rule} for rule in RULES} | OTHERS
+        for name, own in settings.items():
+            optimizer = Flora(named, lr=1e-5, rank=8, block=64, **own)
+            made[f"Flora, {name}, {kernels}"] = optimizer, kernels
         default = Flora(named, lr=1e-5)
         made[f"Flora, default, {kernels}"] = default, kernels
     return made
@@ -188,7 +195,7 @@ def main() -> None:
     begin(asked)
     make = partial(optimizers_of, paths=asked.paths.split(","))
     for title, shapes in SHAPES.items():
-        # Thirteen optimizers on one layer of 7b take 10 GB in float32: only where it is asked for.
+        # So many optimizers of one layer of 7b take 15 GB in float32: only where it is asked for.
         if asked.only not in title or (title == LAYER_7B and not asked.only):
             continue
         for dtype in asked.dtype or ["float32", "bfloat16"]:

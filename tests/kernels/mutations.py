@@ -22,6 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCES = Path("flora_dist/kernels/cpu")
 FIXED = "tests/kernels/test_paths.py::test_a_fixed_run_is_the_same_by_kernels_and_by_torch"
+BOUNDED = (
+    "tests/kernels/test_paths.py::test_growth_and_normalise_are_the_same_by_kernels_and_by_torch"
+)
 SKETCHING = "tests/kernels/test_sketching.py"
 RECORDS = "tests/kernels/test_records.py"
 STEP_ON_RECORDS = "tests/kernels/test_record_paths.py"
@@ -124,6 +127,22 @@ MUTATIONS = {
         new="sum -= from[k * padded + r] * load8(move_RP",
         test=FIXED,
     ),
+    "finish, added average": Mutation(
+        file="whole.h",
+        old="kRule == kMix   ? now.gain * fresh",
+        new="kRule == kMix   ? now.gain * compressed",
+        test=FIXED,
+        select="ademamix",
+    ),
+    "settle, growth": Mutation(
+        file="settle.cpp", old="growth * last : norm", new="last : norm", test=BOUNDED
+    ),
+    "settle, normalise": Mutation(
+        file="settle.cpp",
+        old="if (size.normalise == kFactored)",
+        new="if (size.normalise != kRows)",
+        test=BOUNDED,
+    ),
     "vectors, measure": Mutation(
         file="vector.h",
         old="clipped += square_sum(x, chunk.count);",
@@ -132,8 +151,8 @@ MUTATIONS = {
     ),
     "vectors, finish": Mutation(
         file="vector.h",
-        old="x[j] = (1 - now.beta1) * (x[j] * factor)",
-        new="x[j] = now.beta1 * (x[j] * factor)",
+        old="old[j] = (1 - now.beta1) * (x[j] * factor)",
+        new="old[j] = now.beta1 * (x[j] * factor)",
         test=FIXED,
     ),
     "rounding": Mutation(

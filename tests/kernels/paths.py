@@ -51,8 +51,12 @@ def case_of(seed: int) -> Case:
     """A random case; the same for a seed."""
     draw = random.Random(seed)
     shapes = tuple(_shape(draw) for _ in range(draw.randint(1, 6)))
-    momentum = draw.choice(["blend", "none", "flora", "flora_strict"])
-    laws = ["hadamard"] if momentum == "blend" else ["hadamard", "gaussian", "rademacher"]
+    momentum = draw.choice(["blend", "ademamix", "none", "flora", "flora_strict"])
+    laws = (
+        ["hadamard"]
+        if momentum in {"blend", "ademamix"}
+        else ["hadamard", "gaussian", "rademacher"]
+    )
     block = draw.choice([8, 16, 64])
     settings = {
         "lr": 10 ** draw.uniform(-2, -1),
@@ -65,6 +69,9 @@ def case_of(seed: int) -> Case:
         "transfer": draw.choice(["shrink", "reset"]),
         "beta2": draw.choice([None, 0.99]),
         "clip": draw.choice([None, 0.3, 1.0]),
+        "growth": draw.choice([None, None, 1.01]),
+        "normalise": draw.choice(["factored", "factored", "rows", "columns"]),
+        "blend_gain": draw.choice([None, 1.0, 3.0]),
         "weight_decay": draw.choice([0.0, 0.1]),
         "scale_parameter": draw.random() < 0.3,
         "state_dtype": draw.choice(["float32", "float32", "bfloat16"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from flora_dist.kernels import at_once, native, native_vector
 from flora_dist.kernels.library import found
 from flora_dist.kernels.presence import VARIABLE
 from tests.kernels.mutations import MUTATIONS, ROOT, SOURCES
-from tests.kernels.paths import Case, case_of, difference, run
+from tests.kernels.paths import Case, case_of, difference, path, run
 
 FIXED = Case(
     seed=0,
@@ -23,6 +24,12 @@ FIXED = Case(
     dtype=torch.float32,
     settings={"lr": 1e-2, "momentum": "blend", "clip": 0.3, "weight_decay": 0.1, "kappa": 2},
 )
+RULES = ["blend", "ademamix", "flora", "flora_strict", "none"]
+BOUNDS = [
+    *({"momentum": rule, "growth": 1.01} for rule in ("ademamix", "flora", "flora_strict")),
+    *({"momentum": "blend", "normalise": kind} for kind in ("rows", "columns")),
+    {"momentum": "flora", "normalise": "columns", "growth": 1.01},
+]
 # Places of ``numbers_of``: what of a step goes wrong if one of them is.
 NUMBERS = {
     "beta2": 0,
@@ -53,18 +60,32 @@ def test_random_runs_are_the_same_by_kernels_and_by_torch(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
+@pytest.mark.parametrize("momentum", RULES)
 def test_a_fixed_run_is_the_same_by_kernels_and_by_torch(momentum: str, dtype: torch.dtype) -> None:
     settings = {**FIXED.settings, "momentum": momentum}
     assert not difference(replace(FIXED, dtype=dtype, settings=settings))
 
 
-@pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
+@pytest.mark.parametrize("settings", BOUNDS, ids=str)
+def test_growth_and_normalise_are_the_same_by_kernels_and_by_torch(
+    settings: dict[str, Any],
+) -> None:
+    # Gradients of one size grow little; the first step's update, without momentum, is the largest.
+    case = replace(FIXED, settings=FIXED.settings | settings)
+    assert not difference(case)
+    with path("native"):
+        weight = torch.nn.Parameter(torch.zeros(8, 64))
+        said = Flora([("w", weight)], **settings).report().summary()
+    assert "torch's operators" not in said
+
+
+@pytest.mark.parametrize("momentum", RULES)
 def test_a_step_in_one_call_has_the_bits_of_one_by_phases(
     momentum: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = (*FIXED.shapes, (600, 512))  # of several tiles
     settings = {**FIXED.settings, "momentum": momentum, "scale_parameter": True}
+    settings |= {"growth": 1.01} if momentum in {"ademamix", "flora_strict"} else {}
     case = replace(FIXED, shapes=shapes, settings=settings)
     in_one_call = run(case, "native")[1]
     monkeypatch.setattr(Plan, "_find_at_once", lambda _: None)
@@ -119,7 +140,7 @@ def give_wrong(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
+@pytest.mark.parametrize("momentum", RULES)
 @pytest.mark.usefixtures("threads")
 def test_bits_do_not_depend_on_the_number_of_threads(momentum: str, dtype: torch.dtype) -> None:
     shapes = (*FIXED.shapes, (300, 512))

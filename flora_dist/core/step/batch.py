@@ -94,7 +94,7 @@ class Batch:
     elements_per_matrix: int
     """N M."""
     gain: float
-    """Weight of the sketched momentum under "blend"; 1 where dense."""
+    """Weight of the momentum under "blend" and "ademamix"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -21,6 +21,7 @@ from flora_dist.core.step.basis import BatchSketches
 from flora_dist.core.step.batch import Across, AtOnce, Batch, Member, Phases, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.memory import Memory
+from flora_dist.core.step.momentum_rules import AdEMAMixRule, BlendRule, rule_of
 from flora_dist.core.step.views import work_limit
 
 # Torch cuts a sum that gives one number among threads from here on, and none that gives several:
@@ -209,6 +210,7 @@ def _entry(
 def _batch(members: tuple[Member, ...]) -> Batch:
     first = members[0]
     size, splits = first.geometry, first.part.splits_matrices
+    rule = rule_of(first.config, size)
     sketches = [member.sketches for member in members if member.sketches is not None]
     here = first.matrices[1] - first.matrices[0]
     is_part = len(members) == 1 and splits
@@ -230,7 +232,7 @@ def _batch(members: tuple[Member, ...]) -> Batch:
         matrices_summed=size.num_matrices if splits else here,
         held=slice(*first.matrices) if is_part else slice(0, len(members) * here),
         elements_per_matrix=size.num_rows * size.num_columns,
-        gain=1.0 if size.rank is None else first.config.gain_at(size.block / size.rank),
+        gain=rule.gain if isinstance(rule, BlendRule | AdEMAMixRule) else 1.0,
     )
 
 

@@ -3,9 +3,10 @@
 //
 // Every rule is U = keep X + D A with one D per block:
 //     blend   M <- b move(M) + (1-b) c;  U = X + gain (R/B) (M - c) A_new
+//     mix     M <- b move(M) + (1-b) c;  U = X + gain (R/B) M A_new
 //     flora   M <- b move(M) + (1-b) c;  U = (1-b) X + b M_old A_old
 //     strict  M <- b move(M) + (1-b) c;  U = M A_new
-// A dense momentum has A = I and never moves: U is the new M in all of them.
+// A dense momentum has A = I and never moves: U is the new M in all of them but `mix`.
 #pragma once
 #include "whole.h"
 
@@ -135,11 +136,13 @@ FLORA_INLINE void advance_sketch(const Update& u, const Chunk& chunk, int64_t i)
 
 FLORA_CALLED void advance_dense(const Update& u, const Chunk& chunk, int64_t i) {
   const Stored stored = stored_momentum(u.size, u.tile, chunk, i);
-  float* x = u.room.x + (chunk.lo - chunk.start);
-  Stored::read(stored, u.room.old);
+  float *x = u.room.x + (chunk.lo - chunk.start), *momentum = u.room.old;
+  Stored::read(stored, momentum);
   const float beta = u.now.beta1;
-  for (int64_t j = 0; j < stored.count; j++) x[j] = (1 - beta) * x[j] + beta * u.room.old[j];
-  write_momentum(u, stored, x, i, chunk.lo, u.size.num_columns);
+  for (int64_t j = 0; j < stored.count; j++) momentum[j] = (1 - beta) * x[j] + beta * momentum[j];
+  for (int64_t j = 0; j < stored.count; j++)
+    x[j] = u.size.rule == kMix ? x[j] + u.now.gain * momentum[j] : momentum[j];
+  write_momentum(u, stored, momentum, i, chunk.lo, u.size.num_columns);
 }
 
 // W <- (1 - lr wd) W - rate U of consecutive elements of a line; at most kChunk.
@@ -167,7 +170,7 @@ FLORA_INLINE double finish_line(const Update& u, const float* g, int64_t i, floa
   char* weights = reinterpret_cast<char*>(tile.weight) + bytes * i * width;
   const float* factor = u.settled.factor + tile.matrix * size.num_columns;
   const Sketch& sketch = kRule == kFlora ? u.old : u.fresh;
-  const float keep = kRule == kFlora ? 1 - u.now.beta1 : kRule == kStrict ? 0 : 1;
+  const float keep = kept_of(kRule, u.now);
   double squares = 0;
   each_chunk(size, tile, [&](const Chunk& chunk) {
     char* w = weights + bytes * (chunk.lo - tile.first);
@@ -198,7 +201,7 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
   const Header& size = *plan.header;
   const Tile& tile = plan.tiles[index];
   const Room room = room_for(scratch, plan, tile, given, basis);
-  const bool clips_input = kRule == kNone || kRule == kBlend;
+  const bool clips_input = kRule == kNone || kRule == kBlend || kRule == kMix;
   const float clip = settled.clip[tile.matrix], factor = clips_input ? clip : 1;
   const float rate = settled.rate[tile.matrix] * (clips_input ? 1 : clip);
   Sketch old, fresh;
@@ -220,7 +223,7 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
   for (int64_t i = 0; i < tile.num_rows; i++) {
     const float* g = gradient_line(plan, tile, given, i, room, room.lines[0]);
     const float fresh = settled.rows[tile.new_row + i];
-    const float row = now.sign * (1 / __builtin_sqrtf(fresh)) * factor;
+    const float row = now.sign * row_scale(size, fresh) * factor;
     squares += finish_line<kRule>(update, g, i, row, rate, rounding);
     if (options.squares == nullptr) reinterpret_cast<float*>(tile.row)[i] = fresh;
   }
@@ -232,6 +235,7 @@ void finish(const Plan& plan, int64_t index, const Gradients& given, const Basis
   switch (plan.header->rule) {
     case kNone: return finish_rule<kNone>(plan, index, given, basis, now, settled, options, scratch);
     case kBlend: return finish_rule<kBlend>(plan, index, given, basis, now, settled, options, scratch);
+    case kMix: return finish_rule<kMix>(plan, index, given, basis, now, settled, options, scratch);
     case kFlora: return finish_rule<kFlora>(plan, index, given, basis, now, settled, options, scratch);
     default: return finish_rule<kStrict>(plan, index, given, basis, now, settled, options, scratch);
   }

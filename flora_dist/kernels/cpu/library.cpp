@@ -28,9 +28,9 @@ Plan checked(const Plan& plan) {
 Plan read_plan(const Tensor& table) { return checked(plan_of(data<const int64_t>(table))); }
 
 Now read_now(const Numbers& n) {
-  STD_TORCH_CHECK(n.size() == 9, "the numbers of a step must be 9; got ", n.size());
+  STD_TORCH_CHECK(n.size() == kNowNumbers, "the numbers of a step must be ", kNowNumbers, "; got ", n.size());
   auto at = [&](int i) { return static_cast<float>(n[i]); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
 }
 
 // kind, block, rank, of records their bits and the address of their values' table, then addresses by member (and
@@ -196,7 +196,7 @@ struct Jobs {
       gradient += n[7], key += n[8];
       const Gradients given = read_gradients(plan, own);
       const Basis basis = {at(2), at(3), at(4), at(5), up(plan.header->rank, 8), n[6]};
-      const Now now = read_now(Numbers(numbers.begin() + 9 * b, numbers.begin() + 9 * (b + 1)));
+      const Now now = read_now(Numbers(numbers.begin() + kNowNumbers * b, numbers.begin() + kNowNumbers * (b + 1)));
       all.push_back({plan, given, now, basis, read_keys(plan, own_keys), n[1] != 0, scratch_of(plan, given)});
     }
   }

@@ -34,7 +34,7 @@ FLORA_INLINE Chunk chunk_at(const Tile& tile, int64_t k0, int64_t k1, int64_t bl
   return {k0, k1, k0 * block, k1 * block, larger(tile.first, k0 * block), smaller(tile.last, k1 * block)};
 }
 
-// X = G / sqrt(R C / mean(R)), times the scale that is in `row`; zeros up to whole blocks.
+// X = G row factor, with row times what X is clipped by; zeros up to whole blocks.
 FLORA_CALLED void normalise(float* x, const Chunk& chunk, const Tile& tile, const float* gradient, float row,
                             const float* factor) {
   for (int64_t j = chunk.start; j < chunk.lo; j++) x[j - chunk.start] = 0;

@@ -58,7 +58,7 @@ class MatrixStep {
     kernels_.measure(job_.plan, tile, job_.given, job_.basis, job_.now, sums, scratch);
   }
 
-  // Sums of all tiles, C, and the clip where that follows from sums.
+  // Sums of all tiles, C, and what bounds the update where that follows from sums.
   void settle() {
     const Header& size = *job_.plan.header;
     const Tile& first = job_.plan.tiles[own_.first_tile];
@@ -74,26 +74,27 @@ class MatrixStep {
                   {nullptr, column_ - here, factor_ - here, sums_ - kSettledSums * matrix_});
     Clipping given = {sums_ - kSettledSums * matrix_, nullptr, nullptr, nullptr, shifted(terms_.weight, summed)};
     rate_ = rate(job_.plan, matrix_, job_.now, given);
-    clip_ = asks_update() ? 1 : clip_factor(job_.plan, matrix_, job_.now, given);
+    if (!asks_update()) bound_ = bound_of(job_.plan, matrix_, job_.now, given);
   }
 
   // Whether |U|^2 has to be summed before anything is written.
-  bool asks_update() const { return job_.plan.header->rule == kStrict && job_.plan.header->clips; }
+  bool asks_update() const { return job_.plan.header->rule == kStrict && bounds(*job_.plan.header); }
 
   void tally(int64_t tile, float* scratch) const {
     run(tile, scratch, {nullptr, nullptr, squares_ - own_.first_tile});
   }
 
-  void clip_update() {
+  void bound_update() {
     const int64_t summed = job_.plan.header->first_summed + matrix_;
     const auto update = static_cast<float>(add_scalars(job_.plan, matrix_, squares_ - own_.first_tile, 1));
-    clip_ = clip_factor(job_.plan, matrix_, job_.now, {nullptr, nullptr, nullptr, &update - summed, nullptr});
+    bound_ = bound_of(job_.plan, matrix_, job_.now, {nullptr, nullptr, nullptr, &update - summed, nullptr});
   }
 
   void finish(int64_t tile, float* scratch) const { run(tile, scratch, job_.options); }
 
-  void write_column() const {
+  void write_state() const {
     memcpy(reinterpret_cast<float*>(own_.column), column_, sizeof(float) * job_.plan.header->num_columns);
+    write_norm(job_.plan, matrix_, bound_);
   }
 
   int64_t first_tile() const { return own_.first_tile; }
@@ -113,7 +114,7 @@ class MatrixStep {
   void run(int64_t tile, float* scratch, const FinishOptions& options) const {
     const Tile& first = job_.plan.tiles[own_.first_tile];
     const int64_t here = matrix_ * job_.plan.header->num_columns;
-    const Settled settled = {factor_ - here, rows_ - first.new_row, &clip_ - matrix_, &rate_ - matrix_, nullptr};
+    const Settled settled = {factor_ - here, rows_ - first.new_row, &bound_.factor - matrix_, &rate_ - matrix_, nullptr};
     kernels_.finish(job_.plan, tile, job_.given, job_.basis, job_.now, settled, options, scratch);
   }
 
@@ -124,7 +125,8 @@ class MatrixStep {
   float *factor_, *column_, *partial_, *rows_;
   double *scalars_, *squares_, *sums_;
   MeasureTerms terms_;
-  float clip_ = 1, rate_ = 0;
+  Bound bound_ = {1, 0};
+  float rate_ = 0;
 };
 
 // From start to end by one thread.
@@ -137,11 +139,11 @@ inline void step_matrix(const Job& job, const Kernels& kernels, int64_t matrix) 
   step.settle();
   if (step.asks_update()) {
     for (int64_t t = step.first_tile(); t < step.last_tile(); t++) step.tally(t, own);
-    step.clip_update();
+    step.bound_update();
   }
   // Backwards: what was measured last is nearest.
   for (int64_t t = step.last_tile() - 1; t >= step.first_tile(); t--) step.finish(t, own);
-  step.write_column();
+  step.write_state();
 }
 
 inline void step_vector(const Job& job, const Kernels& kernels, int64_t index) {
@@ -156,7 +158,7 @@ inline void step_vector(const Job& job, const Kernels& kernels, int64_t index) {
   const int64_t summed = job.plan.header->first_summed + index;
   const Clipping given = {nullptr, nullptr, nullptr, &update - summed,
                           job.plan.header->sums_weight ? &weight - summed : nullptr};
-  const float clip = clip_factor(job.plan, index, job.now, given), own_rate = rate(job.plan, index, job.now, given);
+  const float clip = bound_of(job.plan, index, job.now, given).factor, own_rate = rate(job.plan, index, job.now, given);
   const Settled settled = {nullptr, nullptr, &clip - index, &own_rate - index, nullptr};
   for (int64_t t = own.first_tile; t < own.last_tile; t++)
     kernels.finish_vector(job.plan, t, job.given, job.now, settled, job.options, memory + needed);
@@ -224,7 +226,7 @@ class LocalStep {
       if (own.step->asks_update()) own.step->tally(own.tile, scratch(own.step->scratch_floats()));
     });
     for (MatrixStep& step : shared_)
-      if (step.asks_update()) step.clip_update();
+      if (step.asks_update()) step.bound_update();
     // Whole matrices first: tiles are smaller, and even out when threads come to the end.
     const int64_t units = units_.size(), tiles = tiles_.size();
     each(units + tiles, elements_, [&](int64_t n) {
@@ -236,7 +238,7 @@ class LocalStep {
       if (unit.job->is_vector) return step_vector(*unit.job, kernels_, unit.matrix);
       step_matrix(*unit.job, kernels_, unit.matrix);
     });
-    for (const MatrixStep& step : shared_) step.write_column();
+    for (const MatrixStep& step : shared_) step.write_state();
   }
 
  private:

@@ -88,7 +88,7 @@ FLORA_INLINE void measure_lines(const Header& size, const Tile& tile, const Now&
     const float old = reinterpret_cast<const float*>(tile.row)[at[r]];
     const float fresh = now.beta2 * old + now.fresh2 * (squares[r] / size.num_columns + now.eps);
     sums.rows[tile.new_row + at[r]] = fresh;
-    inverse[r] = 1 / fresh;
+    inverse[r] = size.normalise == kColumns ? 1 : 1 / fresh;
   }
   float* columns = sums.partial + tile.partial;
   if (size.num_sums > 1 && !tile.is_cut)
@@ -130,7 +130,7 @@ FLORA_CALLED double add_history(const Header& size, const Tile& tile, const Now&
   float* cross = sums.partial + tile.partial + 2 * width;
   float scale = 0;
   if (!tile.is_cut) {
-    scale = now.sign / __builtin_sqrtf(sums.rows[tile.new_row + i]);
+    scale = now.sign * row_scale(size, sums.rows[tile.new_row + i]);
   } else if (sums.products != nullptr) {
     cross = sums.products + (tile.row_slot + i) * size.num_columns + tile.first;
     scale = now.sign;
@@ -215,7 +215,7 @@ void couple(const Plan& plan, int64_t index, const Gradients& given, const Basis
     Sketch::read(fresh, matrix_of(basis.new_HRB, size, tile), columns_of(basis, size, tile), size);
   for (int64_t i = 0; i < tile.num_rows; i++) {
     const float* g = gradient_line(plan, tile, given, i, room, room.lines[0]);
-    const float row = now.sign / __builtin_sqrtf(settled.rows[tile.new_row + i]);
+    const float row = now.sign * row_scale(size, settled.rows[tile.new_row + i]);
     each_chunk(size, tile, [&](const Chunk& chunk) {
       const int64_t skip = chunk.lo - chunk.start, count = chunk.hi - chunk.lo;
       normalise(room.x, chunk, tile, g, row, factor);

@@ -85,10 +85,12 @@ inline void settle_batch(const Plan& plan, const Now& now, const Totals& totals,
 
 struct Scaling {
   std::vector<float> clip, rate;
+  std::vector<Bound> bounds;
 
   Scaling(const Plan& plan, const Now& now, const Clipping& given) : clip(plan.header->num_matrices), rate(clip) {
     for (size_t m = 0; m < clip.size(); m++) {
-      clip[m] = clip_factor(plan, m, now, given);
+      bounds.push_back(bound_of(plan, m, now, given));
+      clip[m] = bounds.back().factor;
       rate[m] = flora::rate(plan, m, now, given);
     }
   }
@@ -103,9 +105,11 @@ inline void finish_batch(const Plan& plan, const Gradients& given, const Now& no
     // Backwards: what was measured last is in the cache still.
     kernels().finish(plan, size.num_tiles - 1 - tile, given, basis, now, settled, options, own);
   });
-  for (int64_t m = 0; m < size.num_matrices; m++)
+  for (int64_t m = 0; m < size.num_matrices; m++) {
     memcpy(reinterpret_cast<float*>(plan.matrices[m].column), column + m * size.num_columns,
            sizeof(float) * size.num_columns);
+    write_norm(plan, m, scaling.bounds[m]);
+  }
 }
 
 inline void measure_vectors(const Plan& plan, const Gradients& given, const Now& now, const VectorSums& sums, float* terms_S) {

@@ -10,9 +10,10 @@
 namespace flora {
 
 // Raised with every change of a struct in this file, of an operator's arguments or of their meaning.
-constexpr int64_t kTableVersion = 2;
+constexpr int64_t kTableVersion = 3;
 
-enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3 };
+enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3, kMix = 4 };
+enum Normalise : int64_t { kFactored = 0, kRows = 1, kColumns = 2 };
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kOctets = 5 };  // octets: records
 
 struct Header {
@@ -42,6 +43,8 @@ struct Header {
   int64_t clips;
   int64_t momentum_bits;   // of a momentum in records
   int64_t momentum_table;  // address of their values
+  int64_t normalise;
+  int64_t limits_growth;   // of updates of matrices, in place of a clip
 };
 
 struct Matrix {
@@ -49,6 +52,7 @@ struct Matrix {
   int64_t last_tile;
   int64_t member;
   int64_t column;          // address of the state C (M)
+  int64_t norm;            // address of the last update's norm; 0 where its growth has no limit
 };
 
 struct Tile {
@@ -94,10 +98,19 @@ struct Now {
   float keep;              // 1 - lr * weight_decay
   float eps;
   float beta1;
-  float gain;              // of the blend rule, times R / B
+  float gain;              // of the momentum in `blend` and `ademamix`, times R / B
   float clip;
   float sign;              // -1 to maximize
+  float growth;            // largest quotient of a matrix's update's norm and the last one's
 };
+constexpr int64_t kNowNumbers = 10;
+
+// Whether updates of matrices are bounded, so that their norms must be known.
+static inline bool bounds(const Header& size) { return size.clips || size.limits_growth; }
+// What a row is multiplied by, from its new R.
+static inline float row_scale(const Header& size, float row) {
+  return size.normalise == kColumns ? 1.0f : 1 / __builtin_sqrtf(row);
+}
 
 // How the numbers of a block are written: a record of bytes, see flora_dist/core/sketch/quantise.py.
 struct Code {
@@ -147,9 +160,9 @@ struct Basis {
 
 // What is known of the normalisation once message 1 is in; (H, .) each.
 struct Settled {
-  const float* factor;         // (H, M): sqrt(mean(R) / C)
+  const float* factor;         // (H, M): what columns are multiplied by
   const float* rows;           // the new R of every tile's rows
-  const float* clip;           // (H): 1 / max(1, RMS / clip)
+  const float* clip;           // (H): what bounds the update
   const float* rate;           // (H)
   const float* blocks;         // whole sketches of cut blocks (slots, R), or null
 };

@@ -33,6 +33,40 @@ float square_sum(int64_t count, const float* x) {
   return static_cast<float>(sum(count, [&](int64_t j) { return static_cast<double>(x[j]) * x[j]; }));
 }
 
+// What columns are multiplied by, from the new C.
+void scale_columns(const Header& size, const float* column, float* factor) {
+  const int64_t columns = size.num_columns;
+  if (size.normalise == kRows) {
+    std::fill(factor, factor + columns, 1.0f);
+    return;
+  }
+  // mean(R) = mean(C). Roots first: their quotient would overflow for a large gradient beside an empty column.
+  float root = 1;
+  if (size.normalise == kFactored)
+    root = std::sqrt(static_cast<float>(sum(columns, [&](int64_t j) { return column[j]; }) / columns));
+  for (int64_t j = 0; j < columns; j++) factor[j] = root * (1 / std::sqrt(column[j]));
+}
+
+// Squared norm of what is bounded, of one matrix.
+double square_sum_of(const Header& size, int64_t index, const Now& now, const Clipping& given) {
+  const int64_t summed = size.first_summed + index;
+  if (given.update != nullptr) return given.update[summed];
+  const double* sums = given.sums + kSettledSums * index;
+  const double squares = sums[0] + (given.squares == nullptr ? 0 : given.squares[summed]);
+  if (size.rule != kFlora) return squares;
+  const double cross = sums[1] + (given.cross == nullptr ? 0 : given.cross[summed]);
+  const double b = now.beta1;
+  // |(1-b) X + b M A|^2, term by term
+  return (1 - b) * (1 - b) * squares + 2 * b * (1 - b) * cross + b * b * sums[2];
+}
+
+// min(1, growth last / norm), and the norm that this leaves; 1 where the last update was zero.
+Bound limit_growth(float last, float norm, float growth) {
+  const float largest = last > 0 ? growth * last : norm, factor = largest / norm;
+  // 0 / 0 and inf / inf limit nothing. NaN stays in the norm.
+  return {factor < 1 ? factor : 1, largest < norm ? largest : norm};
+}
+
 double elements(const Header& size) { return static_cast<double>(size.num_rows) * size.num_columns; }
 
 }  // namespace
@@ -55,7 +89,7 @@ void add_norms(const Plan& plan, int64_t index, const float* rows, const Whole& 
   if (!tile.is_cut || whole.elements == nullptr) return;
   const int64_t columns = plan.header->num_columns, place = (plan.header->first_summed + tile.matrix) * columns;
   for (int64_t i = 0; i < tile.num_rows; i++) {
-    const float scale = 1 / std::sqrt(rows[tile.new_row + i]);
+    const float scale = row_scale(*plan.header, rows[tile.new_row + i]);
     const int64_t line = (tile.row_slot + i) * columns;
     for (int64_t j = 0; whole.squares != nullptr && j < columns; j++) {
       const float x = whole.elements[line + j] * scale;
@@ -78,7 +112,7 @@ void sketch_cut_blocks(const Plan& plan, int64_t index, const float* rows, const
     const int64_t start = edges[e] * size.block, stop = std::min(start + size.block, size.num_columns);
     for (int64_t i = 0; i < tile.num_rows; i++) {
       const float* line = whole.elements + (tile.row_slot + i) * size.num_columns;
-      const float scale = 1 / std::sqrt(rows[tile.new_row + i]);
+      const float scale = row_scale(size, rows[tile.new_row + i]);
       for (int64_t r = 0; r < size.rank; r++)
         whole.blocks[(slots[e] + i) * size.rank + r] = static_cast<float>(sum(stop - start, [&](int64_t j) {
           return sketch[r * size.block + j] * (line[start + j] * scale * own_factor[start + j]);
@@ -95,10 +129,7 @@ void settle_matrix(const Plan& plan, int64_t index, const Now& now, const Totals
   float* factor = out.factor + index * columns;
   const float* fresh = totals.columns + summed * columns;
   for (int64_t j = 0; j < columns; j++) column[j] = moving_mean(old[j], fresh[j], size.num_rows, now);
-  const double total = sum(columns, [&](int64_t j) { return column[j]; });
-  // mean(R) = mean(C). Roots first: their quotient would overflow for a large gradient beside an empty column.
-  const float root = std::sqrt(static_cast<float>(total / columns));
-  for (int64_t j = 0; j < columns; j++) factor[j] = root * (1 / std::sqrt(column[j]));
+  scale_columns(size, column, factor);
   double squares = 0, cross = 0;
   // |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
   if (totals.squares != nullptr) {
@@ -115,25 +146,20 @@ void settle_matrix(const Plan& plan, int64_t index, const Now& now, const Totals
   sums[2] = totals.history == nullptr ? 0 : totals.history[summed];
 }
 
-float clip_factor(const Plan& plan, int64_t index, const Now& now, const Clipping& given) {
+Bound bound_of(const Plan& plan, int64_t index, const Now& now, const Clipping& given) {
   const Header& size = *plan.header;
-  if (!size.clips) return 1;
-  const int64_t summed = size.first_summed + index;
-  double square_sum;
-  if (given.update != nullptr) {
-    square_sum = given.update[summed];
-  } else {
-    const double* sums = given.sums + kSettledSums * index;
-    const double squares = sums[0] + (given.squares == nullptr ? 0 : given.squares[summed]);
-    const double cross = sums[1] + (given.cross == nullptr ? 0 : given.cross[summed]);
-    const double b = now.beta1;
-    square_sum = squares;
-    if (size.rule == kFlora)  // |(1-b) X + b M A|^2, term by term
-      square_sum = (1 - b) * (1 - b) * squares + 2 * b * (1 - b) * cross + b * b * sums[2];
-  }
+  const auto* last = reinterpret_cast<const float*>(plan.matrices[index].norm);
+  if (last == nullptr && !size.clips) return {1, 0};
+  const double found = square_sum_of(size, index, now, given);
   // Sums over shards can round a true zero to just below it. NaN stays.
-  const double ratio = std::sqrt((square_sum < 0 ? 0 : square_sum) / elements(size)) / now.clip;
-  return static_cast<float>(1 / (ratio < 1 ? 1 : ratio));
+  const double square_sum = found < 0 ? 0 : found;
+  if (last != nullptr) return limit_growth(*last, static_cast<float>(std::sqrt(square_sum)), now.growth);
+  const double ratio = std::sqrt(square_sum / elements(size)) / now.clip;
+  return {static_cast<float>(1 / (ratio < 1 ? 1 : ratio)), 0};
+}
+
+void write_norm(const Plan& plan, int64_t index, const Bound& bound) {
+  if (plan.matrices[index].norm != 0) *reinterpret_cast<float*>(plan.matrices[index].norm) = bound.norm;
 }
 
 float rate(const Plan& plan, int64_t index, const Now& now, const Clipping& given) {

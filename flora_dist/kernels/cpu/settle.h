@@ -42,11 +42,18 @@ struct Clipping {
   const float* weight;   // |W|^2
 };
 
+// How a matrix's update is bounded: by 1 / max(1, RMS / clip), or by the norm that the last one had.
+struct Bound {
+  float factor;          // what it is multiplied by
+  float norm;            // what is left of it, where its growth has a limit
+};
+
 void settle_rows(const Plan&, int64_t tile, const Now&, const Totals&, const Settling&);
 void add_norms(const Plan&, int64_t tile, const float* rows, const Whole&);
 void sketch_cut_blocks(const Plan&, int64_t tile, const float* rows, const float* factor, const Whole&);
 void settle_matrix(const Plan&, int64_t matrix, const Now&, const Totals&, const Settling&);
-float clip_factor(const Plan&, int64_t matrix, const Now&, const Clipping&);
+Bound bound_of(const Plan&, int64_t matrix, const Now&, const Clipping&);
+void write_norm(const Plan&, int64_t matrix, const Bound&);
 float rate(const Plan&, int64_t matrix, const Now&, const Clipping&);
 
 }  // namespace flora

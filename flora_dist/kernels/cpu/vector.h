@@ -86,11 +86,13 @@ void finish_vector(const Plan& plan, int64_t index, const Gradients& given, cons
       const Stored stored = stored_vector(size, tile, chunk);
       Stored::read(stored, old);
       for (int64_t j = 0; j < chunk.count; j++)
-        x[j] = (1 - now.beta1) * (x[j] * factor) + now.beta1 * old[j];
+        old[j] = (1 - now.beta1) * (x[j] * factor) + now.beta1 * old[j];
       if (stored.dtype == kFloat32)
-        memcpy(stored.at, x, sizeof(float) * chunk.count);
+        memcpy(stored.at, old, sizeof(float) * chunk.count);
       else
-        Rounding::write(of_momentum, static_cast<uint16_t*>(stored.at), x, chunk.count, 0, column);
+        Rounding::write(of_momentum, static_cast<uint16_t*>(stored.at), old, chunk.count, 0, column);
+      for (int64_t j = 0; j < chunk.count; j++)
+        x[j] = size.rule == kMix ? x[j] * factor + now.gain * old[j] : old[j];
     }
     step_weights(reinterpret_cast<char*>(tile.weight) + bytes * chunk.offset, size.weight_dtype, x, chunk.count,
                  now.keep, rate, of_weight, 0, column, buffer);

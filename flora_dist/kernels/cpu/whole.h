@@ -14,8 +14,16 @@ namespace {
 template <int kRule>
 FLORA_INLINE Eight advance_eight(Eight compressed, Eight old, Eight moved, const Now& now, Eight& difference) {
   const Eight fresh = (1 - now.beta1) * compressed + now.beta1 * moved;
-  difference = kRule == kBlend ? now.gain * (fresh - compressed) : kRule == kFlora ? now.beta1 * old : fresh;
+  difference = kRule == kBlend ? now.gain * (fresh - compressed)
+               : kRule == kMix   ? now.gain * fresh
+               : kRule == kFlora ? now.beta1 * old
+                                 : fresh;
   return fresh;
+}
+
+// The part of X in U.
+FLORA_INLINE float kept_of(int64_t rule, const Now& now) {
+  return rule == kFlora ? 1 - now.beta1 : rule == kStrict ? 0 : 1;
 }
 
 // Elements in memory as vectors of floats, and back.
@@ -114,7 +122,7 @@ FLORA_CALLED void finish_whole(const Whole& given) {
   const Tile& tile = w.tile;
   const int64_t width = tile.last - tile.first, per_row = width / kBlock, blocks = tile.num_rows * per_row;
   const int64_t rank = w.size.rank;
-  const float keep = kRule == kBlend ? 1 : kRule == kFlora ? 1 - w.now.beta1 : 0;
+  const float keep = kept_of(kRule, w.now);
   const auto* gradient = static_cast<const Element*>(w.gradient);
   auto* weights = reinterpret_cast<Element*>(tile.weight);
   auto* momentum = reinterpret_cast<float*>(tile.momentum);
@@ -136,7 +144,7 @@ FLORA_CALLED void finish_whole(const Whole& given) {
         k = 0;
         i++;
         state[i] = w.rows[i];
-        row = w.now.sign * (1 / __builtin_sqrtf(w.rows[i])) * w.input;
+        row = w.now.sign * row_scale(w.size, w.rows[i]) * w.input;
       }
       prefetch<kBlock * sizeof(Element)>(own + b * kBlock);
       take_block<kBlock, kRule, Kind>(w, g + b * kBlock, signed_factor + k * kBlock, row,
@@ -167,7 +175,7 @@ FLORA_CALLED void finish_plain(const Whole& given) {
   alignas(64) uint16_t bits[kChunk];
   for (int64_t i = 0; i < tile.num_rows; i++, g += width, weight += width) {
     state[i] = w.rows[i];
-    const float row = w.now.sign * (1 / __builtin_sqrtf(w.rows[i])) * w.input;
+    const float row = w.now.sign * row_scale(w.size, w.rows[i]) * w.input;
     for (int64_t start = 0; start < width;) {
       // Random bits come for so many elements at a time, whatever rows they lie in.
       const int64_t place = (i * width + start) % kChunk, count = smaller(kChunk - place, width - start);

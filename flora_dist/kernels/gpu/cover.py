@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient
-from flora_dist.core.step.momentum_rules import rule_of
-from flora_dist.kernels.tables import DTYPES, RULES, beyond_kernels
+from flora_dist.core.step.momentum_rules import BlendRule, FloraRule, FloraStrictRule, rule_of
+from flora_dist.kernels.tables import DTYPES, beyond_kernels
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 """Below, products have no instruction; above, a block does not fit in a program's registers."""
@@ -38,9 +40,9 @@ CUT_ROWS = "rows that several ranks hold pieces of"
 def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
     """The same of a parameter's shape and settings."""
     rule = rule_of(config, size)
-    if rule is not None and type(rule) not in RULES:
+    if rule is not None and not isinstance(rule, BlendRule | FloraRule | FloraStrictRule):
         return f"momentum={config.momentum!r}"
-    if not size.is_vector and (beyond := next(beyond_kernels(config), "")):
+    if not size.is_vector and (beyond := next(_beyond(config), "")):
         return beyond
     if (config.state_bits or 32) < 16 and rule is not None and size.rank is not None:
         return f"state_bits={config.state_bits}"
@@ -51,6 +53,15 @@ def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
         if not is_block or size.rank > LARGEST_RANK:
             return f"rank {size.rank} per block of {size.block}"
     return ""
+
+
+def _beyond(config: FloraConfig) -> Iterator[str]:
+    """Settings that step matrices by torch's operators, as they are written."""
+    yield from beyond_kernels(config)
+    if config.growth is not None:
+        yield f"growth={config.growth}"
+    if config.normalise != "factored":
+        yield f"normalise={config.normalise!r}"
 
 
 def _why_not_there(batch: Batch) -> str:
