@@ -43,6 +43,13 @@ def weights_rows() -> tuple[Row, ...]:
             gradient_bits=4,
             micro_batches=MOST_MICRO_BATCHES,
         ),
+        _flora(
+            "Flora, alone, all in few bits",
+            ALONE,
+            {"state_bits": 4},
+            gradient_rank=64,
+            gradient_bits=4,
+        ),
         _adamw("AdamW, bfloat16", MIXED),
         _adamw("AdamW, alone, to the nearest", ALONE),
         _flora("Flora, float32", "float32"),
