@@ -8,10 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flora_dist import accelerate as accelerate
     from flora_dist import checkpoint as checkpoint
     from flora_dist import ddp as ddp
     from flora_dist import deepspeed as deepspeed
     from flora_dist import fsdp1 as fsdp1
+    from flora_dist import lightning as lightning
     from flora_dist import torchtitan as torchtitan
     from flora_dist import transformers as transformers
     from flora_dist.core.parameters.report import Report
@@ -32,7 +34,16 @@ _HOMES = {
     "step_in_backward": "flora_dist.gradients.in_backward",
 }
 # Not in __all__: import * would need DeepSpeed.
-_FRAMEWORKS = ("checkpoint", "ddp", "deepspeed", "fsdp1", "torchtitan", "transformers")
+_FRAMEWORKS = (
+    "accelerate",
+    "checkpoint",
+    "ddp",
+    "deepspeed",
+    "fsdp1",
+    "lightning",
+    "torchtitan",
+    "transformers",
+)
 
 
 def __getattr__(name: str) -> Any:

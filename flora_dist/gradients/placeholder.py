@@ -188,12 +188,13 @@ def _refusal(func: Any, arguments: Any) -> RuntimeError:
     return RuntimeError(
         f"the gradient of {_name_in(arguments)!r} is kept as sketches and has no elements for "
         f"{resolve_name(func) or func}. For its norm call optimizer.grad_norm(), to clip "
-        "optimizer.clip_grad_norm_(max_norm), in place of torch's or accelerator.clip_grad_norm_. "
-        "The Hugging Face Trainer asks for a norm whatever max_grad_norm is: use "
-        "flora_dist.transformers.FloraTrainer. Lightning's gradient_clip_val: clip in "
-        "configure_gradient_clipping. To add to it p.grad.add_(x, alpha=a), to scale it scale the "
-        "loss; to move, copy or share the model call zero_grad() first; in place of GradScaler use "
-        "bf16; or keep gradients dense: do not call attach()."
+        "optimizer.clip_grad_norm_(max_norm), in place of torch's. A host clips so itself where it "
+        "attaches: accelerator.clip_grad_norm_ by flora_dist.accelerate.attach, Lightning's "
+        "gradient_clip_val by flora_dist.lightning.SketchedGradients; the Hugging Face Trainer, "
+        "which asks for a norm whatever max_grad_norm is, by flora_dist.transformers.FloraTrainer. "
+        "torchtitan's training.max_norm has no such way. To add to it p.grad.add_(x, alpha=a), to "
+        "scale it scale the loss; to move, copy or share the model call zero_grad() first; in "
+        "place of GradScaler use bf16; or keep gradients dense: do not call attach()."
     )
 
 

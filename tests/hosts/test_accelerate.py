@@ -14,10 +14,9 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import flora_dist
+import flora_dist.accelerate
 import flora_dist.register  # noqa: F401 - for what it does
 from flora_dist import Flora
-from flora_dist.frameworks.transformers.check import unwrapped
 from tests.conftest import launched_pool_of
 from tests.hosts.small import (
     DECAY,
@@ -27,6 +26,7 @@ from tests.hosts.small import (
     SETTINGS,
     STEPS,
     Samples,
+    blank,
     build,
     distance,
     host_of,
@@ -69,19 +69,18 @@ def accelerator_of(mode: str, blocks: dict[str, Any]) -> Any:
 class Loop:
     """A user's script."""
 
-    def __init__(self, mode: str, *, sketched: bool) -> None:
+    def __init__(self, mode: str, *, sketched: bool, is_blank: bool = False) -> None:
         blocks: dict[str, Any] = {"zero_force_ds_cpu_optimizer": False}
         if sketched:
             blocks["flora"] = SKETCHES
         self.accelerator = accelerator_of(mode, blocks)
-        model = build()
+        model = blank() if is_blank else build()
         optimizer = Flora(model.named_parameters(), lr=LR, weight_decay=DECAY, **SETTINGS)
         size = SAMPLES // MICRO_BATCHES // self.accelerator.num_processes
         loader = DataLoader(Samples(), batch_size=size)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
-        self.clips_itself = sketched and not is_zero(mode)
-        if self.clips_itself:
-            flora_dist.attach(self.model, unwrapped(self.optimizer), **SKETCHES)
+        if sketched and not is_zero(mode):
+            flora_dist.accelerate.attach(self.accelerator, self.model, self.optimizer, **SKETCHES)
 
     def run(self, steps: int) -> dict[str, Tensor]:
         for _ in range(steps):
@@ -89,16 +88,10 @@ class Loop:
                 with self.accelerator.accumulate(self.model):
                     self.accelerator.backward(self.model(**batch).loss)
                     if self.accelerator.sync_gradients:
-                        self.clip()
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_NORM)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         return whole_weights(self.model)
-
-    def clip(self) -> None:
-        if self.clips_itself:
-            unwrapped(self.optimizer).clip_grad_norm_(MAX_NORM)
-        else:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_NORM)
 
 
 def trained_and_resumed(case: Case, folder: str) -> tuple[dict[str, Tensor], bool]:
@@ -110,7 +103,7 @@ def trained_and_resumed(case: Case, folder: str) -> tuple[dict[str, Tensor], boo
         loop.accelerator.save_state(folder)
         weights = loop.run(STEPS - STEPS // 2)
     with host_of(mode):
-        again = Loop(mode, sketched=sketched)
+        again = Loop(mode, sketched=sketched, is_blank=True)
         again.accelerator.load_state(folder)
         resumed = again.run(STEPS - STEPS // 2)
     return weights, all(torch.equal(resumed[name], weights[name]) for name in weights)
@@ -174,16 +167,23 @@ def test_an_optimizer_that_accelerate_swaps_for_adam_is_missed() -> None:
         assert '"zero_force_ds_cpu_optimizer": false' in said
 
 
-def clipped_by_accelerate(mode: str) -> str:
+def refused_clippings(mode: str) -> list[str]:
+    """What clipping says by another norm, of fewer parameters, and where no line attached."""
     with host_of(mode):
         loop = Loop(mode, sketched=True)
-        loop.clips_itself = False
-        with pytest.raises(RuntimeError, match="kept as sketches") as raised:
-            loop.run(1)
-        return str(raised.value)
+        batch = next(iter(loop.loader))
+        loop.accelerator.backward(loop.model(**batch).loss)
+        clip, parameters = loop.accelerator.clip_grad_norm_, list(loop.model.parameters())
+        said = []
+        for given in ((parameters, MAX_NORM, 1), (parameters[:2], MAX_NORM)):
+            with pytest.raises((ValueError, RuntimeError)) as raised:
+                clip(*given)
+            said.append(str(raised.value))
+        return said
 
 
 def test_accelerates_clipping_of_sketches_is_refused_by_the_hosts_own_words() -> None:
-    for said in launched_pool_of(2)(clipped_by_accelerate, "ddp"):
-        for word in ("accelerator.clip_grad_norm_", "optimizer.clip_grad_norm_", "FloraTrainer"):
-            assert word in said
+    for norm, fewer in launched_pool_of(2)(refused_clippings, "ddp"):
+        assert "accelerator.clip_grad_norm_ got norm_type=1" in norm
+        for word in ("accelerator.clip_grad_norm_ by flora_dist.accelerate.attach", "FloraTrainer"):
+            assert word in fewer

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Subset
 
-import flora_dist
+import flora_dist.lightning
 from flora_dist import Flora
 from tests.conftest import launched_pool_of
 from tests.hosts.small import (
@@ -31,6 +31,7 @@ from tests.hosts.small import (
     SETTINGS,
     STEPS,
     Samples,
+    blank,
     build,
     distance,
     whole_weights,
@@ -47,9 +48,9 @@ OTHERS: list[Case] = [("ddp", False), ("ddp", True), ("fsdp2", False)]
 class Module(lightning.LightningModule):
     """A user's module; everything of Flora's is what ``configure_optimizers`` returns."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, *, is_blank: bool = False) -> None:
         super().__init__()
-        self.model, self.mode = build(), mode
+        self.model, self.mode = blank() if is_blank else build(), mode
 
     def configure_model(self) -> None:
         if self.mode == "fsdp2":
@@ -64,19 +65,6 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self) -> Flora:
         return Flora(self.model.named_parameters(), lr=LR, weight_decay=DECAY, **SETTINGS)
-
-
-class Sketched(Module):
-    """The same with sketched gradients: two hooks more."""
-
-    def on_fit_start(self) -> None:
-        model = self.model if self.mode == "fsdp2" else self.trainer.strategy.model
-        flora_dist.attach(model, self.trainer.optimizers[0], **SKETCHES)
-
-    def configure_gradient_clipping(
-        self, optimizer: Flora, gradient_clip_val: float, **_: Any
-    ) -> None:
-        optimizer.clip_grad_norm_(gradient_clip_val)
 
 
 def loader(mode: str) -> DataLoader[Any]:
@@ -102,6 +90,7 @@ def fit(case: Case, steps: int, resume: str | None = None) -> tuple[Any, Any]:
         strategy=strategy,
         max_epochs=steps,
         gradient_clip_val=MAX_NORM,
+        callbacks=[flora_dist.lightning.SketchedGradients(**SKETCHES)] if sketched else [],
         plugins=[LightningEnvironment()],
         logger=False,
         enable_checkpointing=False,
@@ -109,7 +98,7 @@ def fit(case: Case, steps: int, resume: str | None = None) -> tuple[Any, Any]:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    module = (Sketched if sketched else Module)(mode)
+    module = Module(mode, is_blank=resume is not None)
     trainer.fit(module, loader(mode), ckpt_path=resume)
     return trainer, module
 
@@ -161,26 +150,80 @@ def test_lightning_does_so_on_every_other_layout(tmp_path: Path) -> None:
     assert_plain_loops_and_resumed(on_processes(OTHERS, tmp_path))
 
 
-def test_lightning_refuses_deepspeed_without_a_gpu() -> None:
-    trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, strategy="deepspeed", logger=False, enable_checkpointing=False
-    )
+@pytest.mark.parametrize("stage", ["stage_2", "stage_3", "stage_2_offload"])
+def test_lightning_refuses_deepspeed_without_a_gpu(stage: str) -> None:
+    trainer = quick_trainer(strategy=f"deepspeed_{stage}")
     with pytest.raises(RuntimeError, match="only supported on CUDA GPUs"):
         trainer.fit(Module("plain"), loader("plain"))
 
 
-def test_lightnings_clipping_of_sketches_is_refused_by_its_own_option(tmp_path: Path) -> None:
-    class Unclipped(Sketched):
-        configure_gradient_clipping = Module.configure_gradient_clipping
+# ---- the callback, on one process
 
-    trainer = lightning.Trainer(
+
+def quick_trainer(**given: Any) -> Any:
+    return lightning.Trainer(
         accelerator="cpu",
         devices=1,
         max_steps=1,
-        gradient_clip_val=MAX_NORM,
         logger=False,
         enable_checkpointing=False,
-        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **given,
     )
-    with pytest.raises(RuntimeError, match="gradient_clip_val"):
-        trainer.fit(Unclipped("plain"), loader("plain"))
+
+
+def sketches() -> Any:
+    return flora_dist.lightning.SketchedGradients("compressed")
+
+
+def test_lightnings_clipping_of_sketches_is_refused_by_its_own_option() -> None:
+    class Attached(Module):
+        def on_fit_start(self) -> None:
+            flora_dist.attach(self.model, self.trainer.optimizers[0], "compressed")
+
+    trainer = quick_trainer(gradient_clip_val=MAX_NORM)
+    with pytest.raises(RuntimeError, match=r"gradient_clip_val by flora_dist\.lightning"):
+        trainer.fit(Attached("plain"), loader("plain"))
+
+
+def test_clipping_by_value_of_sketches_is_refused_by_its_own_option() -> None:
+    by_value = {"gradient_clip_val": MAX_NORM, "gradient_clip_algorithm": "value"}
+    module = Module("plain")
+    with pytest.raises(ValueError, match=r"gradient_clip_algorithm is 'value'.*or none"):
+        quick_trainer(callbacks=[sketches()], **by_value).fit(module, loader("plain"))
+    quick_trainer(**by_value).fit(module, loader("plain"))  # nothing was attached
+
+
+def test_a_module_that_clips_itself_goes_on_doing_so() -> None:
+    clipped = []
+
+    class Clipping(Module):
+        def configure_gradient_clipping(self, optimizer: Flora, *_: Any, **__: Any) -> None:
+            clipped.append(float(optimizer.clip_grad_norm_(MAX_NORM)))
+
+    module = Clipping("plain")
+    quick_trainer(callbacks=[sketches()]).fit(module, loader("plain"))
+    assert len(clipped) == 1
+
+
+def test_a_module_has_its_own_clipping_again_after_the_fit() -> None:
+    module = Module("plain")
+    trainer = quick_trainer(callbacks=[sketches()], gradient_clip_val=MAX_NORM)
+    trainer.fit(module, loader("plain"))
+    assert trainer.optimizers[0].gradients.level == "compressed"
+    assert "configure_gradient_clipping" not in vars(module)
+
+
+def test_another_optimizer_than_flora_has_no_sketches() -> None:
+    class Adam(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+    with pytest.raises(ValueError, match=r"those of one Flora; .* returned AdamW"):
+        quick_trainer(callbacks=[sketches()]).fit(Adam("plain"), loader("plain"))
+
+
+def test_a_level_that_there_is_not_is_refused_when_the_callback_is_made() -> None:
+    with pytest.raises(ValueError, match="gradients must be one of"):
+        flora_dist.lightning.SketchedGradients("thin")

@@ -21,7 +21,7 @@ from flora_dist import Flora
 from flora_dist.frameworks.transformers.check import FloraCheck
 from flora_dist.frameworks.transformers.optimizer import FloraFactory
 from tests.conftest import launched_pool_of
-from tests.hosts.small import LR, MODES, Samples, build, distance, is_zero
+from tests.hosts.small import LR, MODES, Samples, build, distance
 from tests.hosts.trainer_runs import SKETCHES, Ran, Way, arguments, by_hand, resumed, trained
 
 pytestmark = pytest.mark.deepspeed
@@ -37,13 +37,6 @@ RUNS: list[Case] = [
     ("fsdp2", "sketched"),
     ("zero2", "sketched"),
 ]
-OTHERS: list[Case] = [
-    *(("word", mode) for mode in ("plain", "ddp", "fsdp2", "zero2", "offload")),
-    *(("json", mode) for mode in ("zero3", "offload")),
-    ("sketched", "zero3"),
-    ("sketched", "offload"),
-    ("object", "plain"),
-]
 RESUMED: list[Case] = [
     ("plain", "argument"),
     ("ddp", "argument"),
@@ -57,7 +50,7 @@ def all_trained(cases: list[Case], folder: str) -> dict[Case, Ran]:
     return {case: trained(*case, f"{folder}/{'-'.join(case)}") for case in cases}
 
 
-def all_resumed(cases: list[Case], folder: str) -> dict[Case, bool]:
+def all_resumed(cases: list[Case], folder: str) -> dict[Case, tuple[Ran, bool]]:
     return {case: resumed(*case, f"{folder}/{'-'.join(case)}") for case in cases}
 
 
@@ -65,10 +58,8 @@ def on_processes(body: Any, cases: list[Case], folder: Path) -> dict[Case, Any]:
     """Of rank 0, or of this process where one is enough."""
     single = [case for case in cases if case[0] == "plain"]
     several = [case for case in cases if case[0] != "plain"]
-    return {
-        **launched_pool_of(2)(body, several, str(folder))[0],
-        **body(single, str(folder)),
-    }
+    found: dict[Case, Any] = body(single, str(folder))
+    return found | launched_pool_of(2)(body, several, str(folder))[0] if several else found
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +72,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Ran]:
 def plain_loops() -> dict[str, Ran]:
     # A JSON names no groups, nor does the script's own Flora: everything decays.
     one_group, two_groups = by_hand(kept=set()), by_hand()
+    sketched_groups = by_hand(sketches=SKETCHES)
+    one_sketched = by_hand(kept=set(), sketches=SKETCHES)
     return {
         "argument": two_groups,
         "word": two_groups,
         "json": one_group,
         "object": one_group,
-        "sketched": by_hand(sketches=SKETCHES),
+        "sketched": sketched_groups,
+        "word-sketched": sketched_groups,
+        "json-sketched": one_sketched,
+        "object-sketched": one_sketched,
     }
 
 
@@ -107,8 +103,8 @@ def test_one_script_is_the_plain_loop_on_every_layout(
 
 def test_a_run_resumes_from_the_trainers_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     """Under ZeRO the Trainer loads before any callback, and resuming needed an attached engine."""
-    found = on_processes(all_resumed, RESUMED, tmp_path)
-    assert found == dict.fromkeys(RESUMED, True)
+    for case, (_, is_equal) in on_processes(all_resumed, RESUMED, tmp_path).items():
+        assert is_equal, case
 
 
 # ---- what is refused, and said
@@ -197,16 +193,19 @@ def test_the_word_is_known_on_a_command_line(tmp_path: Path) -> None:
 # ---- the rest of the table
 
 
-@pytest.mark.slow
-def test_every_other_way_is_the_plain_loop_too(tmp_path: Path, plain_loops: dict[str, Ran]) -> None:
-    cases = [(mode, way) for way, mode in OTHERS]
-    for case, found in on_processes(all_trained, cases, tmp_path).items():
-        assert_same(found, plain_loops[case[1]], case)
+MODES_OF_WAYS = {
+    **dict.fromkeys(("argument", "word", "sketched", "word-sketched"), MODES),
+    **dict.fromkeys(("json", "json-sketched"), ("zero2", "zero3", "offload")),
+    **dict.fromkeys(("object", "object-sketched"), ("plain", "ddp")),
+}
+TABLE: list[Case] = [(mode, way) for way, modes in MODES_OF_WAYS.items() for mode in modes]
 
 
 @pytest.mark.slow
-def test_every_way_resumes_on_every_layout(tmp_path: Path) -> None:
-    cases = [case for case in [*RUNS, *((m, w) for w, m in OTHERS)] if case not in RESUMED]
-    found = on_processes(all_resumed, cases, tmp_path)
-    assert found == dict.fromkeys(cases, True)
-    assert any(is_zero(mode) for mode, _ in found)
+@pytest.mark.parametrize("case", TABLE, ids="-".join)
+def test_every_way_is_the_plain_loop_and_resumes_on_every_layout(
+    case: Case, tmp_path: Path, plain_loops: dict[str, Ran]
+) -> None:
+    ((whole, is_equal),) = on_processes(all_resumed, [case], tmp_path).values()
+    assert_same(whole, plain_loops[case[1]], case)
+    assert is_equal

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import flora_dist.transformers
 from flora_dist import Flora
-from flora_dist.frameworks.transformers.check import unwrapped
+from flora_dist.frameworks.inside import unwrapped
 from tests.conftest import launched_pool_of
 from tests.hosts.small import (
     DECAY,

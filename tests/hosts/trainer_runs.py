@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import flora_dist.transformers
 from flora_dist import Flora
-from flora_dist.frameworks.transformers.check import unwrapped
+from flora_dist.frameworks.inside import unwrapped
 from tests.hosts.small import (
     DECAY,
     LR,
@@ -23,6 +23,7 @@ from tests.hosts.small import (
     SETTINGS,
     STEPS,
     Samples,
+    blank,
     build,
     host_of,
     is_zero,
@@ -82,21 +83,25 @@ def by_json() -> Way:
     return Way(blocks={"optimizer": {"type": "Flora", "params": {**auto, **SETTINGS}}})
 
 
-def sketched() -> Way:
-    given = {**by_argument().given, **SKETCHES}
-    return Way(given=given, kind=flora_dist.transformers.FloraTrainer)
-
-
 def by_object() -> Way:
     return Way(builds=True)
+
+
+def sketched(way: Way) -> Way:
+    """The same with a Trainer that keeps sketches."""
+    given = {**way.given, **SKETCHES}
+    return replace(way, given=given, kind=flora_dist.transformers.FloraTrainer)
 
 
 WAYS = {
     "argument": by_argument,
     "word": by_word,
     "json": by_json,
-    "sketched": sketched,
     "object": by_object,
+    "sketched": lambda: sketched(by_argument()),
+    "word-sketched": lambda: sketched(by_word()),
+    "json-sketched": lambda: sketched(by_json()),
+    "object-sketched": lambda: sketched(by_object()),
 }
 
 
@@ -128,7 +133,7 @@ def arguments(mode: str, way: Way, folder: str, **options: Any) -> TrainingArgum
 def trained(mode: str, way: str, folder: str, resume: str = "", **options: Any) -> Ran:
     """A run of the Trainer; ``resume``: a checkpoint's folder."""
     with host_of(mode):
-        asked, model = WAYS[way](), build()
+        asked, model = WAYS[way](), blank() if resume else build()
         trainer = asked.kind(
             model=model,
             args=arguments(mode, asked, folder, **options),
@@ -147,13 +152,13 @@ def trained(mode: str, way: str, folder: str, resume: str = "", **options: Any) 
         )
 
 
-def resumed(mode: str, way: str, folder: str) -> bool:
-    """Whether a run that was stopped half way ends with the bits of one that was not."""
+def resumed(mode: str, way: str, folder: str) -> tuple[Ran, bool]:
+    """A run, and whether one that was stopped half way ends with its bits."""
     half = {"save_strategy": "steps", "save_steps": STEPS // 2}
     whole = trained(mode, way, folder, **half)
     again = trained(mode, way, f"{folder}-2", str(Path(folder) / f"checkpoint-{STEPS // 2}"))
     assert len(again.losses) == STEPS - STEPS // 2 or len(again.losses) == STEPS
-    return all(torch.equal(again.weights[n], w) for n, w in whole.weights.items())
+    return whole, all(torch.equal(again.weights[n], w) for n, w in whole.weights.items())
 
 
 def by_hand(*, kept: set[str] = NO_DECAY, sketches: dict[str, Any] | None = None) -> Ran:

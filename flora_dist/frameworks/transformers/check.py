@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, trainer
 
 from flora_dist.flora import Flora
+from flora_dist.frameworks.inside import unwrapped
 from flora_dist.frameworks.transformers.optimizer import arguments_of, built_for
 from flora_dist.frameworks.transformers.word import WORD
 
@@ -41,13 +42,6 @@ class FloraCheck(TrainerCallback):
                 f"{type(found).__name__}: under DeepSpeed it drops optimizers=. Pass "
                 "optimizer_cls_and_kwargs=flora_dist.transformers.flora(...)."
             )
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The innermost optimizer of accelerate's and DeepSpeed's wrappers."""
-    while not isinstance(optimizer, Flora) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def watch_all() -> None:

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.flora import Flora
-from flora_dist.frameworks.transformers.check import unwrapped
+from flora_dist.frameworks.inside import unwrapped
 from flora_dist.frameworks.transformers.optimizer import is_under_deepspeed, prepare_deepspeed
 from flora_dist.gradients.attach import attach
 
