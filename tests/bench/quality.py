@@ -84,7 +84,7 @@ class Table:
 
 TABLES = {
     "optimizers": Table(
-        rows=(*all_rows(), *package_rows()),
+        rows=(*all_rows(), *quality_sceptic.tile_rows(), *package_rows()),
         size=quality_plan.FULL,
         quick_rows=quality_plan.QUICK_ROWS,
         quick_size=quality_plan.QUICK,

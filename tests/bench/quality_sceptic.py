@@ -101,6 +101,14 @@ def sceptic_rows() -> tuple[Row, ...]:
     )
 
 
+def tile_rows() -> tuple[Row, ...]:
+    """Tiles among the rules of the first table, whose gradients are not clipped."""
+    small: Change = {"weight_decay": 0.0, "rank": 4, **TILES}
+    return (
+        Row(name="blend, rank 4, tiles of 64", factor="tiles", optimizer="flora", options=small),
+    )
+
+
 def _lion() -> Iterator[Row]:
     """Where the package lion-pytorch is installed; torch has none."""
     if importlib.util.find_spec("lion_pytorch") is not None:
