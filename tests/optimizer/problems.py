@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flora_dist import Flora
+from flora_dist.core.state.presets import SCALE
 
 STEPS = 150
 RATES = tuple(10 ** (quarter / 4) for quarter in range(-6, 3))
@@ -161,7 +162,14 @@ def rules() -> Iterator[tuple[str, Make]]:
     yield "AdamW", lambda groups: torch.optim.AdamW(groups, weight_decay=0.0)
     yield "default", flora()
     yield "dense momentum", flora(rank=None)
+    yield "dense, 8 bits", flora(rank=COLUMNS, block=COLUMNS, state_bits=8)
     yield "none", flora(momentum="none")
+    yield "ademamix", flora(momentum="ademamix")
+    yield "subspace_adam", flora(momentum="subspace_adam")
+    yield "apollo", flora(momentum="apollo")
+    yield "growth 1.01", flora(growth=1.01)
+    yield "SCALE", flora(**SCALE)
+    yield "orthogonal tiles", flora(orthogonalise=COLUMNS)
     for gain in (1.0, 1.5, 2.0):
         yield f"blend, rank 8, gain {gain:g}", flora(rank=8, blend_gain=gain)
     yield "flora", flora(momentum="flora", rank=8)
