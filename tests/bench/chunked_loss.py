@@ -71,8 +71,9 @@ def _freed(parameter: Tensor) -> None:
 
 
 def planned(name: str, tokens: int, chunk: int) -> int:
-    """Activations, what comes and goes, and a gradient."""
+    """Activations, a gradient, and what comes and goes."""
     request = Request(
+        device="cpu",
         model=read_model(MODELS / f"{name}.json"),
         backend=BACKENDS["ddp"],
         flora=FloraConfig(),
@@ -83,7 +84,7 @@ def planned(name: str, tokens: int, chunk: int) -> int:
         step_in_backward=True,
     )
     held = estimate(request, asked(request)).held
-    return held["activations"].total + held["temporary"].total
+    return sum(held[name].total for name in ("activations", "gradients", "temporary"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
+from functools import partial
 
+from flora_dist.cluster.planner.request import PURE
 from tests.conftest import launched_pool_of
 from tests.planner.compared import CATEGORIES, RANKS, measured, planned
 from tests.planner.runs import Case
@@ -36,6 +38,10 @@ def cases() -> Iterator[Case]:
         yield Case(model="llama_9m", backend=backend, ratio=8)
     for backend in ("ddp", "zero1", "zero3"):
         yield Case(model="llama_9m", backend=backend, ratio=8, gradients="compressed")
+    alone = partial(Case, model="llama_9m", ratio=16, accumulate=2, precision=PURE)
+    for backend in ("zero1", "zero2", "zero3"):
+        yield alone(backend=backend, gradients="compressed")
+    yield alone(backend="fsdp2")
 
 
 def row(case: Case, run: Mapping[str, int]) -> str:

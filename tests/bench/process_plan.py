@@ -17,9 +17,9 @@ from flora_dist.cluster.planner.request import BACKENDS, PURE, Request
 from flora_dist.core.state.settings import FloraConfig
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
-PROCESSES = {"one": 1, "fsdp2": 2, "zero2": 2}
+PROCESSES = {"one": 1, "fsdp2": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 """Backend -> processes."""
-_MIXED = {"one": "float32", "fsdp2": "bfloat16", "zero2": "bfloat16"}
+_MIXED = {name: "float32" if name == "one" else "bfloat16" for name in PROCESSES}
 """Backend -> the precision that keeps weights in float32."""
 
 
@@ -71,7 +71,7 @@ def rows(model: str) -> Iterator[Row]:
 def _in_backward(model: str, backend: str) -> Iterator[Row]:
     """Steps within backward beside those after it, where they can be."""
     alone = partial(Row, model=model, backend=backend, optimizer="flora", precision=PURE)
-    if backend == "zero2":
+    if backend.startswith("zero"):
         return
     for steps in ("after", "within"):
         yield alone(steps=steps, micro_batches=1)
@@ -84,6 +84,7 @@ def _in_backward(model: str, backend: str) -> Iterator[Row]:
 def planned(row: Row) -> int:
     """The plan's total in bytes; 0 for what the planner does not know."""
     request = Request(
+        device="cpu",
         model=read_model(MODELS / f"{row.model}.json"),
         gpus=PROCESSES[row.backend],
         backend=BACKENDS["ddp" if row.backend == "one" else row.backend],

@@ -26,6 +26,7 @@ UNCOUNTED = 256
 def request_of(case: Case) -> Request:
     """The question whose answer the case measures."""
     return Request(
+        device="cpu",
         model=read_model(MODELS / f"{case.model}.json"),
         gpus=RANKS,
         backend=BACKENDS[case.backend],

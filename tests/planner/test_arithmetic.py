@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from flora_dist.cluster.planner import shards as cuts
+from flora_dist.cluster.planner import wire
 from flora_dist.cluster.planner.activations import MicroBatchShape, activation_bytes
 from flora_dist.cluster.planner.config_file import read_model
 from flora_dist.cluster.planner.estimate import Estimate, estimate
@@ -127,6 +129,19 @@ def test_zero2_by_hand() -> None:
     # All-reduces of three micro-batches in two passes, an all-gather in one.
     assert found.wire["gradients"] == 3 * 2 * 768
     assert found.wire["weights"] == 2 * 768 // 2
+
+
+def test_zero3_gathers_small_parameters_once_a_step_by_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # In the place of 100,000: embedding and norm, 320 and 64 elements, stay whole; 384 do not.
+    monkeypatch.setattr(cuts, "PERSISTENT", 320)
+    asks = request(by_hand(), backend="zero3", precision="bfloat16-pure", accumulate=3)
+    found = estimate(asks, asked(asks))
+    assert found.held["weights"].total == 2 * (768 // 2 + 320 + 64)
+    assert found.wire["weights"] == 2 * (3 * 384 + 320 + 64) // 2
+    monkeypatch.setattr(wire, "MAX_REUSE_DISTANCE", 767)  # gathered for backward once more
+    assert estimate(asks, asked(asks)).wire["weights"] == 2 * (6 * 384 + 320 + 64) // 2
 
 
 def test_without_fp32_weights_by_hand() -> None:

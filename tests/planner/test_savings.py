@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 
 from flora_dist.cluster.planner.activations import MicroBatchShape, activation_bytes
+from flora_dist.cluster.planner.config_file import read_model
 from flora_dist.cluster.planner.estimate import estimate
-from flora_dist.cluster.planner.memory import PIECE
-from flora_dist.cluster.planner.methods import asked, compared
-from flora_dist.cluster.planner.request import PRECISIONS
-from flora_dist.core.step.views import GPU_ELEMENTS
+from flora_dist.cluster.planner.memory import memory
+from flora_dist.cluster.planner.methods import asked, compared, others
+from flora_dist.cluster.planner.request import BACKENDS, PRECISIONS
+from flora_dist.cluster.planner.shards import line_length
+from flora_dist.cluster.planner.temporary import PIECES
+from flora_dist.core.step.views import CPU_ELEMENTS, GPU_ELEMENTS
 from tests.planner.measured import LOSS_CHUNK, bytes_of, kept_by_autograd
+from tests.planner.runs import MODELS
 from tests.planner.test_arithmetic import by_hand, request, small
 
 
@@ -45,16 +49,16 @@ def test_losses_in_chunks_by_hand() -> None:
     # Of 16 tokens: softmax of 257 words in fp32 and labels are not kept.
     saved = whole["activations"].total - found["activations"].total
     assert saved == 16 * (4 * 257 + 8)
-    # Logits of 4 tokens in both precisions, and the head's gradient; or a sketched gradient.
-    making, sketched = 257 * (4 * (4 + 2) + 4 * 32), (2 + 4) * 257 * 32
+    # Logits of 4 tokens, in fp32 twice, and the head's gradient; or a sketched gradient.
+    making, sketched = 257 * (4 * (8 + 2) + 4 * 32), (2 + 4) * 257 * 32
     assert found["temporary"].total == max(making, sketched)
-    dense = replace(asks, gradients="dense", loss_chunk=100)
+    dense = replace(asks, gradients="dense", loss_chunk=100, accumulate=2)
     temporary = estimate(dense, asked(dense)).held["temporary"].total
-    assert temporary == 257 * (16 * (4 + 2) + 4 * 32)
+    assert temporary == 257 * (16 * (8 + 2) + 4 * 32)
 
 
 def test_pieces_of_sketched_gradients_are_those_of_the_step() -> None:
-    assert PIECE == GPU_ELEMENTS
+    assert PIECES == {"cpu": CPU_ELEMENTS, "cuda": GPU_ELEMENTS}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -71,3 +75,50 @@ def test_with_losses_in_chunks_activations_are_what_autograd_keeps(
     # That of the head, in fp32, is among the gradients, or temporary.
     head = 4 * model.sizes.vocabulary * model.sizes.hidden
     assert 0 <= kept - head - activation_bytes(model, batch) <= 4 + 16 * 8
+
+
+def test_of_one_micro_batch_on_one_rank_no_gradient_is_there_beside_the_logits() -> None:
+    asks = request(by_hand(), backend="ddp", gpus=1, precision="bfloat16-pure")
+    one, several = (
+        estimate(each, asked(each)).held for each in (asks, replace(asks, accumulate=2))
+    )
+    logits = 2 * 16 * 5 * 4  # of 16 tokens and 5 words, twice in fp32
+    assert one["gradients"].total == 2 * 768
+    assert one["temporary"].total == 0 == max(0, logits - 2 * 768)
+    assert several["temporary"].total == max(logits, 2 * 384)
+    within = replace(asks, step_in_backward=True, sequence_length=16, micro_batch=4)
+    assert estimate(within, asked(within)).held["temporary"].total == 4 * logits - 2 * 384
+
+
+def test_on_cpus_gloo_copies_gathered_weights_and_sketches_are_of_small_pieces() -> None:
+    model = read_model(MODELS / "llama_9m.json")
+    asks = request(
+        model, backend="zero2", precision="bfloat16-pure", gradients="compressed", accumulate=2
+    )
+    on_cpu = replace(asks, device="cpu")
+    gpu, cpu = (estimate(each, asked(each)).held for each in (asks, on_cpu))
+    # The line in bfloat16 once more, when activations are gone.
+    line = 2 * line_length(model.parameters, 2)
+    assert cpu["temporary"].total == line - cpu["activations"].total
+    # On a GPU all of the largest in fp32 beside it: 32,000 x 128 elements.
+    assert gpu["temporary"].total == (2 + 4) * 32_000 * 128
+    alone = replace(on_cpu, gpus=1, backend=BACKENDS["ddp"])
+    assert estimate(alone, asked(alone)).held["temporary"].total == (
+        2 * 32_000 * 128 + 4 * CPU_ELEMENTS
+    )
+
+
+def test_adamw_on_cpus_makes_a_root_and_a_quotient_of_a_tensor() -> None:
+    asks = request(by_hand(), backend="ddp", gpus=1, device="cpu", accumulate=2)
+    [adamw] = [method for method in others(asks) if method.label == "AdamW"]
+    held = memory(asks, adamw)
+    assert held["temporary"].total == max(
+        2 * 16 * 5 * 4, 4 * 384, 2 * 4 * 384 - held["activations"].total
+    )
+    # Of ZeRO-2's part at once, whose gradients in bfloat16 are its flat copy in fp32 by then.
+    model = read_model(MODELS / "llama_9m.json")
+    asks = request(model, backend="zero2", precision="bfloat16", device="cpu")
+    [adamw] = [method for method in others(asks) if method.label == "AdamW"]
+    held, part = memory(asks, adamw), line_length(model.parameters, 2) // 2
+    gone = held["gradients"].total + held["activations"].total
+    assert held["temporary"].total == 3 * 4 * part - gone

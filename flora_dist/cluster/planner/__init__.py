@@ -24,6 +24,7 @@ from flora_dist.cluster.planner.picture import check_picture, draw
 from flora_dist.cluster.planner.request import (
     BACKENDS,
     BITS,
+    DEVICES,
     PRECISIONS,
     PURE,
     WIRE_DTYPES,
@@ -122,6 +123,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--step-in-backward",
         action="store_true",
         help="Flora steps each weight when its gradient is there, which is freed",
+    )
+    run.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=DEVICES[0],
+        help="cpu: gloo's copies, and gradients sketched in smaller pieces (default: cuda)",
     )
     run.add_argument(
         "--bucket",
@@ -232,6 +239,7 @@ def _request(parsed: argparse.Namespace) -> Request:
         checkpointing=parsed.checkpointing,
         loss_chunk=parsed.loss_chunk,
         step_in_backward=parsed.step_in_backward,
+        device=parsed.device,
         bucket=parsed.bucket,
         galore_rank=(
             max(1, model.sizes.hidden // DEFAULT_GALORE_SHARE) if galore is None else galore

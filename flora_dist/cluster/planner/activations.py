@@ -80,16 +80,30 @@ def activation_bytes(
         batch: of one rank.
         fused: (rank, block) of fused linear layers; None: there are none.
     """
+    beside, layers, rest = _parts(model, batch, fused)
+    return beside + (max(*layers, rest) if batch.checkpointing else sum(layers) + rest)
+
+
+def head_activation_bytes(
+    model: Model, batch: MicroBatchShape, fused: tuple[int, int] | None = None
+) -> int:
+    """Of ``activation_bytes`` what is kept while the head is in backward."""
+    beside, layers, rest = _parts(model, batch, fused)
+    return beside + rest + (0 if batch.checkpointing else sum(layers))
+
+
+def _parts(
+    model: Model, batch: MicroBatchShape, fused: tuple[int, int] | None
+) -> tuple[int, list[int], int]:
+    """Bytes beside both, of each layer, and of the rest."""
     every = [_layer(model, place, batch, fused) for place in range(model.sizes.layers)]
-    rest = _rest(model, batch, fused)
     copies = batch.element * _multiplied(model) if batch.autocast and fused is None else 0
     if fused is not None:
         widths = (*(parameter.shape[1] for parameter in model.linears()), model.sizes.hidden)
         copies = _FP32 * sum(math.prod(_narrowed(width, fused)) for width in widths)
     if batch.checkpointing:
-        inputs = len(every) * batch.tokens * model.sizes.hidden * batch.norm_element
-        return inputs + copies + max(*every, rest)
-    return sum(every) + rest + copies
+        copies += len(every) * batch.tokens * model.sizes.hidden * batch.norm_element
+    return copies, every, _rest(model, batch, fused)
 
 
 def _multiplied(model: Model) -> int:
@@ -99,17 +113,20 @@ def _multiplied(model: Model) -> int:
 
 
 def logits_gradient_bytes(model: Model, batch: MicroBatchShape) -> int:
-    """The gradient of the logits: in fp32, and its copy in a lower precision.
+    """Gradients of all logits, of cross-entropy and of its log-softmax.
 
-    In chunks: of one, its logits beside it, and the gradient of the head, which forward sums in
-    fp32.
+    Both are in fp32, T5's as its logits are.
+
+    In chunks: the logits of one, their fp32 copy and log-softmax, beside the head's gradient, which
+    forward sums in fp32; or that gradient and its copy in a lower precision, in backward.
     """
     words = model.sizes.vocabulary
+    low = 0 if batch.element == _FP32 else batch.element
     if batch.loss_chunk is not None:
         chunk = min(batch.loss_chunk, batch.tokens)
-        return words * (chunk * (_FP32 + batch.element) + model.sizes.hidden * _FP32)
-    low = 0 if batch.element == _FP32 else batch.element
-    return batch.tokens * words * (_FP32 + low)
+        making = words * chunk * (2 * _FP32 + low)
+        return words * model.sizes.hidden * _FP32 + max(making, words * model.sizes.hidden * low)
+    return 2 * batch.tokens * words * (batch.element if model.family == "t5" else _FP32)
 
 
 def _layer(model: Model, place: int, batch: MicroBatchShape, fused: tuple[int, int] | None) -> int:

@@ -18,6 +18,7 @@ PRECISIONS = {"float32": 4, "bfloat16": 2, PURE: 2}
 """Of forward and backward -> bytes of a number. bfloat16 keeps weights in float32 besides."""
 WIRE_DTYPES = {"float32": 4, "bfloat16": 2}
 """Of sketches on the wire -> bytes of a number."""
+DEVICES = ("cuda", "cpu")
 DENSE = LEVELS[0]
 
 Sharding = Literal["whole", "rows", "line", "each"]
@@ -107,6 +108,8 @@ class Request:
     """Tokens whose logits exist at once; None: those of a micro-batch."""
     step_in_backward: bool = False
     """Flora steps each parameter when its gradient is there, and frees that, where it can."""
+    device: str = "cuda"
+    """Of ``DEVICES``: what pieces a kernel takes, and which collectives copy."""
     bucket: int = 500_000_000
     """Elements of ZeRO's reduction buffer, ``reduce_bucket_size``; DeepSpeed's default."""
     galore_rank: int = 1
@@ -130,6 +133,7 @@ class Request:
         check_rank(self.gradient_rank, self.flora.block, self.sketch.bits)
         _check_choice("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
         _check_choice("precision", self.precision, tuple(PRECISIONS))
+        _check_choice("device", self.device, DEVICES)
         if self.precision == PURE and not self.backend.can_be_pure:
             raise ValueError(
                 f"--precision {PURE} needs a backend that can do without float32 weights; "

@@ -22,6 +22,9 @@ from flora_dist.core.tiles import Tile, tiles_of_span
 ALIGNMENT = 2
 """Elements per rank to a multiple of which DeepSpeed pads its line: nccl_start_alignment_factor."""
 
+PERSISTENT = 100_000
+"""Elements up to which ZeRO-3 keeps a parameter whole: stage3_param_persistence_threshold."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
@@ -49,6 +52,11 @@ def shards_by_rank(
     if sharding == "each":
         chosen = {0, 1, ranks // 2, ranks - 1} & set(range(ranks))
     return tuple(tuple(_chunks(parameters, sharding, ranks, rank)) for rank in sorted(chosen))
+
+
+def stays_whole(parameter: Parameter) -> bool:
+    """Whether ZeRO-3 keeps it on every rank and gathers it after a step alone."""
+    return parameter.numel <= PERSISTENT
 
 
 def line_length(parameters: Sequence[Parameter], ranks: int) -> int:

@@ -100,7 +100,7 @@ def _fitting(estimates: Sequence[Estimate], memory: int, micro_batch: int) -> It
 
 
 def _notes(gigabits: float) -> Iterator[str]:
-    yield "Of the rank that holds most of each. total: all at once, which is more than a real peak."
+    yield "Of the rank that holds most of each. total: all at once, mostly more than a real peak."
     yield "emb., head: of the total, what embeddings and head take."
     yield f"Activations: {STATED}."
     yield "Temporary is an estimate; every other number follows exactly from shapes and settings."

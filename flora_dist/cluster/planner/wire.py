@@ -13,7 +13,8 @@ bandwidth). gloo takes two for a reduce-scatter. Sources of what is sent, and ho
     zero 0, 1     one all-reduce of the gradients (DeepSpeed's default for every bucket, 0.19)
     zero 2        the same after every micro-batch
     zero 3        a reduce-scatter after every micro-batch, and an all-gather of the weights, or two
-                  where they are more than max_reuse_distance (10^9)
+                  where they are more than max_reuse_distance (10^9); of small parameters, which
+                  stay whole, one after the step
     zero 1, 2     one all-gather of the updated weights
     sketches      one message per step: presence of each parameter and its sketches, a line for
                   every rank, each as long as the longest (gradients/average.py); in few bits
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from flora_dist.cluster.planner.methods import Method, blocks_of
 from flora_dist.cluster.planner.model import ROOT, Parameter
 from flora_dist.cluster.planner.request import DENSE, WIRE_DTYPES, Request
-from flora_dist.cluster.planner.shards import Shard, chunk, line_length, shards_by_rank
+from flora_dist.cluster.planner.shards import Shard, chunk, line_length, shards_by_rank, stays_whole
 from flora_dist.core.records import FEW_BITS, FULL_BITS, Code, mean_bits
 from flora_dist.core.state.settings import READ_LAST, FloraConfig
 
@@ -213,9 +214,10 @@ def _of_weights(request: Request, method: Method) -> Iterator[Payload]:
     elif backend.sharding == "line":
         size = line_length(method.trained, shards) * element
     elif backend.sharding == "each":
-        size = shards * element * sum(chunk(p, "each", shards) for p in everything)
         numel = sum(parameter.numel for parameter in everything)
-        size *= request.accumulate * (1 if numel <= MAX_REUSE_DISTANCE else 2)
+        again = request.accumulate * (1 if numel <= MAX_REUSE_DISTANCE else 2)
+        size = sum(chunk(p, "each", shards) * (1 if stays_whole(p) else again) for p in everything)
+        size *= shards * element
     stays = request.ranks > shards
     yield Payload(purpose="weights", kind="all_gather", buffer=size, ranks=shards, stays=stays)
 
