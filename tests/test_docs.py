@@ -136,15 +136,17 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
         re.sub(r"\*| \(.*\)", "", name): [float(value.removesuffix(" GiB")) for value in values[:3]]
         for name, *values in rows
     }
-    sketches = ("--gradients", "compressed", "--rank", "8")
-    dense, sketched = ([planned(gpus, *how) for gpus in (1, 2, 8)] for how in ((), sketches))
+    state, gradients = ("--state-bits", "4"), ("--gradients", "compressed")
+    dense, small, least = (
+        [planned(gpus, *how) for gpus in (1, 2, 8)] for how in ((), state, (*state, *gradients))
+    )
     methods = {
         "AdamW": ("AdamW", dense),
         "8-bit AdamW": ("AdamW, 8-bit", dense),
         "Flora": ("Flora 1/4, dense", dense),
-        "Flora, bf16 weights, no fp32 masters": ("Flora 1/4, dense, bf16 alone", dense),
-        "Flora, rank 8, `blend_gain=2`": ("Flora 1/8, dense", dense),
-        "Flora, rank 8, gradients as sketches": ("Flora 1/8, compressed, 4 bits", sketched),
+        "Flora, `state_bits=4`": ("Flora 1/4, dense", small),
+        "and gradients in 4 bits": ("Flora 1/4, compressed, 4 bits", least),
+        "and bf16 weights, no fp32 masters": ("Flora 1/4, compressed, 4 bits, bf16 alone", least),
         "GaLore, rank 512": ("GaLore, rank 512 (ddp)", dense),
         "LoRA, rank 64": ("LoRA, rank 64", dense),
     }

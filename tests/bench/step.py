@@ -70,8 +70,9 @@ def optimizers_of(parameters: list[nn.Parameter], paths: Sequence[str]) -> dict[
         for name, own in settings.items():
             optimizer = Flora(named, lr=1e-5, rank=8, block=64, **own)
             made[f"Flora, {name}, {kernels}"] = optimizer, kernels
-        default = Flora(named, lr=1e-5)
-        made[f"Flora, default, {kernels}"] = default, kernels
+        defaults: dict[str, dict[str, Any]] = {"": {}, " in 4 bits": {"state_bits": 4}}
+        for name, own in defaults.items():
+            made[f"Flora, default{name}, {kernels}"] = Flora(named, lr=1e-5, **own), kernels
     return made
 
 
