@@ -48,6 +48,15 @@ def test_every_block_has_a_language_that_is_tested() -> None:
     assert languages <= {"python", "json", "yaml", "bash"}
 
 
+def test_every_page_is_in_the_list_of_pages_and_on_the_site() -> None:
+    listed = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    site = (ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        path = page.relative_to(ROOT / "docs")
+        assert f"docs/{path}\n" in site, path
+        assert path.parent.name or path.name == "README.md" or f"]({path})" in listed, path
+
+
 def test_no_recipe_of_the_readme_is_longer_than_twelve_lines() -> None:
     recipes = [code for name, code in blocks("python") if name.startswith("README")]
     assert len(recipes) == 4  # the fifth is DeepSpeed's JSON

@@ -7,11 +7,15 @@ program, its data and its trainer, is not run.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 import flora_dist
@@ -41,6 +45,14 @@ def assert_same_run(make: Callable[[nn.Module], Any], expected: Callable[[nn.Mod
         assert torch.equal(found, wanted[name]), name
 
 
+def recipe(page: str, words: str) -> str:
+    """The indented block of a page of docs/hosts that has these words."""
+    text = (Path(__file__).parents[2] / "docs" / "hosts" / f"{page}.md").read_text("utf-8")
+    found = re.findall(r"(?:^ {4}.*\n|(?<=\n)\n(?= {4}))+", text, re.MULTILINE)
+    (block,) = [b for b in map(textwrap.dedent, found) if words in b]
+    return str(block)
+
+
 def needs(module: str, page: str) -> Any:
     return pytest.importorskip(
         module, reason=f"{module} cannot be imported (docs/hosts/{page}.md)", exc_type=ImportError
@@ -66,8 +78,26 @@ def test_verl_builds_flora_of_its_config() -> None:
 
 def test_nemo_automodel_builds_flora_of_a_target() -> None:
     theirs = needs("nemo_automodel.components.optim.optimizer", "fine_tuning")
-    block = {"lr": LR, **SETTINGS}
+    block = yaml.safe_load(recipe("fine_tuning", "_target_:"))["optimizer"]
+    target = block.pop("_target_")
     assert_same_run(
-        lambda model: theirs.build_optimizer(model, ("flora_dist.by_position", block))[0],
+        lambda model: theirs.build_optimizer(model, (target, block))[0],
         lambda model: flora_dist.by_position(model.parameters(), **block),
     )
+
+
+def test_axolotl_imports_the_plugin_after_which_the_word_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = needs("axolotl.integrations.base", "fine_tuning")
+    plugin = recipe("fine_tuning", "class FloraPlugin")
+    (tmp_path / "flora_plugin.py").write_text(plugin, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = yaml.safe_load(recipe("fine_tuning", "plugins:"))
+    manager = theirs.PluginManager.get_instance()
+    for name in config["plugins"]:
+        manager.register(name)
+    assert [type(each).__name__ for each in manager.plugins.values()] == ["FloraPlugin"]
+    from transformers.training_args import OptimizerNames
+
+    assert OptimizerNames(config["optimizer"]).value == "flora"
