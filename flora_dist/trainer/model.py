@@ -85,9 +85,6 @@ def build_model(
     """
     with needs_train_extra():
         from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-    # Loading draws a bar on every process.
-    disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     pretrained = None if config.pretrained is None else Path(config.pretrained)
     model: nn.Module
@@ -123,6 +120,10 @@ def from_files(kind: Any, source: Path | None, **options: Any) -> nn.Module:
         ValueError: some weights are missing.
         Exception: whatever transformers raises.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    # Loading draws a bar on every process.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model, found = kind.from_pretrained(
         source,
         local_files_only=True,

@@ -2,9 +2,11 @@
 """Prints the peak of resident memory of a trainer's process while its network comes to be.
 
     python -m tests.bench.build_memory --model llama_130m --processes 2
+    python -m tests.bench.build_memory --model llama_130m --processes 2 --start pretrained
 
 Under FSDP2 with gloo, above what a process has once the libraries are loaded: the whole network in
-each process, as the trainer draws it where it must, and rows alone. The most of all processes.
+each process, as the trainer builds it where it must, and rows alone. The most of all processes.
+With `pretrained`, weights come from a folder of bfloat16 safetensors, else they are drawn.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from tests.bench.process_plan import MODELS
 
 _WAYS = ("whole", "rows")
 _PORT = 29621
+_SEED = 0
 
 
 def main() -> None:
@@ -29,28 +32,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama_130m")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--start", choices=("drawn", "pretrained"), default="drawn")
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=_WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="float32", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.way is not None:
-        measure(asked.model, asked.precision, asked.way)
+        measure(asked.model, asked.precision, asked.way, asked.folder)
         return
-    print(
-        "| network, processes, weights | parameters | drawn | peak | left |\n|---|---|---|---|---|"
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.start == "pretrained":
+            save(asked.model, folder)
+        _table(asked.model, asked.processes, folder if asked.start == "pretrained" else "")
+
+
+def save(model: str, folder: str) -> None:
+    """A network in bfloat16, as `save_pretrained` writes it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from flora_dist.trainer.model import read_network
+
+    network = read_network(MODELS / f"{model}.json")
+    made = AutoModelForCausalLM.from_config(network, dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+
+
+def _table(model: str, processes: int, folder: str) -> None:
+    kind = "loaded" if folder else "drawn"
+    print(f"| network, processes, weights | parameters | {kind} | peak | left |")
+    print("|---|---|---|---|---|")
     for precision in ("float32", "bfloat16-pure"):
         for way in _WAYS:
-            found = run(asked.model, asked.processes, precision, way)
+            found = run(model, processes, precision, way, folder)
             sizes = " | ".join(f"{found[name] / MEBI:,.0f}" for name in ("peak", "left"))
-            name = f"{asked.model}, {asked.processes}, {precision}"
+            name = f"{model}, {processes}, {precision}"
             print(f"| {name} | {found['parameters']:,} | {way} | {sizes} |", flush=True)
 
 
-def run(model: str, processes: int, precision: str, way: str) -> dict[str, int]:
-    """The most of each number over the processes, bytes."""
+def run(model: str, processes: int, precision: str, way: str, weights: str) -> dict[str, int]:
+    """The most of each number over the processes, bytes; ``weights``: their folder, or empty."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.bench.build_memory", "--model", model]
-        command += ["--precision", precision, "--way", way]
+        command += ["--precision", precision, "--way", way, "--folder", weights]
         running = []
         for rank in range(processes):
             told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
@@ -65,35 +89,35 @@ def run(model: str, processes: int, precision: str, way: str) -> dict[str, int]:
     return {name: max(each[name] for each in found) for name in found[0]}
 
 
-def measure(model: str, precision: str, way: str) -> None:
+def measure(model: str, precision: str, way: str, weights: str) -> None:
     """Build as the trainer does, and write the peak."""
     import torch.distributed as dist
 
     from flora_dist.trainer.backend import find_world
-    from flora_dist.trainer.by_rows import draw_rows, place_in
+    from flora_dist.trainer.by_rows import draw_rows
     from flora_dist.trainer.configfile import load_config
     from flora_dist.trainer.engine import build_learner
     from flora_dist.trainer.model import build_model, read_network, weight_dtype
+    from flora_dist.trainer.new_network import new_network
+    from flora_dist.trainer.place import WHOLE
 
     dist.init_process_group("gloo")
-    told = [f"model.config={MODELS / f'{model}.json'}", f"train.precision={precision}"]
+    source = f"{{pretrained: {weights}}}" if weights else f"{{config: {MODELS / model}.json}}"
+    told = [f"model={source}", f"train.precision={precision}", f"train.seed={_SEED}"]
     told += ["backend.name=fsdp2", "optimizer={name: flora, lr: 1e-3}"]
     config = load_config(MODELS.parent / "tiny.yaml", told)
     world, dtype = find_world(config.backend), weight_dtype(config.train)
-    place = place_in(config, world)
-    assert place is not None
     small = read_network(MODELS / "llama_tiny.json")
-    draw_rows(small, place, seed=0, dtype=dtype)  # loads the network's code
+    draw_rows(small, WHOLE, seed=_SEED, dtype=dtype)  # loads the network's code
     network, before = read_network(MODELS / f"{model}.json"), resident("VmRSS")
     forget_peak()
     if way == "rows":
-        drawn = draw_rows(network, place, seed=0, dtype=dtype)
-        parameters = sum(p.numel() for p in drawn.model.parameters())
-        learner = build_learner(drawn.model, config.optimizer, config, world, drawn.rows)
+        built, rows = new_network(config, network, world, print)
+        assert rows is not None
     else:
-        whole = build_model(config.model, network, seed=0, dtype=dtype)
-        parameters = sum(p.numel() for p in whole.parameters())
-        learner = build_learner(whole, config.optimizer, config, world)
+        built, rows = build_model(config.model, network, seed=_SEED, dtype=dtype), None
+    parameters = sum(p.numel() for p in built.parameters())
+    learner = build_learner(built, config.optimizer, config, world, rows)
     found = {"parameters": parameters, "peak": resident("VmHWM") - before}
     found["left"] = resident("VmRSS") - before
     Path(os.environ["OUT"]).write_text(json.dumps(found))

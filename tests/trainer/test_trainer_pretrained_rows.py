@@ -135,7 +135,7 @@ def filled(overrides: list[str], folders: list[str]) -> dict[str, list[str]]:
 def test_shards_that_are_filled_from_files_make_the_whole_network(
     corpus: Path, tmp_path: Path
 ) -> None:
-    folders = [str(folder_of(kind, tmp_path / kind)) for kind in KINDS]
+    folders = [str(folder_of(kind, tmp_path / str(i))) for i, kind in enumerate(KINDS)]
     overrides = tiny_overrides(corpus, tmp_path, "backend.name=fsdp2", "model.config=null")
     overrides += ["optimizer={name: flora, lr: 1e-2}", "train.precision=bfloat16-pure"]
     same: dict[str, list[str]] = {folder: [] for folder in folders}
