@@ -6,6 +6,7 @@ One call of a pool trains many times: a launch costs more than all of its traini
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,10 +15,11 @@ import pytest
 import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
 
 import flora_dist.transformers
 from flora_dist import Flora
+from flora_dist.frameworks.transformers import check as checking
 from flora_dist.frameworks.transformers.check import FloraCheck
 from flora_dist.frameworks.transformers.optimizer import FloraFactory
 from tests.conftest import launched_pool_of
@@ -109,6 +111,9 @@ def test_a_run_resumes_from_the_trainers_checkpoint_bit_for_bit(tmp_path: Path) 
 
 # ---- what is refused, and said
 
+STATE = TrainerState(max_steps=6)
+"""As a Trainer has it at its start, on process 0."""
+
 
 def refused(modes: list[str], folder: str) -> dict[str, str]:
     """What each mode says to a Trainer that is given ``optimizers=``."""
@@ -146,9 +151,26 @@ def test_a_trainer_that_would_step_another_optimizer_is_stopped(asked: str, tmp_
         FloraFactory()(model)
     other = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match="about to train with AdamW"):
-        check.on_train_begin(args, None, None, model=model, optimizer=other)
+        check.on_train_begin(args, STATE, None, model=model, optimizer=other)
     mine = Flora(model.named_parameters())
-    check.on_train_begin(args, None, None, model=model, optimizer=mine)
+    check.on_train_begin(args, STATE, None, model=model, optimizer=mine)
+
+
+def test_a_trainer_says_once_before_its_first_step_what_the_settings_will_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build()
+    options = {"optim": "flora", "optim_args": "rank=4,block=16,momentum=flora_strict"}
+    args = arguments("plain", Way(options=options), str(tmp_path), max_steps=2)
+    Trainer(model=model, args=args, train_dataset=Samples()).train()
+    said = capsys.readouterr().err
+    words = "Flora: warning: momentum='flora_strict' moves weights only inside 4 of 16 directions"
+    assert said.count(words) == 1
+    assert "2 steps at kappa=1000" in said
+    another = replace(STATE, is_world_process_zero=False)
+    strict = Flora(model.named_parameters(), momentum="flora_strict")
+    FloraCheck().on_train_begin(args, another, None, model=model, optimizer=strict)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_trainer_with_another_optimizer_is_left_alone(tmp_path: Path) -> None:
@@ -181,6 +203,32 @@ def test_an_unknown_setting_is_refused_by_name(tmp_path: Path) -> None:
     args = arguments("plain", Way(options=options), str(tmp_path))
     with pytest.raises(ValueError, match=r"no setting 'blokc'\. Did you mean 'block'"):
         Trainer.get_optimizer_cls_and_kwargs(args, build())
+
+
+def test_roles_that_optim_args_cannot_hold_are_refused_when_the_trainer_is_made(
+    tmp_path: Path,
+) -> None:
+    words = "rank=4,roles={'head':{'rank':16,'state_bits':8}}"
+    args = arguments("plain", Way(options={"optim": "flora", "optim_args": words}), str(tmp_path))
+    with pytest.raises(ValueError, match=r"got \"'state_bits':8}}\" in .*flora_dist.transformers"):
+        Trainer(model=build(), args=args, train_dataset=Samples())
+    one = "roles={'head':{'rank':None}}"
+    args = arguments("plain", Way(options={"optim": "flora", "optim_args": one}), str(tmp_path))
+    _, settings = Trainer.get_optimizer_cls_and_kwargs(args, build())
+    assert settings["roles"] == {"head": {"rank": None}}
+
+
+def test_words_beside_a_json_that_decides_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "is_under_deepspeed", lambda: True)
+    model, options = build(), {"optim": "flora", "optim_args": "rank=4"}
+    args = arguments("plain", Way(options=options), str(tmp_path))
+    mine = Flora(model.named_parameters())
+    with pytest.raises(ValueError, match=r"optim_args='rank=4' would be ignored.*\"optimizer\""):
+        FloraCheck().on_train_begin(args, STATE, None, model=model, optimizer=mine)
+    built = FloraFactory()(model, lr=LR, weight_decay=0.0)
+    FloraCheck().on_train_begin(args, STATE, None, model=model, optimizer=built)
 
 
 def test_the_word_is_known_on_a_command_line(tmp_path: Path) -> None:

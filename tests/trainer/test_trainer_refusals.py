@@ -66,6 +66,19 @@ def test_what_the_json_says_alike_may_stand(settings: Settings) -> None:
     assert got["flora"] == {"gradients": "dense"}
 
 
+def test_roles_stand_in_both_alike_or_are_refused(settings: Settings) -> None:
+    roles = {"head": {"rank": None, "state_dtype": "bfloat16"}}
+    section = (
+        "optimizer={name: flora, lr: 1e-2, roles: {head: {rank: null, state_dtype: bfloat16}}}"
+    )
+    block = {"type": "Flora", "params": {"lr": 1e-2, "roles": roles}}
+    assert "optimizer" not in settings({"optimizer": block}, section)
+    with pytest.raises(ValueError, match=r"'optimizer' says .*, the optimizer section .*'roles'"):
+        settings({"optimizer": BLOCK}, section)
+    with pytest.raises(ValueError, match=r"'optimizer' says .*'roles'.*, the optimizer section"):
+        settings({"optimizer": block})
+
+
 def test_a_block_that_is_off_may_stand(settings: Settings) -> None:
     off = {"enabled": False, "loss_scale": 0}
     assert settings({"fp16": off, "torch_autocast": {"enabled": False}})["fp16"] == off

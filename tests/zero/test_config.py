@@ -15,12 +15,17 @@ from torch import nn
 
 import flora_dist.deepspeed
 from flora_dist import Flora
+from flora_dist.frameworks.deepspeed import engine
 from flora_dist.frameworks.deepspeed.config import (
     check_flora_block,
     optimizer_settings,
     prepared,
 )
 from tests.zero.small import PARAMS, build, config_of
+
+
+def of_roles(roles: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": "Flora", "params": {**PARAMS, "roles": roles}}}
 
 
 def refused(config: Any, match: str, kind: type[Exception] = ValueError, **more: Any) -> None:
@@ -53,6 +58,10 @@ def refused(config: Any, match: str, kind: type[Exception] = ValueError, **more:
         ({"zero_allow_untested_optimizer": False}, "needs 'zero_allow_untested_optimizer': true"),
         ({"zero_force_ds_cpu_optimizer": True}, "needs 'zero_force_ds_cpu_optimizer': false"),
         ({"optimizer": {"type": "Flora", "params": {"rank": 0}}}, "rank"),
+        (of_roles({"head": {"rnak": 4}}), "params.roles.head\" has the unknown key 'rnak'.*'rank'"),
+        (of_roles({"head": {"check_every": 4}}), "unknown key 'check_every'"),
+        (of_roles({"haed": {"rank": 4}}), "Did you mean 'head'"),
+        (of_roles({"up.*": {"rank": 0}}), "rank must be a whole number"),
     ],
 )
 def test_a_config_that_would_not_do_what_it_says_is_refused(
@@ -101,6 +110,45 @@ def test_what_sketched_gradients_go_with_is_not_refused() -> None:
 @pytest.mark.parametrize("block", ["flora", "optimizer"])
 def test_a_block_that_is_no_object_is_refused(block: str) -> None:
     refused(config_of(2, **{block: "Flora"}), f'"{block}" must be an object', TypeError)
+
+
+@pytest.mark.parametrize(
+    ("roles", "block"), [([], "params.roles"), (None, "params.roles"), ({"head": 4}, "roles.head")]
+)
+def test_roles_that_are_no_objects_are_refused(roles: Any, block: str) -> None:
+    refused(config_of(2, **of_roles(roles)), f'{block}" must be an object', TypeError)
+
+
+@pytest.mark.parametrize("given", [None, "parameters", "named", "groups"])
+def test_a_configs_roles_go_by_the_models_names_whatever_parameters_it_is_given(
+    given: str | None,
+) -> None:
+    model, roles = build(), {"up.*": {"rank": None}, "*.bias": {"momentum": "none"}}
+    parameters: Any = {
+        None: None,
+        "parameters": list(model.parameters()),
+        "named": list(model.named_parameters()),
+        "groups": [{"params": list(model.parameters()), "weight_decay": 0.1}],
+    }[given]
+    settings = optimizer_settings(of_roles(roles))
+    found = {
+        name: (group["rank"], group["momentum"], group["weight_decay"])
+        for group in engine.by_settings(model, parameters, settings).param_groups
+        for name in group["param_names"]
+    }
+    decay = 0.1 if given == "groups" else 0.0
+    assert found == {
+        "up.weight": (None, "blend", decay),
+        "up.bias": (None, "blend", decay),
+        "down.weight": (2, "blend", decay),
+        "down.bias": (2, "none", decay),
+    }
+
+
+def test_roles_of_a_parameter_outside_the_model_are_refused() -> None:
+    stray = nn.Parameter(torch.ones(4, 5))
+    roles = of_roles({"up.*": {"rank": None}})
+    refused(config_of(0, **roles), r"one of shape \(4, 5\) does not", model_parameters=[stray])
 
 
 @pytest.mark.parametrize(

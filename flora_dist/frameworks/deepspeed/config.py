@@ -17,7 +17,8 @@ TESTED = "0.19.8"
 """The DeepSpeed whose private names are known."""
 ALONE = "bf16_master_weights_and_grads"
 """Of the "bf16" block: weights in bfloat16 and no others."""
-_SETTINGS = ("lr", "weight_decay", "maximize", "check_every", *KNOBS)
+_OF_GROUPS = ("lr", "weight_decay", "maximize", *KNOBS)
+_SETTINGS = (*_OF_GROUPS[:3], "check_every", "roles", *KNOBS)
 _AVAILABLE = ("dense", "compressed", "fused")
 _GRADIENTS = ("gradients", "gradient_rank", "gradient_bits", "wire_bits", "wire_dtype")
 _BFLOAT16 = ("bf16", "bfloat16", "torch.bfloat16")
@@ -265,7 +266,8 @@ def optimizer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of Flora in the "optimizer" block.
 
     Raises:
-        ValueError: another type, or a setting that Flora does not have.
+        ValueError: another type, or a setting that Flora does not have, of a role too.
+        TypeError: a block that is no object.
     """
     block = config.get("optimizer")
     if block is None:
@@ -281,6 +283,10 @@ def optimizer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     settings = dict(block.get("params", {}))
     _check_keys("optimizer.params", settings, _SETTINGS)
+    roles = settings.get("roles", {})
+    _check_object("optimizer.params.roles", roles)
+    for key, own in roles.items():
+        _check_keys(f"optimizer.params.roles.{key}", own, _OF_GROUPS)
     return settings
 
 
@@ -304,10 +310,14 @@ def prepared(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_keys(block: str, given: Any, known: Collection[str]) -> None:
-    if not isinstance(given, Mapping):
-        raise TypeError(f'the block "{block}" must be an object; got {given!r}. Write {{...}}.')
+    _check_object(block, given)
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
             raise ValueError(f'the block "{block}" has the unknown key {key!r}. {hint}')
+
+
+def _check_object(block: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f'the block "{block}" must be an object; got {given!r}. Write {{...}}.')

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import deepspeed
@@ -12,6 +12,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 from torch.optim import Optimizer
 
+from flora_dist.core.parameters import names as naming
 from flora_dist.core.records import FEW_BITS
 from flora_dist.flora import Flora
 from flora_dist.frameworks.build_lock import telling
@@ -98,17 +99,14 @@ def build(
     check_flora_block(settings)
     with_states(settings)
     if optimizer is None:
-        parameters = model_parameters
-        if parameters is None:
-            parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = Flora(parameters, **optimizer_settings(settings))
+        optimizer = by_settings(model, model_parameters, optimizer_settings(settings))
     elif isinstance(optimizer, Optimizer) and not isinstance(optimizer, Flora):
         raise TypeError(
             f"flora_dist.deepspeed.initialize runs Flora; got {type(optimizer).__name__}. Use "
             "deepspeed.initialize for it."
         )
     if isinstance(optimizer, Flora):
-        _check_owned(optimizer, model)
+        _check_owned(optimizer.param_groups, model)
         _check_gradient_rank(optimizer, settings)
     with telling():
         results = host(
@@ -122,11 +120,29 @@ def build(
     return results
 
 
-def _check_owned(optimizer: Flora, model: nn.Module) -> None:
+def by_settings(model: nn.Module, given: Any, settings: dict[str, Any]) -> Flora:
+    """The config's Flora, over the given parameters or all that need a gradient.
+
+    Roles go by names, which parameters that a caller hands over need not have: the model has them,
+    as ``attach`` will read them.
+    """
+    if given is None:
+        given = [p for p in model.parameters() if p.requires_grad]
+    if not settings.get("roles"):
+        return Flora(given, **settings)
+    groups = [naming.tidy_group(group) for group in naming.as_groups(given)]
+    _check_owned(groups, model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in groups:
+        group["params"] = [(names[id(p)], p) for p in naming.tensors_of(group)]
+    return Flora(groups, **settings)
+
+
+def _check_owned(groups: Iterable[Mapping[str, Any]], model: nn.Module) -> None:
     """Refuse parameters of another module: DeepSpeed's own error does not name the cause."""
     own = set(map(id, model.parameters()))
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
+    for group in groups:
+        for tensor in naming.tensors_of(group):
             if id(tensor) not in own:
                 raise ValueError(
                     "every parameter of the optimizer must belong to the model; one of shape "

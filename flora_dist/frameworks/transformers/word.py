@@ -41,6 +41,23 @@ def add_word() -> None:
         )
 
 
+def check_words(args: Any) -> None:
+    """Refuse ``optim_args`` that transformers would cut in the wrong places.
+
+    Raises:
+        ValueError: what stands between two commas is no name with a value.
+    """
+    if args.optim != WORD or not args.optim_args:
+        return
+    for word in args.optim_args.replace(" ", "").split(","):
+        if word.count("=") != 1:
+            raise ValueError(
+                "optim_args are name=value between commas, which a value cannot hold; got "
+                f"{word!r} in {args.optim_args!r}. Pass such settings, as roles are, by "
+                "optimizer_cls_and_kwargs=flora_dist.transformers.flora(...)."
+            )
+
+
 def _settings_from(context: Any) -> tuple[type[FloraFactory], dict[str, Any]]:
     """What transformers asks for, from its ``OptimizerContext``."""
     given = {name: _value(word) for name, word in context.optim_args.items()}
