@@ -105,7 +105,8 @@ class Flora(torch.optim.Optimizer):
         scale_parameter: multiply lr by max(1e-3, RMS(weight)), per matrix.
         state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
         state_bits: of each number of a sketched momentum: 32, 16, or 8 or 4 with a scale per block;
-            None: as ``state_dtype``, which dense momenta keep.
+            None: as ``state_dtype``, which dense momenta keep. With rank as large as block a dense
+            momentum in few bits: {"rank": 64, "block": 64, "state_bits": 8}.
         stochastic_rounding: round low-precision weights and momentum stochastically, with bits
             that are equal wherever the inputs are.
         skip_nonfinite: skip the whole step if a gradient, or its square (from 1.8e19 on in

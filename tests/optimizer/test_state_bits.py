@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from flora_dist import Flora, checkpoint
 from flora_dist.core.state.settings import FloraConfig
@@ -62,6 +65,38 @@ def test_a_run_in_few_bits_goes_on_bit_for_bit(way: str, tmp_path: Path) -> None
     go_on(model, optimizer, range(3, 6))
     go_on(other, fresh, range(3, 6))
     assert same(model, other)
+
+
+def _head(**of_the_head: Any) -> tuple[Tensor, Flora]:
+    """Least squares of a head alone, under noise; lr on half a cosine."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(32, 64))
+    target = torch.randn(32, 64, generator=generator)
+    named = [("lm_head.weight", weight)]
+    optimizer = Flora(named, 0.05, momentum="none", roles={"head": of_the_head})
+    schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / 200)) / 2)
+    for _ in range(200):
+        weight.grad = weight.detach() - target + torch.randn(32, 64, generator=generator)
+        optimizer.step()
+        schedule.step()
+    return weight.detach(), optimizer
+
+
+def test_a_sketch_as_wide_as_its_block_is_a_dense_momentum_in_few_bits() -> None:
+    """Measured: 0.0017 in 8 bits, 0.030 in 4; without momentum 0.018."""
+    dense, _ = _head(momentum="blend", rank=None)
+    recipe: dict[str, Any] = {"momentum": "blend", "rank": 64, "block": 64}
+    kept, optimizer = _head(**recipe, state_bits=8)
+    (row,) = optimizer.report().rows
+    assert row.role == "head"
+    assert row.state_bytes == 32 * 66 + 4 * (32 + 64)
+    moved, _ = _head(**recipe, state_bits=8, kappa=50)
+    coarse, _ = _head(**recipe, state_bits=4)
+    none, _ = _head(momentum="none")
+    assert (kept - dense).norm() < 0.003 * dense.norm()
+    assert (moved - dense).norm() < 0.003 * dense.norm()  # through three changes of window
+    assert 0.01 < (coarse - dense).norm() / dense.norm() < 0.05
+    assert (none - dense).norm() > 0.01 * dense.norm()
 
 
 def test_state_of_other_bits_is_refused_by_name() -> None:

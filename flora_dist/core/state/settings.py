@@ -91,7 +91,9 @@ class FloraConfig:
     """Momentum's dtype: float32 (float64 for float64 parameters) or bfloat16."""
     state_bits: int | None = None
     """Bits of each number of a sketched momentum: 32, 16, or 8 or 4 with a scale per block; dense
-    momenta keep ``state_dtype``. None: as ``state_dtype`` says."""
+    momenta, which have no blocks to write records of, keep ``state_dtype``. None: as that says. A
+    sketch of as many numbers as its block has is a dense momentum in records, turned and not cut:
+    for a head, rank 64 of block 64 in 8 bits."""
     stochastic_rounding: bool = True
     """Round low-precision weights and momentum stochastically, from our own random bits."""
     skip_nonfinite: bool = False
