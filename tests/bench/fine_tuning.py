@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small network that has learned Python's sources goes on with English: who learns most.
 
-    python -m tests.bench.fine_tuning --out runs/fine_tuning      some 8 minutes of a core
+    python -m tests.bench.fine_tuning --out runs/fine_tuning      some 6 minutes of a core
 
 First AdamW trains the network of `tests.bench.quality` on the standard library less the text that
 follows. Then each row goes on from those weights with the text of Python's own help

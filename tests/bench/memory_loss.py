@@ -28,18 +28,22 @@ COMMAND = (
     *("--backend", "fsdp2", "--precision", "bfloat16", "--checkpointing", "--micro-batch", "8"),
 )
 LIMIT_GIB = 16.0
-SKETCHED = ("--rank", "8", "--gradients", "compressed", "--gradient-rank", "16")
+STATE = ("--state-bits", "4")
+LEAST = (*STATE, "--gradients", "compressed")
 # What the picture calls it: results' file and row; the plan's arguments and method.
 POINTS = {
     "AdamW": ("quality", "AdamW", (), "AdamW"),
-    "Flora (default: rank 16)": (
-        *("projection", "blend, ratio 4, blend_gain 1"),
-        *((), "Flora 1/4, dense"),
+    "8-bit AdamW": ("packages", "AdamW 8-bit (bitsandbytes)", (), "AdamW, 8-bit"),
+    "GaLore": ("packages", "GaLore, rank 32", (), "GaLore, rank 512 (ddp)"),
+    "Flora (default)": ("projection", "blend, ratio 4, blend_gain 1", (), "Flora 1/4, dense"),
+    "Flora, state in 4 bits": (
+        *("state_bits_long", "blend, momentum 16 x 4 bits, gain 1"),
+        *(STATE, "Flora 1/4, dense"),
     ),
-    "Flora, rank 8, gain 2": ("quality", "blend, ratio 8", (), "Flora 1/8, dense"),
-    "Flora, rank 8,\ngradients as sketches": (
-        *("compressed_long", "blend, gradient ratio 4"),
-        *(SKETCHED, "Flora 1/8, compressed 1/4"),
+    "Flora, rank 4, tiles": ("tiles", "blend, rank 4, tiles of 64", (), "Flora 1/16, dense"),
+    "Flora, state and gradients\nin 4 bits, bf16 weights": (
+        *("all_in_few_bits", "Flora, alone, all in few bits"),
+        *(LEAST, "Flora 1/4, compressed, 4 bits, bf16 alone"),
     ),
 }
 

@@ -53,6 +53,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ademamix": {"momentum": "ademamix"},
     "growth": {"momentum": "blend", "growth": 1.01},
     "columns": {"momentum": "blend", "normalise": "columns"},
+    "tiles": {"momentum": "blend", "rank": 4, "orthogonalise": 64},
 }
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 
@@ -68,7 +69,7 @@ def optimizers_of(parameters: list[nn.Parameter], paths: Sequence[str]) -> dict[
     for kernels in paths:
         settings = {rule: {"momentum": rule} for rule in RULES} | OTHERS
         for name, own in settings.items():
-            optimizer = Flora(named, lr=1e-5, rank=8, block=64, **own)
+            optimizer = Flora(named, lr=1e-5, **{"rank": 8, **own})
             made[f"Flora, {name}, {kernels}"] = optimizer, kernels
         defaults: dict[str, dict[str, Any]] = {"": {}, " in 4 bits": {"state_bits": 4}}
         for name, own in defaults.items():
