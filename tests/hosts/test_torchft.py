@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """torchft's optimizer wrapper and DiLoCo around Flora, with a lighthouse and managers of its own.
 
-One replica group: with an outer step of 1 and no momentum DiLoCo is the plain loop. Two groups,
-each a process: their gradients are averaged, and one that comes late heals from the other.
+One replica group: with an outer step of 1 and no momentum DiLoCo is the plain loop; with sketched
+gradients. Two groups, each a process: their gradients are averaged, and one that comes late heals
+from the other.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
+import flora_dist
 from flora_dist import Flora
 from tests.conftest import pool_of
+from tests.hosts.trainer_runs import SKETCHES
 
 pytest.importorskip("torchft", reason="torchft is not installed (docs/hosts/fault_tolerance.md)")
 pytestmark = pytest.mark.slow
@@ -37,8 +40,10 @@ def backward(model: nn.Module, step: int, part: slice = slice(None)) -> None:
     model(torch.randn(8, 16, generator=generator)[part]).square().mean().backward()
 
 
-def plain_loop(steps: int) -> dict[str, Tensor]:
+def plain_loop(steps: int, **sketches: Any) -> dict[str, Tensor]:
     model, flora = build()
+    if sketches:
+        flora_dist.attach(model, flora, **sketches)
     for step in range(steps):
         flora.zero_grad()
         backward(model, step)
@@ -60,15 +65,27 @@ def lighthouse_of(least: int) -> Iterator[str]:
 
 @contextmanager
 def manager_of(
-    model: nn.Module, flora: Flora, lighthouse: str, *, group: int = 0, is_async: bool = True
+    model: nn.Module,
+    flora: Flora,
+    lighthouse: str,
+    *,
+    group: int = 0,
+    is_async: bool = True,
+    place: tuple[int, int] = (0, 1),
+    port: int = 0,
 ) -> Iterator[Any]:
+    """``place``: of this process in its group, and the group's size; ``port``: its store's."""
     from torchft import Manager, ProcessGroupGloo
+
+    rank, ranks = place
 
     def load(state: dict[str, Any]) -> None:
         model.load_state_dict(state["model"])
         flora.load_state_dict(state["optimizer"])
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, is_master=port == 0, wait_for_workers=False)
+    if ranks > 1 and rank == 0:
+        dist.broadcast_object_list([store.port])
     manager = Manager(
         pg=ProcessGroupGloo(timeout=timedelta(seconds=30)),
         state_dict=lambda: {"model": model.state_dict(), "optimizer": flora.state_dict()},
@@ -76,8 +93,8 @@ def manager_of(
         min_replica_size=1,
         use_async_quorum=is_async,
         replica_id=f"group{group}",
-        rank=0,
-        world_size=1,
+        rank=rank,
+        world_size=ranks,
         store_addr="127.0.0.1",
         store_port=store.port,
         hostname="127.0.0.1",
@@ -130,6 +147,38 @@ def test_diloco_of_one_replica_is_the_plain_loop() -> None:
         assert manager.current_step() == STEPS // 2
     for name, expected in plain_loop(STEPS).items():
         torch.testing.assert_close(dict(model.named_parameters())[name], expected)
+
+
+# ---- sketched gradients
+
+
+def test_a_group_with_sketched_gradients_is_the_plain_loop_with_them() -> None:
+    from torchft import Optimizer
+
+    model, flora = build()
+    flora_dist.attach(model, flora, **SKETCHES)
+    with lighthouse_of(1) as address, manager_of(model, flora, address) as manager:
+        optimizer = Optimizer(manager, flora)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+    assert_equal(model, plain_loop(STEPS, **SKETCHES))
+
+
+def test_a_sketch_that_is_averaged_over_groups_is_refused_and_the_step_left_out() -> None:
+    from torchft import Optimizer
+
+    model, flora = build()
+    flora_dist.attach(model, flora, **SKETCHES)
+    with lighthouse_of(1) as address, manager_of(model, flora, address) as manager:
+        optimizer = Optimizer(manager, flora)
+        optimizer.zero_grad()
+        backward(model, 0)
+        manager.allreduce(model[0].weight.grad).wait()
+        assert "kept as sketches" in str(manager.errored())
+        optimizer.step()
+    assert not flora.state
 
 
 # ---- two groups

@@ -110,6 +110,22 @@ def test_flora_beside_adamw_is_the_plain_loop_and_resumes_bit_for_bit(tmp_path: 
                 assert (weights[name] - value).norm() < 1e-5 * moved, (implementation, name)
 
 
+def test_the_clipping_of_torchtitans_trainer_refuses_sketches() -> None:
+    from torchtitan.distributed.utils import clip_grad_norm_
+
+    import flora_dist.torchtitan
+
+    model = build()
+    (optimizer,) = flora_dist.torchtitan.default_flora(rank=4, block=16).build(model_parts=[model])
+    flora_dist.attach(model, optimizer, "compressed")
+    tokens = Samples().tokens
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    with pytest.raises(
+        RuntimeError, match=r"torchtitan's training\.max_norm.*keep gradients dense"
+    ):
+        clip_grad_norm_(list(model.parameters()), 1.0)
+
+
 def test_the_default_config_has_one_group_of_everything() -> None:
     import flora_dist.torchtitan
 
