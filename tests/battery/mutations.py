@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flora_dist.core.comm import groups
 from flora_dist.core.sketch import keys, quantise
-from flora_dist.core.step import elements, plan
-from flora_dist.core.step.basis import BatchSketches
+from flora_dist.core.step import elements, matrix, momentum_rules, normalise, plan
+from flora_dist.core.step.basis import BatchSketches, SketchedBasis
 from flora_dist.core.step.cut_rows import CutRows
 from flora_dist.frameworks import fsdp1
 
@@ -176,6 +176,45 @@ RECORD_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 """Those of momenta in few bits."""
 
 
+def _the_gradient_alone(original: Any) -> Callable[..., Any]:
+    def advance(self: Any, x: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        gradient = x.elements_ENW.clone()
+        return gradient, original(self, x, *given)[1]
+
+    return advance
+
+
+def _as_it_was(original: Any) -> Callable[..., Tensor]:
+    del original
+    return lambda self, second: second  # noqa: ARG005 - the method's signature
+
+
+def _norms_without_bound(original: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    def growth_factor(square_sum_H: Tensor, last_H: Tensor, growth: float) -> Any:
+        return original(square_sum_H, last_H, growth)[0], square_sum_H.sqrt()
+
+    return growth_factor
+
+
+def _of_twice_the_side(original: Any) -> Callable[..., Tensor]:
+    return lambda update_ENW, side: original(update_ENW, 2 * side)
+
+
+def _of_ones(original: Any) -> Callable[..., Tensor]:
+    return lambda *given: torch.ones_like(original(*given))
+
+
+RULE_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "ademamix": (momentum_rules.AdEMAMixRule, "advance", _the_gradient_alone),
+    "subspace_adam": (SketchedBasis, "spread", _as_it_was),
+    "apollo": (momentum_rules.ApolloRule, "advance", _the_gradient_alone),
+    "growth": (matrix, "growth_factor", _norms_without_bound),
+    "orthogonalise": (matrix, "orthogonalised", _of_twice_the_side),
+    "normalise": (normalise, "column_scale", _of_ones),
+}
+"""What each rule and setting that torch's operators alone know has of its own."""
+
+
 @contextmanager
 def mutated(name: str) -> Iterator[None]:
     """Break one mechanism; none for the empty name."""
@@ -183,7 +222,8 @@ def mutated(name: str) -> Iterator[None]:
         yield
         return
     everything = {**MUTATIONS, **COLUMN_MUTATIONS, **SPAN_MUTATIONS, **LINE_MUTATIONS}
-    home, attribute, mutate = {**everything, **FSDP1_MUTATIONS, **RECORD_MUTATIONS}[name]
+    everything |= {**FSDP1_MUTATIONS, **RECORD_MUTATIONS, **RULE_MUTATIONS}
+    home, attribute, mutate = everything[name]
     original = getattr(home, attribute)
     setattr(home, attribute, mutate(original))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class Case:
 
     dtype: torch.dtype = torch.float64
     settings: dict[str, Any] = field(default_factory=dict)
-    """Over lr 1e-3, rank 2 of block 8, kappa 3 (windows change) and clip 0.3 (active)."""
+    """Over lr 1e-3, rank 2 of block 8, kappa 3 (windows change) and clip 0.3 (active). "roles" are
+    patterns of names, with what sketches do not follow from."""
 
     @property
     def flora(self) -> dict[str, Any]:
@@ -95,16 +97,20 @@ def reference_of(case: Case, weights: dict[str, Tensor]) -> Reference:
     shared = set(ReferenceSettings.__dataclass_fields__) & set(case.flora) - known
     low = torch.bfloat16 if config.sketch_bits == 16 else None
     few = config.sketch_bits if config.sketch_bits < 16 else None
-    options = {k: case.flora[k] for k in shared}
-    settings = ReferenceSettings(**options, state_dtype=low, state_bits=few)
+    options = {k: case.flora[k] for k in shared} | {"state_dtype": low, "state_bits": few}
+    roles = case.settings.get("roles", {})
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     wide = torch.promote_types(case.dtype, torch.float32)
     return Reference(
         weights,
         sketch=sketches(config, shapes, wide),
-        settings=settings,
+        settings=lambda name: ReferenceSettings(**{**options, **_of(roles, name)}),
         bits=random_bits(config, shapes),
     )
+
+
+def _of(roles: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    return next((own for pattern, own in roles.items() if fnmatchcase(name, pattern)), {})
 
 
 def trainable(model: torch.nn.Module) -> dict[str, Tensor]:

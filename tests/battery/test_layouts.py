@@ -24,6 +24,7 @@ from tests.battery.mutations import (
     LINE_MUTATIONS,
     MUTATIONS,
     RECORD_MUTATIONS,
+    RULE_MUTATIONS,
     SPAN_MUTATIONS,
     mutated,
 )
@@ -59,6 +60,15 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "none", "growth": 1.01},
     {"momentum": "flora_strict", "growth": 1.0},
 ]
+SIDE = {"orthogonalise": 2}
+# The last tiles of the experts are smaller.
+TILED = Case(settings={"momentum": "blend", "roles": {"square.*": SIDE, "expert*": SIDE}})
+ON_ONE_PROCESS = [
+    TILED,
+    Case(settings={"momentum": "flora_strict", "orthogonalise": 4}),
+    # Of rank 1 there is one second moment in a block, which no mean changes.
+    Case(settings={"momentum": "subspace_adam", "rank": 2, "block": 16}),
+]
 EXACT_CASES = [Case(settings=settings) for settings in SETTINGS]
 FLOAT_CASES = [
     Case(dtype=torch.float32, settings={"momentum": momentum})
@@ -93,7 +103,8 @@ EXACT_RUNS, FLOAT_RUNS = (
 
 @cache
 def _expected(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    cases = {str(case): case for case in (*EXACT_CASES, *FLOAT_CASES, FLOAT_RECORDS, *UNCLIPPED)}
+    others = (*FLOAT_CASES, FLOAT_RECORDS, *UNCLIPPED, *ON_ONE_PROCESS)
+    cases = {str(case): case for case in (*EXACT_CASES, *others)}
     return reference_run(cases[name])
 
 
@@ -135,7 +146,7 @@ def test_sharded_columns_without_a_clip_equal_the_reference_in_float32(case: Cas
     assert worst < FLOAT_PARAMETER
 
 
-@pytest.mark.parametrize("case", EXACT_CASES, ids=str)
+@pytest.mark.parametrize("case", [*EXACT_CASES, *ON_ONE_PROCESS], ids=str)
 def test_one_process_equals_the_reference_in_float64(case: Case) -> None:
     _, worst = distances(*_expected(str(case)), layouts.on_plain(case))
     assert worst < EXACT
@@ -169,6 +180,21 @@ def test_the_battery_sees_momenta_in_few_bits_that_are_broken(mutation: str) -> 
     with mutated(mutation):
         _, worst = distances(*expected, layouts.on_plain(case))
     assert not worst < 1e6 * EXACT
+
+
+@pytest.mark.parametrize("rule", RULE_MUTATIONS)
+def test_the_battery_sees_a_rule_that_lost_what_makes_it_one(rule: str) -> None:
+    case = next(case for case in [*ON_ONE_PROCESS, *EXACT_CASES] if _is_of(rule, case.settings))
+    with mutated(rule):
+        _, worst = distances(*_expected(str(case)), layouts.on_plain(case))
+    assert not worst < 1e6 * EXACT
+
+
+def _is_of(rule: str, settings: dict[str, Any]) -> bool:
+    by_setting = {"normalise": "columns", "growth": 1.01, "orthogonalise": 4}
+    if rule in by_setting:
+        return bool(settings.get(rule) == by_setting[rule])
+    return bool(settings["momentum"] == rule)
 
 
 def test_the_battery_sees_norms_that_are_not_summed_for_growth() -> None:
