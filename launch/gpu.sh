@@ -6,7 +6,7 @@
 # again, so that the same command goes on after an interruption:
 #
 #     ./launch/gpu.sh
-#     ./launch/gpu.sh --slice step         # one of them: bits runs graph marked step sketch training
+#     ./launch/gpu.sh --slice step         # one of them: bits runs records graph marked step sketch training
 #     ./launch/gpu.sh --slice 60m          # losses: llama-60m, then 130m; not among the nine minutes
 #     ./launch/gpu.sh --rehearse           # toy sizes on the CPU, kernels in Triton's interpreter
 #     PYTHON=.venv/bin/python ./launch/gpu.sh --out results
@@ -22,9 +22,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly PYTHON=${PYTHON:-python3}
 # Seconds of each slice; those of the first line are less than nine minutes together.
-declare -rA LIMITS=([bits]=40 [runs]=130 [graph]=50 [marked]=60 [step]=140 [sketch]=30 [training]=80
+declare -rA LIMITS=([bits]=40 [runs]=120 [records]=60 [graph]=40 [marked]=60 [step]=120 [sketch]=30 [training]=65
     [60m]=530 [130m]=530)
-slices=(bits runs graph marked step sketch training)
+slices=(bits runs records graph marked step sketch training)
 options=()
 out=''
 

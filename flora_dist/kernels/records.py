@@ -27,6 +27,7 @@ from flora_dist.core.sketch.quantise import (
     value_table,
 )
 from flora_dist.core.tiles import Interval
+from flora_dist.kernels.gpu.recorded import add_records_by_triton_, gpu_records
 from flora_dist.kernels.library import found
 from flora_dist.kernels.sketching import RowSketch, add_sketched_, kernels_cover
 from flora_dist.kernels.tables import DTYPES, floats
@@ -79,6 +80,14 @@ def add_to_records_(
     """
     assert records_ENKO.is_contiguous(), records_ENKO.shape
     sketch_ERB, operators = sketch.matrices_ERB, found().operators
+    first_column = sketch.first_column
+    if gpu_records(records_ENKO, gradient_ENW, sketch_ERB, first_column, code):
+        spans = () if draws is None else draws.runs
+        where = [0, 0, 0] if draws is None else draws.place[1]
+        add_records_by_triton_(
+            records_ENKO, gradient_ENW, sketch_ERB, sketch.scale, code, spans, where
+        )
+        return
     if operators is None or not (sketch.is_hadamard and kernels_cover(gradient_ENW, sketch_ERB)):
         numbers_ENKR = sketch_ERB.new_zeros(*records_ENKO.shape[:3], code.numbers)
         add_sketched_(numbers_ENKR, gradient_ENW, sketch)
@@ -93,7 +102,7 @@ def add_to_records_(
         gradient_ENW.contiguous(),
         sketch_ERB.contiguous(),
         DTYPES[gradient_ENW.dtype],
-        sketch.first_column,
+        first_column,
         code.bits,
         table_of(code.bits),
         *_levels(code, draws),

@@ -19,7 +19,7 @@ from typing import Any
 
 from flora_dist.columns import aligned
 
-SLICES = ("bits", "runs", "graph", "marked", "step", "sketch", "training", "60m", "130m")
+SLICES = ("bits", "runs", "records", "graph", "marked", "step", "sketch", "training", "60m", "130m")
 Found = Mapping[str, Any]
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from flora_dist import Flora
+from flora_dist.core.records import Code
 from flora_dist.kernels.gpu.graph import CapturedStep
+from flora_dist.kernels.gpu.recorded import add_by_torch_, add_records_by_triton_
 from flora_dist.kernels.gpu.sketches import add_sketch_
 from tests.kernels.gpu.runs import DEVICE, again, by_kernels, by_torch, record_graph, stepped
 
@@ -141,4 +143,23 @@ def sketch(is_rehearsal: bool) -> dict[str, Any]:
         "distance": distance,
         "by the kernel": _row(lambda: add_sketch_(out, x, unit, scale=scale), rounds),
         "by torch": _row(by_product, rounds),
+        **_records(x[:16, :64].contiguous() if is_rehearsal else x, rounds),
+    }
+
+
+def _records(x: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """C <- Q(C + G A^T) with all numbers of a block in 4 bits, by the kernel and by torch."""
+    code, (rows, columns) = Code(bits=4, numbers=64), x.shape
+    sketch_ERB = torch.randn(1, 64, 64, device=DEVICE).sign()
+    made = torch.zeros(1, rows, columns // 64, code.bytes, dtype=torch.uint8, device=DEVICE)
+    given = (code, ((0, rows),), (1, 0, columns))
+
+    def by_kernel() -> None:
+        add_records_by_triton_(made, x[None], sketch_ERB, 1.0, *given)
+
+    return {
+        "records by the kernel": _row(by_kernel, rounds),
+        "records by torch": _row(
+            lambda: add_by_torch_(made, x[None], sketch_ERB, *given), max(1, rounds // 4)
+        ),
     }

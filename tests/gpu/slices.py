@@ -27,6 +27,8 @@ import triton
 from tests.gpu import benches, quality, training
 from tests.kernels.gpu.bits import wrong_bits
 from tests.kernels.gpu.cuda_bits import other_bits
+from tests.kernels.gpu.drawn_runs import wrong_steps
+from tests.kernels.gpu.record_runs import wrong_records
 from tests.kernels.gpu.runs import (
     DEVICE,
     GRAPHED,
@@ -58,6 +60,15 @@ def runs(is_rehearsal: bool) -> Found:
     return {"cases": len(cases), "faults": [*faults, *(f"unnoticed: {m}" for m in missed)]}
 
 
+def records(is_rehearsal: bool) -> Found:
+    """Gradients in few bits: added to records, and stepped on."""
+    cases = range(1 if is_rehearsal else 8)
+    return {
+        "cases": 2 * len(cases),
+        "faults": [*wrong_records(DEVICE, cases), *wrong_steps(DEVICE, cases)],
+    }
+
+
 def graph(is_rehearsal: bool) -> Found:
     """A step in a CUDA graph beside the eager one, and what waits for the device."""
     parted = by_graph(GRAPHED, again if is_rehearsal else record_graph)
@@ -81,6 +92,7 @@ def marked(is_rehearsal: bool) -> Found:
 SLICES: Mapping[str, Callable[[bool], Found]] = {
     "bits": bits,
     "runs": runs,
+    "records": records,
     "graph": graph,
     "marked": marked,
     "step": benches.step,

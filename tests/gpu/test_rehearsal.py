@@ -54,4 +54,6 @@ def test_a_slice_is_rehearsed_and_its_result_is_a_file(tmp_path: Path) -> None:
 def test_an_unknown_slice_is_refused_with_the_names_of_all() -> None:
     done = launch("--slice", "speed")
     assert done.returncode == 2
-    assert "must be one of bits runs graph marked step sketch training 60m 130m" in done.stderr
+    assert (
+        "must be one of bits runs records graph marked step sketch training 60m 130m" in done.stderr
+    )

@@ -32,6 +32,7 @@ GAIN = tl.constexpr(7)
 CLIP = tl.constexpr(8)
 SIGN = tl.constexpr(9)
 ENTRY = tl.constexpr(10)
+DRAWN_ENTRY = tl.constexpr(11)
 
 # Momentum rules, and what a window does to a momentum.
 NONE = tl.constexpr(0)

@@ -12,13 +12,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from torch import Tensor
-
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.batch import Batch, Phases
-from flora_dist.core.step.gradient import Gradient
-from flora_dist.kernels.gpu.cover import CUT_ROWS, why_not, why_not_of
+from flora_dist.core.step.gradient import Gradient, SketchedGradient
+from flora_dist.kernels.gpu.cover import (
+    CUT_ROWS,
+    LARGEST_RANK,
+    are_sizes_covered,
+    why_not,
+    why_not_of,
+)
 
 VARIABLE = "FLORA_DIST_GPU_KERNELS"
 """`triton` asks for the kernels of this folder; unset or `torch`: torch's operators."""
@@ -39,16 +43,11 @@ def gpu_phases_of(batch: Batch, gradient: Gradient) -> Phases | None:
         raise RuntimeError(f"{VARIABLE}=triton asks for kernels on CUDA tensors: {reason}")
     if why_not(batch, gradient):
         return None
-    assert isinstance(gradient, Tensor)
+    assert gradient is not None
     # Here, since torch's operators need no trial.
     from flora_dist.kernels.gpu.self_check import is_sound
 
-    return make_phases(batch) if is_sound(batch, gradient, _phases_of) else None
-
-
-def _phases_of(batch: Batch, gradient: Gradient) -> Phases:
-    del gradient
-    return make_phases(batch)
+    return make_phases(batch, gradient) if is_sound(batch, gradient, make_phases) else None
 
 
 def is_wanted() -> bool:
@@ -61,13 +60,16 @@ def is_wanted() -> bool:
     return asked == "triton"
 
 
-def make_phases(batch: Batch) -> Phases:
-    """The kernels of a batch that they cover."""
+def make_phases(batch: Batch, gradient: Gradient) -> Phases:
+    """The kernels of a batch that they cover, for gradients of this kind."""
     # Here, since they import Triton.
     from flora_dist.kernels.gpu.phases import GpuPhases
     from flora_dist.kernels.gpu.vector_phases import GpuVectorPhases
 
-    return GpuVectorPhases(batch) if batch.geometry.is_vector else GpuPhases(batch)
+    if batch.geometry.is_vector:
+        return GpuVectorPhases(batch)
+    block = gradient.sketch_ERB.shape[2] if isinstance(gradient, SketchedGradient) else 0
+    return GpuPhases(batch, block)
 
 
 @functools.cache
@@ -102,9 +104,10 @@ def _counted(left: Counter[str]) -> Iterator[str]:
 
 
 def _why_not_slot(slot: Trainable) -> str:
-    if slot.level != LEVELS[0]:
-        return "sketched gradients"
     size = slot.geometry
+    # How many numbers stand for a block of a gradient, a slot does not know: as many at the most.
+    if slot.level != LEVELS[0] and not are_sizes_covered(size.block, size.block):
+        return f"sketched gradients of over {LARGEST_RANK} numbers per block of {size.block}"
     reason = why_not_of(size, slot.config, slot.tensor.dtype)
     if not reason and not size.is_vector and slot.part.cuts(size.block).rows_anywhere:
         reason = CUT_ROWS

@@ -10,7 +10,7 @@ import torch
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, arithmetic_dtype
-from flora_dist.core.step.gradient import Gradient
+from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.momentum_rules import BlendRule, FloraRule, FloraStrictRule, rule_of
 from flora_dist.kernels.tables import DTYPES, beyond_kernels
 
@@ -23,8 +23,10 @@ MOST_MATRICES = 65535
 
 def why_not(batch: Batch, gradient: Gradient) -> str:
     """Why a batch takes torch's operators; empty where the kernels step it."""
-    if not isinstance(gradient, torch.Tensor):
-        return "no gradient here" if gradient is None else "sketched gradients"
+    if gradient is None:
+        return "no gradient here"
+    if isinstance(gradient, SketchedGradient) and (what := _why_not_sketched(batch, gradient)):
+        return what
     first = batch.members[0]
     reason = why_not_of(batch.geometry, batch.config, first.weight.dtype)
     if not reason and not batch.geometry.is_vector and first.cuts.rows_anywhere:
@@ -32,6 +34,25 @@ def why_not(batch: Batch, gradient: Gradient) -> str:
     if len(batch.members) * max(1, batch.matrices_here) > MOST_MATRICES:
         reason = f"more than {MOST_MATRICES:,} matrices of one shape"
     return reason or _why_not_there(batch)
+
+
+def _why_not_sketched(batch: Batch, gradient: SketchedGradient) -> str:
+    rank, block = gradient.sketch_ERB.shape[1:]
+    if len(gradient.tiles) != 1:
+        return "sketched gradients of several stretches of rows"
+    if gradient.sketch_ERB.dtype != torch.float32 or gradient.tiles[0].dtype != torch.float32:
+        return f"sketched gradients in {gradient.sketch_ERB.dtype}"
+    if batch.sketches is not None and block != batch.geometry.block:
+        return f"sketched gradients in blocks of {block}"
+    if not are_sizes_covered(rank, block):
+        return f"sketched gradients of rank {rank} per block of {block}"
+    return ""
+
+
+def are_sizes_covered(rank: int, block: int) -> bool:
+    """Whether products have instructions for such sketches, and room in registers."""
+    is_block = block.bit_count() == 1 and SMALLEST_BLOCK <= block <= LARGEST_BLOCK
+    return is_block and rank <= LARGEST_RANK
 
 
 CUT_ROWS = "rows that several ranks hold pieces of"
@@ -44,15 +65,11 @@ def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
         return f"momentum={config.momentum!r}"
     if not size.is_vector and (beyond := next(_beyond(config), "")):
         return beyond
-    if (config.state_bits or 32) < 16 and rule is not None and size.rank is not None:
-        return f"state_bits={config.state_bits}"
     if arithmetic_dtype(dtype) != torch.float32 or dtype not in DTYPES:
         return str(dtype)
-    if rule is not None and size.rank is not None:
-        is_block = size.block.bit_count() == 1 and SMALLEST_BLOCK <= size.block <= LARGEST_BLOCK
-        if not is_block or size.rank > LARGEST_RANK:
-            return f"rank {size.rank} per block of {size.block}"
-    return ""
+    if rule is None or size.rank is None or are_sizes_covered(size.rank, size.block):
+        return ""
+    return f"rank {size.rank} per block of {size.block}"
 
 
 def _beyond(config: FloraConfig) -> Iterator[str]:
@@ -67,7 +84,7 @@ def _beyond(config: FloraConfig) -> Iterator[str]:
 def _why_not_there(batch: Batch) -> str:
     for member in batch.members:
         for tensor in (member.weight, *member.local.values()):
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in {*DTYPES, torch.uint8}:  # octets are a momentum's records
                 return str(tensor.dtype)
             if not tensor.is_contiguous():
                 return "tensors that are not contiguous"

@@ -39,6 +39,8 @@ from flora_dist.kernels.gpu.access import (
     product,
     sketch_of,
 )
+from flora_dist.kernels.gpu.codes import decoded, record_of, rounded_codes, stored
+from flora_dist.kernels.gpu.expand import block_of, drawn_of
 from flora_dist.kernels.gpu.rounding import bits_at, bits_of_rows, rounded
 
 FINISH_WRITES = 0
@@ -54,6 +56,10 @@ def finish(
     old,
     new,
     move,
+    drawn,
+    table,
+    multipliers,
+    values,
     rows_in,
     factors,
     scales,
@@ -70,6 +76,10 @@ def finish(
     WINDOW: tl.constexpr,
     TALLIES: tl.constexpr,
     ROUNDS: tl.constexpr,
+    BITS: tl.constexpr,
+    DRAWN: tl.constexpr,
+    DRAWN_PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
     GRADIENT: tl.constexpr,
     WEIGHT: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -79,7 +89,8 @@ def finish(
 
     ``old``, ``new``: A (matrices, RANK, WIDTH) before and after the step. ``move``: (matrices,
     RANK, RANK), s A_old A_new^T. ``scales``: (matrices, 2), of X and of the step. ``singles``:
-    (rows, groups of blocks). ``members``: how many, for the places of the keys in ``given``.
+    (rows, groups of blocks). ``members``: how many, for the places of the keys in ``given``. BITS:
+    of a gradient's sketches, in ``drawn``; 0: it is dense. KEPT: of a momentum in few bits, else 0.
     """
     strip = strips + tl.program_id(2) * STRIP_NUMBERS
     count = tl.load(strip + STRIP_ROWS).to(tl.int32)
@@ -98,6 +109,7 @@ def finish(
         down = tl.arange(0, ROWS)[:, None] * num_columns + tl.arange(0, WIDTH)[None, :]
         before = first.to(tl.int64) * num_columns
         new_a, old_a, step = _matrices(old, new, move, matrix, RULE, RANK, PADDED, WIDTH, WINDOW)
+        gradient_a = drawn_of(strip, drawn, BITS, DRAWN, DRAWN_PADDED, WIDTH)
         size = tl.zeros((ROWS,), tl.float32)
         start = tl.program_id(1) * GROUP
         for block in range(start, min(start + GROUP, num_blocks)):
@@ -107,7 +119,23 @@ def finish(
             places = before + (block * WIDTH + down)
             # X = G / sqrt(R C / mean(R)), times the clip where X is what is clipped
             factor = tl.load(factors + matrix * num_columns + columns, mask=is_column, other=0.0)
-            u = loaded(gradient + places, inside) * x_scale[:, None] * factor[None, :]
+            g = block_of(
+                strip,
+                given,
+                multipliers,
+                numbers,
+                table,
+                gradient + places,
+                gradient_a,
+                rows,
+                inside,
+                block,
+                num_columns,
+                BITS,
+                DRAWN,
+                DRAWN_PADDED,
+            )
+            u = g * x_scale[:, None] * factor[None, :]
             if RULE != NONE and RANK == 0:
                 momentum, inside_m = (
                     _momentum_places(strip, rows, columns, MOMENTUM, ALIGNED),
@@ -118,14 +146,22 @@ def finish(
                 u, kept, per_row = made, columns, num_columns
             elif RULE != NONE:
                 kept, per_row = block * RANK + tl.arange(0, PADDED), num_blocks * RANK
-                momentum = _momentum_places(strip, rows, kept, MOMENTUM, ALIGNED)
                 inside_m = is_row[:, None] & (tl.arange(0, PADDED) < RANK)[None, :]
-                m = loaded(momentum, inside_m)
+                if KEPT == 0:
+                    momentum = _momentum_places(strip, rows, kept, MOMENTUM, ALIGNED)
+                    m = loaded(momentum, inside_m)
+                else:
+                    momentum = record_of(strip, rows, block, KEPT, RANK)
+                    m = decoded(momentum, is_row, values, KEPT, RANK, PADDED)
                 u, made = _sketched(numbers, u, m, new_a, old_a, step, RULE, WINDOW)
             if TALLIES:
                 size += tl.sum(tl.where(inside, u * u, 0.0), 1)
             else:
-                if RULE != NONE:
+                if RULE != NONE and RANK != 0 and KEPT != 0:
+                    bits = bits_at(tl.load(keys + members), lines, kept, (per_row + 7) // 8)
+                    codes, pattern = rounded_codes(made, bits, KEPT)
+                    stored(momentum, is_row, codes, pattern, KEPT, RANK, PADDED)
+                elif RULE != NONE:
                     _store_momentum(
                         momentum,
                         made,

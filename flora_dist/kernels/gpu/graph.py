@@ -18,7 +18,7 @@ from flora_dist.core.parameters.registry import Registry, takes_part
 from flora_dist.core.parameters.source import GradientSource
 from flora_dist.core.parameters.trainable import Group
 from flora_dist.core.step.batch import Moment
-from flora_dist.core.step.gradient import Gradient
+from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.phases import moment_of
 from flora_dist.core.step.plan import Entry, Plan
 from flora_dist.kernels.gpu.phases import GpuPhases
@@ -127,6 +127,11 @@ class CapturedStep:
 
 
 def _check(plan: Plan) -> None:
+    if SketchedGradient in plan.kinds:
+        raise ValueError(
+            "a captured step must read gradients that lie where they lay; sketched ones come with "
+            "other matrices at every step. Call optimizer.step()."
+        )
     for entry in plan.entries:
         names = ", ".join(member.name for member in entry.batch.members[:3])
         is_ours = isinstance(entry.phases, GpuPhases | GpuVectorPhases)

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flora_dist.core.records import FEW_BITS, FULL_BITS
 from flora_dist.core.sketch.matrices import entry_scale
+from flora_dist.core.sketch.quantise import value_table
 from flora_dist.core.state.spec import VECTOR_EPS
 from flora_dist.core.step.basis import Basis, SketchedBasis
 from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.core.step.gradient import Records, SketchedGradient
 from flora_dist.kernels.gpu.access import KEEP, LR
 from flora_dist.kernels.gpu.tables import is_aligned
 from flora_dist.kernels.inputs import keys_of
@@ -35,6 +38,23 @@ class Given:
     """Whether each begins at a multiple of 16 bytes."""
     kept: Sequence[Tensor]
     """What must outlive the addresses."""
+    drawn: Drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What gradients that are known by their sketches are multiplied by; nothing, of dense ones."""
+
+    units: Tensor
+    """A over its entry scale (matrices, R, B), in bfloat16, which holds it exactly."""
+    table: Tensor
+    """Values of the codes, of numbers in few bits."""
+    bits: int
+    """Of each number; 0: gradients are dense."""
+    rank: int
+    entry: float
+    multipliers: Sequence[Tensor | None]
+    """Of each member's numbers, (); None: nothing."""
 
 
 class Inputs:
@@ -43,22 +63,28 @@ class Inputs:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self._members = len(batch.members)
-        count = 3 * self._members + _SCALARS // 2
+        count = 4 * self._members + _SCALARS // 2
         self.addresses = torch.zeros(count, dtype=torch.int64, device=batch.device)
-        """By member: of gradients; keys of a weight's rounding bits; keys of a momentum's."""
-        self.scalars = self.addresses[3 * self._members :].view(torch.float32)
+        """By member: of gradients; keys of a weight's rounding bits; keys of a momentum's; of what
+        sketches of gradients are multiplied by."""
+        self.multipliers = self.addresses[3 * self._members : 4 * self._members]
+        self.scalars = self.addresses[4 * self._members :].view(torch.float32)
         """As ``access.py`` numbers them."""
 
     def write(self, now: Moment) -> Given:
         """Send a step's numbers, behind what the device still does with the last ones."""
-        given = _gradients(now)
+        given = self._gradients(now)
         keys = keys_of(self._batch, now) or [0] * (2 * self._members)
         host = torch.empty(
             self.addresses.shape, dtype=torch.int64, pin_memory=self._batch.device.type == "cuda"
         )
+        factors = given.drawn.multipliers
         whole = [*(each.data_ptr() for each in given.kept), *keys]
+        whole += [0 if each is None else each.data_ptr() for each in factors]
         host[: len(whole)] = torch.tensor(whole, dtype=torch.int64)
-        host[len(whole) :].view(torch.float32).copy_(torch.tensor(self._scalars(now)))
+        host[len(whole) :].view(torch.float32).copy_(
+            torch.tensor([*self._scalars(now), given.drawn.entry])
+        )
         self.addresses.copy_(host, non_blocking=True)
         self._write_rates(now)
         return given
@@ -85,7 +111,6 @@ class Inputs:
             config.clip or 1.0,
             self._batch.sign,
             entry,
-            0.0,  # two to an int64
         ]
 
     def _write_rates(self, now: Moment) -> None:
@@ -95,8 +120,12 @@ class Inputs:
             keep = torch.as_tensor(1 - now.lr * now.weight_decay)
             self.scalars[KEEP.value].copy_(keep, non_blocking=True)
 
+    def _gradients(self, now: Moment) -> Given:
+        sketched = [each for each in now.gradients if isinstance(each, SketchedGradient)]
+        return _sketched(self._batch, sketched) if sketched else _dense(now)
 
-def _gradients(now: Moment) -> Given:
+
+def _dense(now: Moment) -> Given:
     """What kernels cannot read as it is becomes fp32 and contiguous."""
     found = [each for each in now.gradients if isinstance(each, Tensor)]
     assert len(found) == len(now.gradients), "the choice leaves other gradients to torch"
@@ -104,7 +133,40 @@ def _gradients(now: Moment) -> Given:
     if any(each.dtype != dtype for each in found) or dtype == torch.float64:
         dtype = torch.float32
     kept = [each.to(dtype).contiguous() for each in found]
-    return Given(dtype=dtype, is_aligned=is_aligned([g.data_ptr() for g in kept]), kept=kept)
+    drawn = Drawn(
+        units=torch.zeros(1, dtype=torch.bfloat16, device=kept[0].device),
+        table=torch.zeros(1, device=kept[0].device),
+        bits=0,
+        rank=0,
+        entry=1.0,
+        multipliers=[None for _ in kept],
+    )
+    aligned = is_aligned([each.data_ptr() for each in kept])
+    return Given(dtype=dtype, is_aligned=aligned, kept=kept, drawn=drawn)
+
+
+def _sketched(batch: Batch, found: Sequence[SketchedGradient]) -> Given:
+    """Sketches as they are kept, and their matrices in the order of the batch's."""
+    assert len(found) == len(batch.members), "a step's gradients are all sketched, or none is"
+    tiles = [each.tiles[0] for each in found]
+    records = [each for each in tiles if isinstance(each, Records)]
+    bits = records[0].code.bits if records else FULL_BITS
+    kept = [(each.octets if isinstance(each, Records) else each).contiguous() for each in tiles]
+    rank, device = found[0].sketch_ERB.shape[1], kept[0].device
+    entry = entry_scale(batch.config.sketch, rank=rank)
+    first, last = batch.members[0].matrices
+    units = [
+        each.sketch_ERB[first - each.first_matrix : last - each.first_matrix] for each in found
+    ]
+    drawn = Drawn(
+        units=(torch.cat(units) / entry).to(torch.bfloat16),
+        table=value_table(bits if bits in FEW_BITS else 1, torch.float32, device),
+        bits=bits,
+        rank=rank,
+        entry=entry,
+        multipliers=[each.factor if isinstance(each, Records) else None for each in tiles],
+    )
+    return Given(dtype=torch.float32, is_aligned=False, kept=kept, drawn=drawn)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

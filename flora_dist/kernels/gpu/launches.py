@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flora_dist.core.sketch.quantise import value_table
 from flora_dist.core.step.batch import Batch
 from flora_dist.kernels.gpu.finish import FINISH_TALLIES, FINISH_WRITES, finish
 from flora_dist.kernels.gpu.inputs import Given, Inputs, KernelBasis
@@ -25,7 +26,9 @@ from flora_dist.kernels.gpu.shapes import (
     FINISH_OPTIONS,
     MEASURE_OPTIONS,
     MEASURED_ROWS,
+    RECORDING_OPTIONS,
     ROW_OPTIONS,
+    SMALLEST_PRODUCT,
     TILE_ROWS,
     shapes_of,
 )
@@ -63,12 +66,15 @@ class Look:
 class Launches:
     """The kernels of one batch; strips may be none, where nothing of it is here."""
 
-    def __init__(self, batch: Batch, inputs: Inputs, needs: Needs) -> None:
+    def __init__(self, batch: Batch, inputs: Inputs, needs: Needs, gradient_block: int = 0) -> None:
         self._batch, self._inputs, self._needs = batch, inputs, needs
-        self._shapes = shapes_of(batch)
+        self._shapes = shapes_of(batch, gradient_block)
         self._tile_rows = MEASURED_ROWS if self._shapes.row_width else TILE_ROWS
         self._table = make_tables(batch, self._tile_rows)
         self._nothing = torch.zeros(1, device=batch.device)
+        self._values = self._nothing
+        if self._shapes.kept_bits:
+            self._values = value_table(self._shapes.kept_bits, torch.float32, batch.device)
 
     @property
     def is_empty(self) -> bool:
@@ -132,6 +138,10 @@ class Launches:
             self._inputs.addresses,
             self._inputs.scalars,
             basis.old,
+            given.drawn.units,
+            given.drawn.table,
+            self._inputs.multipliers,
+            self._values,
             rows,
             partials,
             singles,
@@ -232,6 +242,10 @@ class Launches:
             look.basis.old,
             look.basis.new,
             look.basis.move,
+            look.given.drawn.units,
+            look.given.drawn.table,
+            self._inputs.multipliers,
+            self._values,
             look.rows,
             look.factor_HM,
             scales_H2,
@@ -249,11 +263,15 @@ class Launches:
             TALLIES=purpose,
             ROUNDS=self._batch.config.stochastic_rounding,
             **self._dtypes(look.given),
-            **FINISH_OPTIONS,
+            **(RECORDING_OPTIONS if shapes.kept_bits else FINISH_OPTIONS),
         )
 
     def _dtypes(self, given: Given) -> dict[str, Any]:
         return {
+            "BITS": given.drawn.bits,
+            "DRAWN": given.drawn.rank,
+            "DRAWN_PADDED": max(SMALLEST_PRODUCT, triton.next_power_of_2(given.drawn.rank)),
+            "KEPT": self._shapes.kept_bits,
             "GRADIENT": DTYPES[given.dtype],
             "WEIGHT": self._shapes.weight,
             "MOMENTUM": self._shapes.momentum,

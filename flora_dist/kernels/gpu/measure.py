@@ -34,6 +34,8 @@ from flora_dist.kernels.gpu.access import (
     product,
     sketch_of,
 )
+from flora_dist.kernels.gpu.codes import decoded, record_of
+from flora_dist.kernels.gpu.expand import block_of, drawn_of
 
 
 @triton.jit
@@ -97,6 +99,10 @@ def measure(
     given,
     numbers,
     old,
+    drawn,
+    table,
+    multipliers,
+    values,
     rows_out,
     partials,
     singles,
@@ -108,6 +114,10 @@ def measure(
     PADDED: tl.constexpr,
     HISTORY: tl.constexpr,
     SCALED: tl.constexpr,
+    BITS: tl.constexpr,
+    DRAWN: tl.constexpr,
+    DRAWN_PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
     GRADIENT: tl.constexpr,
     WEIGHT: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -116,7 +126,8 @@ def measure(
     """Row means, partial sums by column and single sums of one tile.
 
     ``rows_out``: the new R of all strips. ``partials``: (tiles, SUMS, M), of G^2, G^2 / R and
-    G (M A) / sqrt(R). ``singles``: (tiles, 2), |M A|^2 and |W|^2.
+    G (M A) / sqrt(R). ``singles``: (tiles, 2), |M A|^2 and |W|^2. BITS: of a gradient's sketches,
+    in ``drawn``; 0: it is dense. KEPT: of a momentum in few bits, else 0.
     """
     strip = strips + tl.program_id(1) * STRIP_NUMBERS
     count = tl.load(strip + STRIP_ROWS).to(tl.int32)
@@ -129,10 +140,26 @@ def measure(
             tl.arange(0, ROWS)[:, None] * num_columns + tl.arange(0, WIDTH)[None, :]
         )
         gradient = gradient_of(strip, given, GRADIENT, ALIGNED)
+        gradient_a = drawn_of(strip, drawn, BITS, DRAWN, DRAWN_PADDED, WIDTH)
         sums = tl.zeros((ROWS,), tl.float32)
         for start in range(0, num_columns, WIDTH):
             inside = is_row[:, None] & (start + tl.arange(0, WIDTH) < num_columns)[None, :]
-            g = loaded(gradient + start + places, inside)
+            g = block_of(
+                strip,
+                given,
+                multipliers,
+                numbers,
+                table,
+                gradient + start + places,
+                gradient_a,
+                rows,
+                inside,
+                start // WIDTH,
+                num_columns,
+                BITS,
+                DRAWN,
+                DRAWN_PADDED,
+            )
             sums += tl.sum(g * g, 1)
         row = _new_row(strip, numbers, rows_out, rows, is_row, sums / num_columns)
         inverse = tl.where(is_row, 1.0 / row, 0.0)
@@ -142,7 +169,22 @@ def measure(
             columns = start + tl.arange(0, WIDTH)
             is_column = columns < num_columns
             inside = is_row[:, None] & is_column[None, :]
-            g = loaded(gradient + start + places, inside)
+            g = block_of(
+                strip,
+                given,
+                multipliers,
+                numbers,
+                table,
+                gradient + start + places,
+                gradient_a,
+                rows,
+                inside,
+                start // WIDTH,
+                num_columns,
+                BITS,
+                DRAWN,
+                DRAWN_PADDED,
+            )
             square = g * g
             out = partials + tile * SUMS * num_columns + columns
             tl.store(out, tl.sum(square, 0), mask=is_column)
@@ -158,9 +200,11 @@ def measure(
                     is_row,
                     start,
                     inside,
+                    values,
                     WIDTH,
                     RANK,
                     PADDED,
+                    KEPT,
                     MOMENTUM,
                     ALIGNED,
                 )
@@ -187,9 +231,11 @@ def _past(
     is_row,
     start,
     inside,
+    values,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
     MOMENTUM: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -199,9 +245,19 @@ def _past(
     if RANK == 0:
         past = loaded(momentum + down + (start + tl.arange(0, WIDTH))[None, :], inside)
     else:
-        ranks = tl.arange(0, PADDED)
-        kept = start // WIDTH * RANK + ranks
-        m = loaded(momentum + down + kept[None, :], is_row[:, None] & (ranks < RANK)[None, :])
+        if KEPT == 0:
+            ranks = tl.arange(0, PADDED)
+            kept = start // WIDTH * RANK + ranks
+            m = loaded(momentum + down + kept[None, :], is_row[:, None] & (ranks < RANK)[None, :])
+        else:
+            m = decoded(
+                record_of(strip, rows, start // WIDTH, KEPT, RANK),
+                is_row,
+                values,
+                KEPT,
+                RANK,
+                PADDED,
+            )
         a = sketch_of(old, tl.load(strip + STRIP_MATRIX), RANK, PADDED, WIDTH)
         past = tl.where(inside, product(m, a) * tl.load(numbers + ENTRY), 0.0)
     return past

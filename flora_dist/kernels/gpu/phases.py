@@ -60,10 +60,11 @@ class Tallied:
 class GpuPhases:
     """``Phases`` of a batch of whole rows on a GPU; see the module's docstring."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, gradient_block: int = 0) -> None:
+        """``gradient_block``: of gradients that are known by sketches; 0 of dense ones."""
         self._batch, self._needs = batch, _needs_of(batch)
         self._inputs, self._bases = Inputs(batch), KernelBases(batch)
-        self._launches = Launches(batch, self._inputs, self._needs)
+        self._launches = Launches(batch, self._inputs, self._needs, gradient_block)
         self._columns = [
             member.local["column"].view(-1, batch.geometry.num_columns) for member in batch.members
         ]

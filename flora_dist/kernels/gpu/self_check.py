@@ -18,10 +18,14 @@ from torch import Tensor
 
 from flora_dist.core.layouts.replicated import ReplicatedLayout
 from flora_dist.core.parameters.trainable import make_trainables
+from flora_dist.core.records import FULL_BITS, Code
+from flora_dist.core.sketch import ops
+from flora_dist.core.sketch.matrices import sketch_matrices
+from flora_dist.core.sketch.quantise import read_by_torch, round_records
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.batch import Batch, Phases
-from flora_dist.core.step.gradient import Gradient
+from flora_dist.core.step.gradient import Gradient, Records, SketchedGradient
 from flora_dist.core.step.matrix import MatrixPhases
 from flora_dist.core.step.phases import run_step
 from flora_dist.core.step.plan import PhasesOf, make_plan
@@ -56,10 +60,13 @@ class Trial:
     maximize: bool
     dtype: torch.dtype
     gradient_dtype: torch.dtype
+    sketch: Code | None
+    """Of gradients that are known by sketches; ``FULL_BITS``: in float32."""
+    sketch_block: int
     device: torch.device
 
 
-def is_sound(batch: Batch, gradient: Tensor, make: PhasesOf) -> bool:
+def is_sound(batch: Batch, gradient: Tensor | SketchedGradient, make: PhasesOf) -> bool:
     """Whether kernels may step a batch; a warning names the one that may not, and why.
 
     ``make``: the kernels of a batch.
@@ -96,7 +103,7 @@ def fault(trial: Trial, make: PhasesOf) -> str:
     for name, kernel in KERNELS.items():
         if name not in expected:
             continue
-        own, other = found[name].double(), expected[name].double()
+        own, other = (_numbers(side[name], trial).double() for side in (found, expected))
         moved = (other - start.double()).norm() if name == "weight" else other.norm()
         is_rounded = torch.float32 not in {trial.dtype, found[name].dtype}
         distance = ((own - other).norm() / moved).item()
@@ -105,13 +112,23 @@ def fault(trial: Trial, make: PhasesOf) -> str:
     return ""
 
 
+def _numbers(kept: Tensor, trial: Trial) -> Tensor:
+    """What is kept, or what records of a momentum stand for."""
+    if kept.dtype != torch.uint8:
+        return kept
+    assert trial.config.state_bits is not None
+    assert trial.config.rank is not None
+    code = Code(bits=trial.config.state_bits, numbers=int(trial.config.rank))
+    return read_by_torch(kept, code, torch.float32)
+
+
 def _largest(trial: Trial) -> float:
     """Of what is kept in float32: a momentum in 16 bits rounds what follows from it."""
     is_rounded = trial.config.state_dtype == "bfloat16" or trial.config.state_bits is not None
     return LARGEST_ROUNDED if is_rounded else LARGEST_DISTANCE
 
 
-def _trial_of(batch: Batch, gradient: Tensor) -> Trial:
+def _trial_of(batch: Batch, gradient: Tensor | SketchedGradient) -> Trial:
     first, size = batch.members[0], batch.geometry
     shape: tuple[int, ...] = (min(size.num_columns, MOST_ROWS),)
     if not size.is_vector:
@@ -121,12 +138,21 @@ def _trial_of(batch: Batch, gradient: Tensor) -> Trial:
     cut: dict[str, Any] = {"rank": size.rank}
     if size.rank is not None:
         cut["block"] = size.block
+    code: Code | None = None
+    block, dtype = 0, torch.float32
+    if isinstance(gradient, Tensor):
+        dtype = gradient.dtype
+    else:
+        (tile,), (rank, block) = gradient.tiles, gradient.sketch_ERB.shape[1:]
+        code = tile.code if isinstance(tile, Records) else Code(bits=FULL_BITS, numbers=rank)
     return Trial(
         shape=shape,
         config=replace(batch.config, kappa=KAPPA, strict=False, **cut),
         maximize=batch.sign < 0,
         dtype=first.weight.dtype,
-        gradient_dtype=gradient.dtype,
+        gradient_dtype=dtype,
+        sketch=code,
+        sketch_block=block,
         device=batch.device,
     )
 
@@ -139,6 +165,30 @@ def _in_float32(trial: Trial) -> Trial:
 def _by_torch(batch: Batch, gradient: Gradient) -> Phases:
     del gradient
     return VectorPhases(batch) if batch.geometry.is_vector else MatrixPhases(batch)
+
+
+def given_as(gradient: Tensor, trial: Trial) -> Gradient:
+    """A gradient as it is, or by its sketches, times a factor where these are records."""
+    code = trial.sketch
+    if code is None:
+        return gradient
+    shape = trial.shape if len(trial.shape) > 2 else (1, *trial.shape)
+    sketch_ERB = sketch_matrices(
+        trial.config.sketch,
+        keys=range(shape[0]),
+        rank=code.numbers,
+        block=trial.sketch_block,
+        dtype=torch.float32,
+        device=trial.device,
+    )
+    numbers = ops.compress(gradient.view(shape), sketch_ERB)
+    tile: Tensor | Records = numbers
+    if code.bits != FULL_BITS:
+        middle = torch.full(numbers.shape, 1 << 15, dtype=torch.int32, device=trial.device)
+        octets = round_records(numbers, middle, code)
+        factor = torch.full((), 0.5, device=trial.device)
+        tile = Records(octets=octets, code=code, dtype=torch.float32, factor=factor)
+    return SketchedGradient(tiles=(tile,), sketch_ERB=sketch_ERB, first_matrix=0)
 
 
 def _run(trial: Trial, phases_of: PhasesOf) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,7 +212,7 @@ def _run(trial: Trial, phases_of: PhasesOf) -> tuple[Tensor, dict[str, Tensor]]:
     slot.configure(trial.config, state)
     slot.create_state(state)
     for _ in range(STEPS):
-        gradients = [random(trial.gradient_dtype)]
+        gradients = [given_as(random(trial.gradient_dtype), trial)]
         plan = make_plan([slot.member(state)], gradients, phases_of, lambda _: None)
         run_step(plan, gradients, may_only_create_state=False)
     kept = {name: value for name, value in state.items() if isinstance(value, Tensor)}

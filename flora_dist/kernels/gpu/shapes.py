@@ -31,8 +31,14 @@ LONGEST_ROW = 8192
 """That a program keeps in registers, beside two sums by column."""
 MEASURE_OPTIONS = {"num_warps": 4}
 ROW_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+RECORD_ROWS = 16
+"""Rows of a program that writes records."""
+RECORD_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+"""A product and a sum are rounded one after the other, as torch does."""
 FINISH_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 """A GPU's SM then holds two such programs."""
+RECORDING_OPTIONS = {**FINISH_OPTIONS, "enable_fp_fusion": False}
+"""Where the momentum is written in few bits: products and sums are rounded as torch rounds them."""
 _AT_ONCE = 8192
 """Elements that a program of 256 threads reads at a time: 32 by each."""
 DENSE_WIDTH = 64
@@ -65,17 +71,19 @@ class Shapes:
     settle_width: int
     weight: Any
     momentum: Any
+    kept_bits: int
+    """Of a momentum in few bits, else 0."""
 
 
-def shapes_of(batch: Batch) -> Shapes:
-    """Choose them."""
+def shapes_of(batch: Batch, gradient_block: int = 0) -> Shapes:
+    """Choose them; ``gradient_block``: of gradients that are known by sketches, 0 of dense ones."""
     rule, size = rule_of(batch.config, batch.geometry), batch.geometry
     rank = 0 if rule is None or size.rank is None else size.rank
-    width = size.block if rank else DENSE_WIDTH
+    width = gradient_block or (size.block if rank else DENSE_WIDTH)
     momentum = batch.members[0].local.get("momentum")
     row_width = triton.next_power_of_2(size.num_columns)
     reads_more = batch.config.scale_parameter or (rule is not None and rule.asks_history)
-    if reads_more or row_width > LONGEST_ROW:
+    if gradient_block or reads_more or row_width > LONGEST_ROW:
         row_width = 0
     return Shapes(
         rule=RULES[None if rule is None else type(rule)],
@@ -90,7 +98,8 @@ def shapes_of(batch: Batch) -> Shapes:
         sum_width=128,
         settle_width=1024,
         weight=DTYPES[batch.members[0].weight.dtype],
-        momentum=tl.float32 if momentum is None else DTYPES[momentum.dtype],
+        momentum=tl.float32 if momentum is None else DTYPES.get(momentum.dtype, tl.uint8),
+        kept_bits=0 if size.code is None or not rank else size.code.bits,
     )
 
 

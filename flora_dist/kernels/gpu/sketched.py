@@ -15,7 +15,7 @@ from torch import Tensor
 from flora_dist.core.sketch import ops
 from flora_dist.core.sketch.matrices import entry_scale, sketch_matrices
 from flora_dist.kernels.gpu.choice import is_wanted, without_triton
-from flora_dist.kernels.gpu.cover import LARGEST_BLOCK, LARGEST_RANK, SMALLEST_BLOCK
+from flora_dist.kernels.gpu.cover import are_sizes_covered
 from flora_dist.kernels.tables import DTYPES
 
 LARGEST_DISTANCE = 1e-5
@@ -32,9 +32,7 @@ def gpu_sketches(
     return (
         sums_ENKR.dtype == torch.float32
         and gradient_ENW.dtype in DTYPES
-        and block.bit_count() == 1
-        and SMALLEST_BLOCK <= block <= LARGEST_BLOCK
-        and rank <= LARGEST_RANK
+        and are_sizes_covered(rank, block)
         and first_column % block == 0
         and not fault(gradient_ENW.dtype, rank, block, sums_ENKR.device)
     )

@@ -155,8 +155,10 @@ def _is_aligned(batch: Batch, strips: Sequence[Sequence[int]]) -> bool:
     first = batch.members[0]
     steps = [first.weight.element_size() * batch.geometry.num_columns]
     momentum = first.local.get("momentum")
-    if momentum is not None:
+    has_records = momentum is not None and momentum.dtype == torch.uint8
+    if momentum is not None and not has_records:
         steps.extend(momentum.element_size() * strip[8] for strip in strips)
-    addresses = [number for strip in strips for number in (strip[0], strip[1])]
+    # Records begin at any byte, and are read byte by byte.
+    addresses = [number for strip in strips for number in strip[: 1 if has_records else 2]]
     offsets = [8 * strip[4] for strip in strips]  # read as multiples of 8 elements
     return is_aligned([*steps, *addresses]) and all(o % 64 == 0 for o in offsets)

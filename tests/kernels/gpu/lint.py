@@ -17,10 +17,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import triton
@@ -30,11 +31,15 @@ from triton.compiler import ASTSource
 
 from flora_dist.kernels.gpu.finish import finish
 from flora_dist.kernels.gpu.measure import measure, measure_rows
+from flora_dist.kernels.gpu.records import add_records
 from flora_dist.kernels.gpu.settle import gather, scale, settle
 from flora_dist.kernels.gpu.shapes import (
     FINISH_OPTIONS,
     MEASURE_OPTIONS,
     MEASURED_ROWS,
+    RECORD_OPTIONS,
+    RECORD_ROWS,
+    RECORDING_OPTIONS,
     ROW_OPTIONS,
     TILE_ROWS,
     row_step_of,
@@ -47,16 +52,31 @@ CAPABILITIES = (80, 90, 100)
 LARGEST_REGISTERS = 128
 # Of the loop over a tile. At 28e12 instructions of a lane per second (132 SMs of an H100 at
 # 1.7 GHz) 100 take 3.5 ps, as long as 12 bytes take at its 3.35 TB/s.
-LARGEST_PER_ELEMENT = {"measure": 60, "measure_rows": 40, "finish": 100, "accumulate": 60}
+LARGEST_PER_ELEMENT = {
+    "measure": 60,
+    "measure_rows": 40,
+    "finish": 100,
+    "accumulate": 60,
+    "add_records": 170,
+}
+READ_ELEMENTS = {
+    "measure",
+    "measure_rows",
+    "finish",
+    "finish_sketches",
+    "accumulate",
+    "add_records",
+}
 _BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 _LANES = 32
 # What parameters of a kernel are, where they are not pointers to float32.
 _TYPES = {
-    **dict.fromkeys(["strips", "given", "vectors", "matrices", "addresses"], "*i64"),
-    **dict.fromkeys(["old", "new", "x", "sketch"], "*bf16"),
+    **dict.fromkeys(["strips", "given", "vectors", "matrices", "addresses", "multipliers"], "*i64"),
+    **dict.fromkeys(["old", "new", "x", "sketch", "sketches", "drawn"], "*bf16"),
+    "records": "*u8",
     **dict.fromkeys(
         ["members", "num_columns", "num_rows", "num_blocks", "first_column", "width", "count",
-         "elements", "blocks"],
+         "elements", "blocks", "key_low", "key_high", "first_line", "first_number", "num_numbers"],
         "i32",
     ),
     "entry": "fp32",
@@ -71,7 +91,7 @@ class Variant:
     name: str
     kernel: Any
     constants: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, int | bool]
     elements: int
     """Of a program's tile."""
 
@@ -89,30 +109,43 @@ class Made:
     """Instructions inside loops, over a thread's elements of the tile."""
 
 
-def variants(*, rules: tuple[int, ...], dtypes: tuple[Any, ...]) -> Iterator[Variant]:
-    """Kernels over matrices at rank 8 of 64, aligned."""
+DENSE = {"BITS": 0, "DRAWN": 0, "DRAWN_PADDED": 16, "KEPT": 0}
+RECORDS = {"BITS": 4, "DRAWN": 64, "DRAWN_PADDED": 64, "KEPT": 0}
+SKETCHES = {**DENSE, "BITS": 32, "DRAWN": 16}
+FEW_BITS = {**DENSE, "KEPT": 4}
+
+
+def variants(
+    *,
+    rules: tuple[int, ...],
+    dtypes: tuple[Any, ...],
+    drawn: Mapping[str, int] = MappingProxyType(DENSE),
+) -> Iterator[Variant]:
+    """Kernels over matrices at rank 8 of 64, aligned; ``drawn``: how gradients are kept."""
     for dtype, rule in itertools.product(dtypes, rules):
-        name = f"{_NAMES[dtype]} rule {rule}"
+        name = f"{_NAMES[dtype]} rule {rule}" + (
+            f" of {drawn['BITS']} bits" if drawn["BITS"] else " in 4 bits" if drawn["KEPT"] else ""
+        )
         shared = {
             "ROWS": TILE_ROWS, "WIDTH": 64, "RANK": 8, "PADDED": 16, "GRADIENT": dtype,
-            "WEIGHT": dtype, "MOMENTUM": tl.float32, "ALIGNED": True,
+            "WEIGHT": dtype, "MOMENTUM": tl.float32, "ALIGNED": True, **drawn,
         }  # fmt: skip
         sums = {"SUMS": 3 if rule == 2 else 2, "HISTORY": rule == 2, "SCALED": False}
         yield Variant(
-            name=f"measure {name}",
+            name=f"measure{'_sketches' if drawn['BITS'] else ''} {name}",
             kernel=measure,
             constants={**shared, **sums},
             options=MEASURE_OPTIONS,
             elements=TILE_ROWS * 64,
         )
-        if rule == 0:
+        if rule == 0 and drawn == DENSE:
             yield from _of_rows(dtype)
         passed = {"RULE": rule, "GROUP": 4, "WINDOW": 0, "TALLIES": 0, "ROUNDS": True}
         yield Variant(
-            name=f"finish {name}",
+            name=f"finish{'_sketches' if drawn['BITS'] else ''} {name}",
             kernel=finish,
             constants={**shared, **passed},
-            options=FINISH_OPTIONS,
+            options=RECORDING_OPTIONS if drawn["KEPT"] else FINISH_OPTIONS,
             elements=TILE_ROWS * 64,
         )
 
@@ -166,6 +199,21 @@ def others() -> Iterator[Variant]:
     )  # fmt: skip
 
 
+def of_records() -> Iterator[Variant]:
+    """Gradients that are added to records of all numbers of a block, in 4 bits."""
+    for how, name in enumerate(("adds", "begins")):
+        yield Variant(
+            name=f"add_records {name}",
+            kernel=add_records,
+            constants={
+                "ROWS": RECORD_ROWS, "BLOCK": 64, "RANK": 64, "PADDED": 64, "GROUP": 4, "BITS": 4,
+                "BEGINS": how,
+            },
+            options=RECORD_OPTIONS,
+            elements=RECORD_ROWS * 64,
+        )  # fmt: skip
+
+
 def made(variant: Variant, capability: int) -> Made:
     """Compile one for a GPU that is not here."""
     names, constants = variant.kernel.arg_names, variant.constants
@@ -195,7 +243,8 @@ def made(variant: Variant, capability: int) -> Made:
     per_thread = max(1, variant.elements // threads)
     return Made(
         registers=numbers["REG"],
-        stack=numbers["STACK"] + numbers["LOCAL"],
+        # A frame that nothing is written to is room for a call's return: no spill.
+        stack=numbers["STACK"] + numbers["LOCAL"] if re.search(r"\bSTL\b", code) else 0,
         wide_loads=len(re.findall(r"LDG\S*\.128", code)),
         per_element=_in_loops(code) / per_thread,
     )
@@ -230,7 +279,7 @@ def broken(variant: Variant, found: Made) -> list[str]:
         f"{found.registers} registers are above {LARGEST_REGISTERS}": (
             found.registers > LARGEST_REGISTERS
         ),
-        "no load is 128 bits wide": kind in LARGEST_PER_ELEMENT and found.wide_loads == 0,
+        "no load is 128 bits wide": kind in READ_ELEMENTS and found.wide_loads == 0,
         f"{found.per_element:.0f} instructions per element": (
             found.per_element > LARGEST_PER_ELEMENT.get(kind, sys.maxsize)
         ),
@@ -248,8 +297,10 @@ def main() -> int:
     chosen += [each for each in _of_rows(tl.bfloat16) if each.constants["WIDTH"] == 4096]
     if not parsed.quick:
         chosen = list(variants(rules=(0, 1, 2, 3), dtypes=(tl.bfloat16, tl.float32, tl.float16)))
+        for drawn in (RECORDS, SKETCHES, FEW_BITS):
+            chosen += variants(rules=(0, 1, 2, 3), dtypes=(tl.bfloat16,), drawn=drawn)
     pairs = list(itertools.product(CAPABILITIES, chosen))
-    small = others()
+    small = [*others(), *of_records()]
     pairs += itertools.product((90,) if parsed.quick else CAPABILITIES, small)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         results = list(pool.map(lambda pair: made(pair[1], pair[0]), pairs))

@@ -33,6 +33,8 @@ from flora_dist.kernels.gpu.cover import why_not
 from flora_dist.kernels.gpu.graph import CapturedStep, Record, record_graph
 from tests.kernels.gpu import self_checked
 from tests.kernels.gpu.bits import wrong_bits
+from tests.kernels.gpu.drawn_runs import wrong_steps
+from tests.kernels.gpu.record_runs import wrong_records
 from tests.kernels.gpu.sketch_runs import wrong_sketches
 from tests.kernels.paths import Case, case_of, parted
 
@@ -67,6 +69,11 @@ SCALARS = {
 }
 
 
+def with_rule(rule: str, **settings: object) -> Case:
+    """``FIXED`` by another rule."""
+    return replace(FIXED, settings={**FIXED.settings, "momentum": rule, **settings})
+
+
 def small_case_of(seed: int) -> Case:
     """A random case that the interpreter runs in about a second; the same for a seed."""
     draw = random.Random(seed)
@@ -92,7 +99,7 @@ def by_torch(batch: Batch, gradient: Gradient) -> Phases:
 
 def by_kernels(batch: Batch, gradient: Gradient) -> Phases:
     """Kernels wherever they cover a batch, on any device."""
-    return by_torch(batch, gradient) if why_not(batch, gradient) else make_phases(batch)
+    return by_torch(batch, gradient) if why_not(batch, gradient) else make_phases(batch, gradient)
 
 
 @contextmanager
@@ -214,6 +221,8 @@ def verdict(cases: range) -> dict[str, Any]:
         "unnoticed": unnoticed(),
         "wrong bits": wrong_bits(DEVICE),
         "wrong sketches": wrong_sketches(DEVICE),
+        "wrong records": wrong_records(DEVICE, range(2)),
+        "wrong steps on sketches": wrong_steps(DEVICE, range(1)),
         "self-check": self_checked.verdict(DEVICE),
         "by graph": by_graph(GRAPHED, record_graph if DEVICE == "cuda" else again),
     }

@@ -14,6 +14,8 @@ from torch import nn
 
 from flora_dist import Flora
 from flora_dist.core.parameters.trainable import Trainable
+from flora_dist.core.step.gradient import SketchedGradient
+from flora_dist.core.step.plan import Plan
 from flora_dist.kernels.gpu import choice
 
 
@@ -76,3 +78,18 @@ def test_kernels_for_gpus_are_not_imported_where_no_cuda_tensor_is_stepped() -> 
         "assert 'flora_dist.kernels.gpu.access' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_captured_step_refuses_gradients_that_are_known_by_sketches() -> None:
+    from flora_dist.kernels.gpu.graph import _check
+
+    with pytest.raises(ValueError, match="other matrices at every step"):
+        _check(Plan([], [SketchedGradient], lambda _: None))
+
+
+def test_the_report_says_which_sketched_gradients_are_left_to_torch() -> None:
+    own = slots(block=128, rank=16)
+    assert ";" not in choice.said_on_gpu(own)
+    for slot in own:
+        slot.level = "compressed"
+    assert "of over 64 numbers per block of 128" in choice.said_on_gpu(own)

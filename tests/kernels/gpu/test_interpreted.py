@@ -57,6 +57,16 @@ def test_sketches_of_rows_in_bf16_have_the_precision_of_fp32(verdict: dict[str, 
     assert verdict["wrong sketches"] == []
 
 
+def test_gradients_are_added_to_records_with_the_bits_of_torchs_operators(
+    verdict: dict[str, Any],
+) -> None:
+    assert verdict["wrong records"] == []
+
+
+def test_steps_on_sketches_are_the_same_by_triton_and_by_torch(verdict: dict[str, Any]) -> None:
+    assert verdict["wrong steps on sketches"] == []
+
+
 def test_kernels_that_pass_their_self_check_are_taken(verdict: dict[str, Any]) -> None:
     assert verdict["self-check"]["right"] == ["GpuPhases", "GpuPhases", "GpuVectorPhases"]
 

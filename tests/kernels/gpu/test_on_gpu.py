@@ -13,6 +13,8 @@ from flora_dist.kernels.gpu.choice import VARIABLE
 from tests.kernels.gpu import runs
 from tests.kernels.gpu.bits import wrong_bits
 from tests.kernels.gpu.cuda_bits import other_bits
+from tests.kernels.gpu.drawn_runs import wrong_steps
+from tests.kernels.gpu.record_runs import wrong_records
 from tests.kernels.gpu.sketch_runs import wrong_sketches
 from tests.kernels.paths import parted
 
@@ -39,6 +41,14 @@ def test_bits_on_a_gpu_are_those_of_the_cpu() -> None:
 
 def test_sketches_of_rows_in_bf16_have_the_precision_of_fp32() -> None:
     assert wrong_sketches("cuda") == []
+
+
+def test_gradients_are_added_to_records_with_the_bits_of_torchs_operators() -> None:
+    assert wrong_records("cuda", range(12)) == []
+
+
+def test_steps_on_sketches_are_the_same_by_triton_and_by_torch() -> None:
+    assert wrong_steps("cuda", range(8)) == []
 
 
 def test_a_step_in_a_cuda_graph_equals_the_eager_one() -> None:
