@@ -2,14 +2,18 @@
 """Prints what ZeRO holds for gradients when Flora sketches them: much of it is DeepSpeed's own.
 
     python -m tests.bench.zero_memory
+    python -m tests.bench.zero_memory --model llama_60m --stages 2
 
 Bytes of live tensors (tests/bench/memory.py) on rank 0 of 2 beyond parameters and masters: 8
 matrices of 512 x 1024 in fp32 and 4 micro-batches of 4 samples, so that activations do not count;
-ratio 16, buckets of 500,000 elements.
+ratio 16, buckets of 500,000 elements. With ``--model``: what a model of configs/model holds for
+gradients after any of 4 micro-batches, on the rank that has most, sketched as by default, all 64
+numbers of a block in 4 bits, and as 4 in fp32 (tests/planner/measured.py).
 """
 
 from __future__ import annotations
 
+import argparse
 import platform
 from typing import Any
 
@@ -18,6 +22,8 @@ from torch import Tensor, nn
 
 from tests.bench.memory import LiveBytes
 from tests.conftest import launched_pool_of
+from tests.planner.compared import measured
+from tests.planner.runs import MODELS, Case, build
 
 COLUMNS, ROWS, PAIRS, MICRO_BATCHES = 512, 1024, 4, 4
 LEVELS = ("dense", "compressed", "fused")
@@ -90,7 +96,43 @@ def permanent(engine: Any) -> list[Tensor]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="of configs/model")
+    parser.add_argument("--stages", default="1,2,3")
+    asked = parser.parse_args()
+    if asked.model is None:
+        of_matrices()
+        return
+    stages = [int(stage) for stage in asked.stages.split(",")]
+    with torch.device("meta"):
+        dense = 4 * sum(p.numel() for p in build(MODELS / f"{asked.model}.json").parameters())
+    print(f"| {asked.model} | sketched gradients and the rest | of {dense:,} bytes in fp32 |")
+    print("|---|---|---|")
+    for stage in stages:
+        for bits in (4, 32):
+            found = of_model(asked.model, stage, bits)
+            how = "64 x 4 bits" if bits == 4 else "4 in fp32"
+            print(f"| zero-{stage}, {how} | {found:,} | {found / dense:.4f} |", flush=True)
+    launched_pool_of(2).close()
+
+
+def of_model(name: str, stage: int, bits: int) -> int:
+    """Sketches, their matrices, what is dense, and DeepSpeed's own buffers."""
+    case = Case(
+        model=name,
+        backend=f"zero{stage}",
+        ratio=16,
+        gradients="compressed",
+        gradient_bits=bits,
+        accumulate=MICRO_BATCHES,
+    )
+    found = measured(case)
+    return found["gradients"] + found["accumulators"]
+
+
+def of_matrices() -> None:
+    """The table of eight matrices."""
     pool = launched_pool_of(2)
     size = 2 * PAIRS * ROWS * COLUMNS * 4
     print(f"torch {torch.__version__}, {platform.machine()}; full gradient {size / 1e6:.1f} MB")
