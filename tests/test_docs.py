@@ -156,6 +156,7 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
         "Flora, `state_bits=4`": ("Flora 1/4, dense", small),
         "and gradients in 4 bits": ("Flora 1/4, compressed, 4 bits", least),
         "and bf16 weights, no fp32 masters": ("Flora 1/4, compressed, 4 bits, bf16 alone", least),
+        "Flora, rank 4, `orthogonalise=64`": ("Flora 1/16, dense", dense),
         "GaLore, rank 512": ("GaLore, rank 512 (ddp)", dense),
         "LoRA, rank 64": ("LoRA, rank 64", dense),
     }

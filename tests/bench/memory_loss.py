@@ -41,7 +41,7 @@ POINTS = {
         *(STATE, "Flora 1/4, dense"),
     ),
     "Flora, rank 4, tiles": ("tiles", "blend, rank 4, tiles of 64", (), "Flora 1/16, dense"),
-    "Flora, state and gradients\nin 4 bits, bf16 weights": (
+    "Flora, all in few bits": (
         *("all_in_few_bits", "Flora, alone, all in few bits"),
         *(LEAST, "Flora 1/4, compressed, 4 bits, bf16 alone"),
     ),
@@ -84,13 +84,14 @@ def draw(path: Path) -> None:
         (drawn,) = axes.plot([gib] * len(losses), losses, "-", linewidth=2)
         axes.plot(gib, mean, "o", markersize=9, color=drawn.get_color())
         words = f"{name}\n{gib:.1f} GiB, {mean:.2f}"
-        # Two points are neighbours: words to the left of one, to the right of the other.
-        place, side = ((-10, 0), "right") if gib < LIMIT_GIB - 1.5 else ((10, 0), "left")
+        # The default has neighbours: words above and to the left of them, to the right of others.
+        is_left = LIMIT_GIB - 2 < gib < LIMIT_GIB - 1
+        place, side = ((-8, 14), "right") if is_left else ((10, 0), "left")
         axes.annotate(words, (gib, mean), place, textcoords="offset points", ha=side, va="center")
     axes.axvline(LIMIT_GIB, color="0.6", linestyle=":")
     axes.annotate("16 GiB", (LIMIT_GIB, 0.02), xycoords=("data", "axes fraction"), color="0.4")
     axes.margins(y=0.2)
-    axes.set_xlim(4.0, 29.0)
+    axes.set_xlim(5.0, 30.0)
     axes.set_xlabel("GiB on one GPU, computed for 1.3 billion parameters")
     axes.set_ylabel("validation loss, measured on 0.5 million\n(nats/byte, two seeds)")
     axes.grid(alpha=0.3)

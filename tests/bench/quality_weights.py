@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.bench.quality_compressed import MOST_MICRO_BATCHES
 from tests.bench.quality_plan import Row, Size
+from tests.bench.quality_sceptic import TILES
 
 # One learning rate for all, near the best of both rules with float32 weights
 # (results/few_bits.json): what is compared are the weights.
@@ -47,6 +48,13 @@ def weights_rows() -> tuple[Row, ...]:
             "Flora, alone, all in few bits",
             ALONE,
             {"state_bits": 4},
+            gradient_rank=64,
+            gradient_bits=4,
+        ),
+        _flora(
+            "Flora, alone, tiles, gradients 64 x 4 bits",
+            ALONE,
+            {"momentum": "vectors", **TILES},
             gradient_rank=64,
             gradient_bits=4,
         ),
