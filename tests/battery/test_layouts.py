@@ -61,8 +61,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "flora_strict", "growth": 1.0},
 ]
 SIDE = {"orthogonalise": 2}
-# The last tiles of the experts are smaller.
+# Of what each rank of these layouts holds whole tiles; the last ones of the experts are smaller.
 TILED = Case(settings={"momentum": "blend", "roles": {"square.*": SIDE, "expert*": SIDE}})
+OF_WHOLE_TILES = ("fsdp2 x3", "columns x2", "fsdp2 x tp 2x2")
 ON_ONE_PROCESS = [
     TILED,
     Case(settings={"momentum": "flora_strict", "orthogonalise": 4}),
@@ -144,6 +145,25 @@ def test_sharded_columns_without_a_clip_equal_the_reference_in_float32(case: Cas
     whole, worst = _distances("columns x2", case)
     assert whole < FLOAT_MODEL
     assert worst < FLOAT_PARAMETER
+
+
+@pytest.mark.parametrize("layout", OF_WHOLE_TILES)
+def test_tiles_that_ranks_hold_whole_are_orthogonalised_as_in_the_reference(layout: str) -> None:
+    _, worst = _distances(layout, TILED)
+    assert worst < EXACT
+
+
+def _refusal(layout: str, case: Case) -> str:
+    with pytest.raises(ValueError, match="orthogonalise") as raised:
+        layouts.run(layout, case)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2 x2", "tp x2", "flat x2", "fsdp1 x2"])
+def test_tiles_that_a_layout_cuts_are_refused_on_every_rank(layout: str) -> None:
+    case = Case(settings={"orthogonalise": 4})
+    for said in pool_of(2)(_refusal, layout, case):
+        assert "needs whole tiles of 4 rows and columns on a rank" in said
 
 
 @pytest.mark.parametrize("case", [*EXACT_CASES, *ON_ONE_PROCESS], ids=str)
