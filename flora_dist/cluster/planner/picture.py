@@ -61,9 +61,8 @@ def draw(request: Request, estimates: Sequence[Estimate], *, memory: int, path: 
         f"{request.precision}, micro-batch {request.micro_batch} x {request.sequence_length}",
         fontsize=10,
     )
-    axes.legend(
-        fontsize=8, ncols=len(CATEGORIES) + 1, loc="upper center", bbox_to_anchor=(0.4, -0.1)
-    )
+    # Of the figure: below the axes alone it would be cut where labels are long.
+    figure.legend(fontsize=8, ncols=len(CATEGORIES) + 1, loc="outside lower center")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     _write_whole(path, buffer.getvalue())
