@@ -36,6 +36,11 @@ _NO_BUFFERS: dict[str, Any] = (
     else {"broadcast_buffers": False}
 )
 
+# New in torch 2.14, where the older, private name is deprecated.
+_set_timeout: Callable[[timedelta, dist.ProcessGroup], None] = (
+    getattr(dist, "set_timeout", None) or c10d._set_pg_timeout
+)
+
 
 def find_world(config: BackendConfig) -> World:
     """The world that the launcher describes in the environment, or this process alone."""
@@ -167,8 +172,8 @@ def bound_waits(config: BackendConfig) -> None:
     Groups made after the default one, by meshes and by DeepSpeed, start with torch's: 30 minutes.
     """
     if dist.is_initialized():
-        for group in c10d._world.pg_map:  # private in torch 2.11 to 2.13, and so is the setter
-            c10d._set_pg_timeout(timeout_of(config), group)
+        for group in c10d._world.pg_map:  # private in torch 2.11 to 2.14
+            _set_timeout(timeout_of(config), group)
 
 
 def wait_for_all() -> None:
