@@ -22,7 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly PYTHON=${PYTHON:-python3}
 # Seconds of each slice; those of the first line are less than nine minutes together.
-declare -rA LIMITS=([bits]=40 [runs]=120 [records]=60 [graph]=40 [marked]=60 [step]=120 [sketch]=30 [training]=65
+declare -rA LIMITS=([bits]=40 [runs]=115 [records]=60 [graph]=40 [marked]=60 [step]=115 [sketch]=40 [training]=65
     [60m]=530 [130m]=530)
 slices=(bits runs records graph marked step sketch training)
 options=()

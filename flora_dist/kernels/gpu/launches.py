@@ -23,13 +23,13 @@ from flora_dist.kernels.gpu.place import on
 from flora_dist.kernels.gpu.settle import MATRIX_NUMBERS, gather, gather_update, scale, settle
 from flora_dist.kernels.gpu.shapes import (
     DTYPES,
-    FINISH_OPTIONS,
+    EXPANDED_OPTIONS,
     MEASURE_OPTIONS,
     MEASURED_ROWS,
-    RECORDING_OPTIONS,
     ROW_OPTIONS,
     SMALLEST_PRODUCT,
     TILE_ROWS,
+    finish_of,
     shapes_of,
 )
 from flora_dist.kernels.gpu.tables import make_tables
@@ -154,7 +154,7 @@ class Launches:
             HISTORY=self._needs.history,
             SCALED=self._needs.weight,
             **self._dtypes(given),
-            **MEASURE_OPTIONS,
+            **(EXPANDED_OPTIONS if given.drawn.bits else MEASURE_OPTIONS),
         )
 
     @property
@@ -230,8 +230,9 @@ class Launches:
 
     def _finish(self, look: Look, scales_H2: Tensor, singles: Tensor, purpose: int) -> None:
         table, shapes = self._table, self._shapes
+        rows, options = finish_of(bits=look.given.drawn.bits, kept_bits=shapes.kept_bits)
         grid = (
-            triton.cdiv(table.longest, TILE_ROWS),
+            triton.cdiv(table.longest, rows),
             triton.cdiv(shapes.blocks, shapes.group),
             table.num_strips,
         )
@@ -254,7 +255,7 @@ class Launches:
             self._batch.geometry.num_columns,
             shapes.blocks,
             RULE=shapes.rule,
-            ROWS=TILE_ROWS,
+            ROWS=rows,
             WIDTH=shapes.width,
             RANK=shapes.rank,
             PADDED=shapes.padded_rank,
@@ -263,7 +264,7 @@ class Launches:
             TALLIES=purpose,
             ROUNDS=self._batch.config.stochastic_rounding,
             **self._dtypes(look.given),
-            **(RECORDING_OPTIONS if shapes.kept_bits else FINISH_OPTIONS),
+            **options,
         )
 
     def _dtypes(self, given: Given) -> dict[str, Any]:

@@ -37,7 +37,13 @@ RECORD_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 """A product and a sum are rounded one after the other, as torch does."""
 FINISH_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 """A GPU's SM then holds two such programs."""
-RECORDING_OPTIONS = {**FINISH_OPTIONS, "enable_fp_fusion": False}
+EXPANDED_OPTIONS = {"num_warps": 8, "maxnreg": 168}
+"""Of a program of ``measure`` that expands gradients: with 128 threads it took 255 registers."""
+SKETCHED_ROWS = 16
+"""Rows of a program of ``finish`` that expands a gradient, or reads a momentum in few bits."""
+SKETCHED_OPTIONS = {"num_warps": 4, "maxnreg": 168}
+"""Of such a program: with 32 rows and 128 registers some are spilled. An SM holds three."""
+RECORDING_OPTIONS = {**SKETCHED_OPTIONS, "enable_fp_fusion": False}
 """Where the momentum is written in few bits: products and sums are rounded as torch rounds them."""
 _AT_ONCE = 8192
 """Elements that a program of 256 threads reads at a time: 32 by each."""
@@ -101,6 +107,16 @@ def shapes_of(batch: Batch, gradient_block: int = 0) -> Shapes:
         momentum=tl.float32 if momentum is None else DTYPES.get(momentum.dtype, tl.uint8),
         kept_bits=0 if size.code is None or not rank else size.code.bits,
     )
+
+
+def finish_of(*, bits: int, kept_bits: int) -> tuple[int, dict[str, Any]]:
+    """Rows of a program of ``finish``, and its options.
+
+    ``bits``: of a gradient's sketches; ``kept_bits``: of a momentum in few bits; 0 where not.
+    """
+    if kept_bits:
+        return SKETCHED_ROWS, RECORDING_OPTIONS
+    return (SKETCHED_ROWS, SKETCHED_OPTIONS) if bits else (TILE_ROWS, FINISH_OPTIONS)
 
 
 def row_step_of(row_width: int) -> int:
