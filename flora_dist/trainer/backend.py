@@ -107,7 +107,8 @@ def process_group(config: BackendConfig, world: World) -> Iterator[None]:
     kind = "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        kind = "nccl"
+        # What rests on the CPU is summed there: norms, and AdamW's clipping.
+        kind = "cpu:gloo,cuda:nccl" if config.cpu_offload else "nccl"
     store: Store | None = None
     try:
         store = _open_group(kind, world, timeout_of(config))

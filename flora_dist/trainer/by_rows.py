@@ -45,13 +45,24 @@ def draw_rows(network: Any, place: Place, *, seed: int, dtype: torch.dtype) -> D
     return Drawn(model=model.train(), rows=rows)
 
 
-def fill_(module: nn.Module, rows: Rows, device: torch.device) -> None:
-    """Give a sharded network memory on the device, and its weights; ``rows`` are freed by it."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    module.to_empty(device=device)
+def fill_(module: nn.Module, rows: Rows, *, resting: torch.device, device: torch.device) -> None:
+    """Give a sharded network memory and its weights; ``rows`` are freed by it.
+
+    Args:
+        module: whose parameters have no memory yet.
+        rows: this process's, by name.
+        resting: where shards are between two uses.
+        device: that computes; buffers are there.
+    """
+    owned = [
+        (owner, name, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    module.to_empty(device=resting)
     with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
+        for owner, name, buffer in owned:
+            setattr(owner, name, buffer.to(device))
         for name, parameter in module.named_parameters():
             assert isinstance(parameter, DTensor), name
             local, own = local_part(parameter), rows.pop(name)

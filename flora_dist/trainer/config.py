@@ -179,6 +179,9 @@ class BackendConfig:
     """hsdp: number of processes one copy is cut into."""
     reshard_after_forward: StrictBool = True
     """fsdp1, fsdp2, hsdp: free a layer's full weights between forward and backward."""
+    cpu_offload: StrictBool = False
+    """fsdp2, hsdp: weights, gradients and optimizer state rest in the CPU's memory, where Flora
+    steps; a layer's weights come to the device when it is computed. On CPUs nothing moves."""
     config: Annotated[StrictStr, found("backend.config")] | None = None
     """deepspeed: its JSON config."""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -206,6 +209,12 @@ class BackendConfig:
                 "backend.config and backend.changes belong to deepspeed; "
                 f"backend.name={self.name!r} has {self.config!r} and {dict(self.changes)!r}. "
                 "Remove them, or set name: deepspeed."
+            )
+        if self.cpu_offload and self.name not in {"fsdp2", "hsdp"}:
+            raise ValueError(
+                "backend.cpu_offload belongs to fsdp2 and hsdp, whose shards can rest in the CPU's "
+                f"memory; backend.name={self.name!r}. Set it to false, or set name: fsdp2; "
+                "deepspeed has offload_optimizer in its JSON."
             )
         if self.name == "deepspeed" and self.config is None:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -102,7 +103,8 @@ def _filled(
 ) -> Learner:
     vectors = {name for name, p in model.named_parameters() if p.ndim < 2}
     model_spread = spread(model, config, world)
-    fill_(model_spread.module, rows, world.device)
+    resting = torch.device("cpu") if config.backend.cpu_offload else world.device
+    fill_(model_spread.module, rows, resting=resting, device=world.device)
     return _learner(model_spread, model, vectors, optimizer, config)
 
 

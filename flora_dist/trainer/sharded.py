@@ -6,15 +6,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     ShardingStrategy,
     fully_shard,
 )
@@ -75,11 +78,11 @@ def hsdp(model: nn.Module, config: Config, world: World) -> Spread:
 
 def _fully_sharded(model: nn.Module, config: Config, mesh: DeviceMesh) -> Spread:
     policy = MixedPrecisionPolicy(param_dtype=_arithmetic(config), reduce_dtype=torch.float32)
-    reshard = config.backend.reshard_after_forward
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=_resting(config, mesh))
     for layer in layers_of(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        shard(layer, reshard_after_forward=config.backend.reshard_after_forward)
     # The root's weights (embedding, head) are needed again at once: freeing them gains nothing.
-    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    root = shard(model, reshard_after_forward=False)
 
     @contextmanager
     def synchronising(last: bool) -> Iterator[None]:
@@ -101,6 +104,13 @@ def _fully_sharded(model: nn.Module, config: Config, mesh: DeviceMesh) -> Spread
         arithmetic=nullcontext,
         free=free,
     )
+
+
+def _resting(config: Config, mesh: DeviceMesh) -> OffloadPolicy:
+    """Where shards rest. Pinned memory is an accelerator's; without one torch refuses to pin."""
+    if not config.backend.cpu_offload:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
 
 
 def _arithmetic(config: Config) -> torch.dtype | None:

@@ -108,6 +108,30 @@ def test_on_cpus_gloo_copies_gathered_weights_and_sketches_are_of_small_pieces()
     )
 
 
+def test_where_shards_rest_in_the_hosts_memory_by_hand() -> None:
+    asks = request(by_hand(), precision="bfloat16", accumulate=2)
+    resting = replace(asks, cpu_offload=True)
+    here, there = (estimate(each, asked(each)) for each in (asks, resting))
+    assert there.held["weights"].total == there.held["state"].total == 0
+    # Unsynchronised gradients are whole and stay; FSDP2's shard of 416 goes.
+    assert there.held["gradients"].total == here.held["gradients"].total == 4 * 768
+    assert there.host == 4 * 416 + here.held["state"].total + 4 * 416
+    # A unit's shards in fp32 as they come: 384 elements of 2 ranks.
+    assert there.held["temporary"].total == here.held["temporary"].total + 4 * 384 // 2
+    assert here.host == 0
+    assert there.as_json(1.0)["host_bytes_per_rank"] == there.host
+    synchronised = replace(resting, accumulate=1)
+    assert estimate(synchronised, asked(synchronised)).held["gradients"].total == 0
+    (galore,) = (m for m in others(resting) if m.label.startswith("GaLore"))
+    assert estimate(resting, galore).host == 0  # on ddp
+
+
+@pytest.mark.parametrize("wrong", [{"backend": "ddp"}, {"device": "cpu"}])
+def test_shards_rest_elsewhere_only_where_fsdp2_holds_them_on_a_gpu(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="--cpu-offload moves FSDP2's shards off a GPU"):
+        request(by_hand(), cpu_offload=True, **wrong)  # type: ignore[arg-type]
+
+
 def test_adamw_on_cpus_makes_a_root_and_a_quotient_of_a_tensor() -> None:
     asks = request(by_hand(), backend="ddp", gpus=1, device="cpu", accumulate=2)
     [adamw] = [method for method in others(asks) if method.label == "AdamW"]

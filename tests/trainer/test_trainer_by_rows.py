@@ -84,7 +84,7 @@ def filled(overrides: list[str]) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("backend", ["fsdp2", "hsdp, replicate: 2, shard: 1"])
+@pytest.mark.parametrize("backend", ["fsdp2, cpu_offload: true", "hsdp, replicate: 2, shard: 1"])
 def test_shards_that_are_filled_make_the_whole_network(
     backend: str, corpus: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_an_exponent_without_a_dot_is_a_number() -> None:
         ("output.overwrite=1", "must be of type bool"),
         ("backend.name=fsdp", "one of none, ddp, fsdp1.*; it is 'fsdp'. Did you mean 'fsdp"),
         ("backend.shard=2", "belong to hsdp"),
+        ("backend={name: ddp, cpu_offload: true}", "belongs to fsdp2 and hsdp.*'ddp'"),
         ("backend={name: hsdp, shard: 2}", "hsdp needs backend.replicate"),
         ("schedule.warmup_steps=6", "below train.steps"),
         ("schedule.final_ratio=2", "between 0 and 1"),

@@ -101,6 +101,9 @@ def trained(folder: Path, corpus: Path) -> None:
         fsdp2 = tiny_overrides(corpus, folder, "backend.name=fsdp2")
         clipped = [*fsdp2, "output.name=clipped", "train.max_grad_norm=0.1"]
         assert run(load_config(TINY, clipped)) == 0
+        resting = ["backend={name: fsdp2, cpu_offload: true}", "gradients.level=dense", CHUNKED]
+        every = tiny_overrides(corpus, folder, "output.name=offloaded", *sketched, *resting)
+        assert run(load_config(TINY, every)) == 0
 
 
 def saved(folder: Path, corpus: Path) -> None:

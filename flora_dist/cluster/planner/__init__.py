@@ -125,6 +125,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="Flora steps each weight when its gradient is there, which is freed",
     )
     run.add_argument(
+        "--cpu-offload",
+        action="store_true",
+        help="fsdp2, hsdp: weights, gradients and state rest in the host's memory",
+    )
+    run.add_argument(
         "--device",
         choices=DEVICES,
         default=DEVICES[0],
@@ -240,6 +245,7 @@ def _request(parsed: argparse.Namespace) -> Request:
         loss_chunk=parsed.loss_chunk,
         step_in_backward=parsed.step_in_backward,
         device=parsed.device,
+        cpu_offload=parsed.cpu_offload,
         bucket=parsed.bucket,
         galore_rank=(
             max(1, model.sizes.hidden // DEFAULT_GALORE_SHARE) if galore is None else galore

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flora_dist.cluster.planner.memory import CategoryBytes, memory
+from flora_dist.cluster.planner.memory import CategoryBytes, host_bytes, memory
 from flora_dist.cluster.planner.methods import Method
 from flora_dist.cluster.planner.request import Request
 from flora_dist.cluster.planner.wire import link_bytes, payloads, sent_bytes
@@ -28,6 +28,8 @@ class Estimate:
     """Bytes that a rank sends per optimizer step, by purpose."""
     link: int
     """Bytes per step that the busiest link carries one way."""
+    host: int = 0
+    """Bytes of a rank that rest in the host's memory, not in ``held``."""
 
     @property
     def total(self) -> int:
@@ -59,6 +61,7 @@ class Estimate:
             },
             "total_bytes": self.total,
             "wire_bytes_per_step": {**self.wire, "total": self.sent},
+            **({"host_bytes_per_rank": self.host} if self.host else {}),
             "link_bytes_per_step": self.link,
             "link_seconds_per_step": self.seconds(gigabits),
         }
@@ -76,4 +79,5 @@ def estimate(request: Request, method: Method) -> Estimate:
         held=memory(request, method),
         wire=wire,
         link=link_bytes(request, found),
+        host=host_bytes(request, method),
     )

@@ -39,6 +39,7 @@ from flora_dist.cluster.planner.shards import Shard, line_length, shards_by_rank
 from flora_dist.cluster.planner.temporary import (
     bucket_elements,
     dense_of,
+    is_offloaded,
     largest_of,
     numel_of,
     own_element,
@@ -62,7 +63,28 @@ class CategoryBytes:
 
 
 def memory(request: Request, method: Method) -> dict[str, CategoryBytes]:
-    """Bytes by category."""
+    """Bytes by category, of a GPU where shards rest in the host's memory."""
+    held = _everywhere(request, method)
+    if not is_offloaded(request, method):
+        return held
+    nothing = CategoryBytes(total=0)
+    gradients = held["gradients"] if _is_unsynchronised(request, method) else nothing
+    return {**held, "weights": nothing, "gradients": gradients, "state": nothing}
+
+
+def host_bytes(request: Request, method: Method) -> int:
+    """Bytes of a rank's shards that rest in the host's memory: weights, gradients, state."""
+    if not is_offloaded(request, method):
+        return 0
+    held, ranks = (
+        _everywhere(request, method),
+        shards_by_rank(method.trained, "rows", request.shards),
+    )
+    gradients = _shards_of_gradients(method, ranks)
+    return held["weights"].total + held["state"].total + gradients.total
+
+
+def _everywhere(request: Request, method: Method) -> dict[str, CategoryBytes]:
     ranks = shards_by_rank(method.trained, method.backend.sharding, request.shards)
     gradients = _gradients(request, method, ranks)
     kept, at_head = _activations(request, method)
@@ -148,7 +170,7 @@ def _gradients(request: Request, method: Method, ranks: Ranks) -> CategoryBytes:
     if method.in_backward:
         return CategoryBytes(total=_in_backward(request, method))
     dense = frozenset(p.name for p in method.trained if method.sketch_of(p) is None)
-    unsynchronised = request.accumulate > 1 and method.level != "sharded"
+    unsynchronised = _is_unsynchronised(request, method)
     bucket = element * bucket_elements(request, method)
     if backend.sharding == "each":
         flat = _sum(
@@ -168,6 +190,17 @@ def _gradients(request: Request, method: Method, ranks: Ranks) -> CategoryBytes:
         element = own_element(method)
     if backend.sharding == "whole":
         return _whole(method, dense, element)
+    return _shards_of_gradients(method, ranks)
+
+
+def _is_unsynchronised(request: Request, method: Method) -> bool:
+    """Gradients stay whole until the last micro-batch."""
+    return request.accumulate > 1 and method.level != "sharded"
+
+
+def _shards_of_gradients(method: Method, ranks: Ranks) -> CategoryBytes:
+    """FSDP2's, of what is not sketched."""
+    element, dense = own_element(method), {p.name for p in dense_of(method)}
     return _sum(ranks[0], lambda shard: element * shard.stored * (shard.parameter.name in dense))
 
 

@@ -110,6 +110,8 @@ class Request:
     """Flora steps each parameter when its gradient is there, and frees that, where it can."""
     device: str = "cuda"
     """Of ``DEVICES``: what pieces a kernel takes, and which collectives copy."""
+    cpu_offload: bool = False
+    """FSDP2's shards of weights and gradients, and the state, rest in the host's memory."""
     bucket: int = 500_000_000
     """Elements of ZeRO's reduction buffer, ``reduce_bucket_size``; DeepSpeed's default."""
     galore_rank: int = 1
@@ -148,6 +150,7 @@ class Request:
             )
         self._check_loss_chunk()
         self._check_in_backward()
+        self._check_offload()
         positions = self.model.sizes.positions
         if self.sequence_length > positions:
             raise ValueError(
@@ -231,6 +234,15 @@ class Request:
             f"{name} on {self.ranks} ranks, --gradients {self.gradients}, --accumulate "
             f"{self.accumulate} are not. Use fsdp2 with dense gradients of one micro-batch or "
             "sharded ones of several, or ddp on one rank, there also with compressed ones."
+        )
+
+    def _check_offload(self) -> None:
+        if not self.cpu_offload or (self.backend.sharding == "rows" and self.device != "cpu"):
+            return
+        raise ValueError(
+            "--cpu-offload moves FSDP2's shards off a GPU; --backend is "
+            f"{self.backend.name}, --device {self.device}. Use --backend fsdp2 or hsdp and "
+            "--device cuda, or leave it out."
         )
 
     def _check_bits(self) -> None:

@@ -65,6 +65,9 @@ def _detail(estimate: Estimate, unit: str, size: int) -> Iterator[str]:
     for name, values in (("embeddings, head", tables), ("everything else", rest), ("", totals)):
         cells = "".join(f"{value / size:{_WIDTH + 1},.2f}" for value in (*values, sum(values)))
         yield f"{name:20}{cells}"
+    if estimate.host:
+        resting = f"{estimate.host / size:,.2f} {unit}"
+        yield f"in the host's memory: {resting} (weights, gradients, state)"
     wire = ", ".join(f"{purpose} {sent / size:,.2f}" for purpose, sent in estimate.wire.items())
     of_them = f" ({wire})" if wire else ""
     yield f"sent per rank and step: {estimate.sent / size:,.2f} {unit}{of_them}"

@@ -3,7 +3,8 @@
 
 In backward, by how the framework holds a model:
 
-    FSDP2    the gathered root and a layer, the largest unit's gradient and its fp32 buffer
+    FSDP2    the gathered root and a layer, the largest unit's gradient and its fp32 buffer; where
+             shards rest in the host's memory, those of a unit as they come
     ZeRO 0   a flat copy of what is reduced, and the largest gradient
     ZeRO 1, 2  the bucket (two with overlap_comm), a flat copy of what is reduced from it, and a
              micro-batch's gradients beside their sum
@@ -73,13 +74,14 @@ def _of_replicas(request: Request, method: Method, logits: int) -> int:
 
 
 def _of_units(request: Request, method: Method, logits: int) -> int:
-    del request
     element, every = method.element, _units((*method.trained, *method.frozen))
     root = every.pop(ROOT, 0)
     is_reduced = method.level == "sharded"
     reduced = [p for p in method.trained if is_reduced or method.sketch_of(p) is None]
     gradient, buffer = (max(_units(p).values(), default=0) for p in (method.trained, reduced))
     gathered = element * (root + max(every.values(), default=0))
+    if is_offloaded(request, method):
+        gathered += own_element(method) * max(root, *every.values()) // request.shards
     return gathered + max(logits, element * gradient + FP32 * buffer)
 
 
@@ -139,7 +141,12 @@ def _units(parameters: Iterable[Parameter]) -> dict[int, int]:
     return sizes
 
 
-# ---- of gradients, also for memory.py
+# ---- also for memory.py
+
+
+def is_offloaded(request: Request, method: Method) -> bool:
+    """Whether shards rest in the host's memory; what FSDP2 does not hold stays on the GPU."""
+    return request.cpu_offload and method.backend.sharding == "rows"
 
 
 def own_element(method: Method) -> int:
