@@ -83,6 +83,13 @@ def test_every_layout_has_the_clipped_curve_of_one_process(
     assert losses(workers(size) / name) == pytest.approx(alone["clipped"], rel=TOLERANCE)
 
 
+def test_a_run_with_cpu_offload_has_the_losses_of_one_without(workers: Workers) -> None:
+    kept = ("step", "tokens", "lr", "loss", "validation_loss", "grad_norm")
+    got, expected = (metrics(workers(2) / name) for name in ("offloaded", "fsdp2.dense"))
+    assert [[r.get(k) for k in kept] for r in got] == [[r.get(k) for k in kept] for r in expected]
+    assert all(r["loss"] is not None for r in got)
+
+
 def test_at_level_dense_flora_clips_on_fsdp2_as_on_one_process(
     workers: Workers, alone: dict[str, list[float]]
 ) -> None:
