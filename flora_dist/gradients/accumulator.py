@@ -244,8 +244,7 @@ class Accumulator:
         Raises:
             RuntimeError: the optimizer has stepped, or loaded another step, since.
         """
-        if step != self._next_step():
-            raise self._stale(step)
+        self.check_step(step)
         assert self.code is None, self.name
         sketched_ENKR = sketched.view(self.sums_shape)
         if self.sums_ENKR is None:
@@ -295,13 +294,23 @@ class Accumulator:
         return self._next_step()
 
     def check_basis(self) -> None:
+        """``check_step`` of what is kept."""
+        if self.sums_ENKR is not None:
+            self.check_step(self.step)
+
+    def check_step(self, step: int) -> None:
         """Refuse sums that the coming step cannot read.
 
         Raises:
-            RuntimeError: the optimizer has loaded another step since C was begun.
+            RuntimeError: the optimizer has loaded another step since ``step``, when C was begun.
         """
-        if self.sums_ENKR is not None and self.step != self._next_step():
-            raise self._stale(self.step)
+        if step != self._next_step():
+            raise RuntimeError(
+                "sketches of gradients must be in the basis of the coming step; those of "
+                f"{self.name!r} are in that of step {step}, the optimizer is at "
+                f"{self._next_step()}. Call zero_grad() after load_state_dict(), and no step() "
+                "between forward and backward."
+            )
 
     def drop(self) -> None:
         """Forget C, and give its memory back."""
@@ -317,13 +326,6 @@ class Accumulator:
     @property
     def _kept_dtype(self) -> torch.dtype:
         return self.dtype if self.code is None else torch.uint8
-
-    def _stale(self, step: int) -> RuntimeError:
-        return RuntimeError(
-            "sketches of gradients must be in the basis of the coming step; those of "
-            f"{self.name!r} are in that of step {step}, the optimizer is at {self._next_step()}. "
-            "Call zero_grad() after load_state_dict(), and no step() between forward and backward."
-        )
 
 
 def _cut(part: Tile, whole: Tile, max_elements: int) -> _Cut:

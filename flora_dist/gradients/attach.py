@@ -39,7 +39,7 @@ from flora_dist.gradients.request import SketchRequest
 _attached: WeakKeyDictionary[Flora, Handle] = WeakKeyDictionary()
 
 
-def attach(
+def attach(  # noqa: PLR0913 - it names every setting: users and their editors read it
     model: nn.Module,
     optimizer: Flora,
     gradients: str,
@@ -48,6 +48,7 @@ def attach(
     gradient_bits: int | None = None,
     wire_bits: int | None = None,
     wire_dtype: str = "float32",
+    bucket_cap_mb: float | None = None,
 ) -> Handle:
     """Keep gradients as sketches from backward to step (arXiv 2402.03293, Algorithm 1).
 
@@ -72,6 +73,10 @@ def attach(
             None: 4 under "compressed" where nothing is said of ranks, bits and dtypes, else 32.
         wire_bits: of each number that travels under "compressed"; None: ``gradient_bits``.
         wire_dtype: what travels in 32 bits: "float32", or "bfloat16", which is ``wire_bits=16``.
+        bucket_cap_mb: MiB of a message in few bits under "compressed". A bucket of parameters is
+            sent when its last gradient of the last micro-batch is in, while backward goes on; all
+            other micro-batches must then be in DDP's ``no_sync()`` or FSDP2's
+            ``set_requires_gradient_sync(False)``. None: one message, at the step.
 
     Returns:
         A handle: ``report()``, ``remove()``. The same one for a second call with the same
@@ -93,6 +98,7 @@ def attach(
         gradient_bits=gradient_bits,
         wire_bits=wire_bits,
         wire_dtype=wire_dtype,
+        bucket_cap_mb=bucket_cap_mb,
     )
     known = _attached.get(optimizer)
     if known is not None:
@@ -209,9 +215,8 @@ class Handle:
             flows,
             level=request.gradients,
             wire=request.wire,
-            check=adapter.check,
+            adapter=adapter,
             known=frozenset(sizes),
-            watched=adapter.watched,
             check_late=partial(_check_late, request),
         )
         optimizer.attach_gradients(self.gradients)

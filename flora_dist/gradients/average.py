@@ -11,14 +11,18 @@ Shape suffixes: E matrices, N rows, K blocks, R rank of the sketch; L lines, S n
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flora_dist.core.comm.groups import all_reduce_, group_device, reduce_scatter
+from flora_dist.core.comm.groups import all_reduce_, group_apart, group_device, reduce_scatter
+from flora_dist.core.records import Code
 from flora_dist.gradients.accumulator import Accumulator
 from flora_dist.gradients.average_lines import lines_of, overlaps
 from flora_dist.gradients.average_records import RecordBuckets
+from flora_dist.gradients.owners import owners_of
+from flora_dist.gradients.pipeline import Pipeline, cut_by_bytes
 from flora_dist.gradients.route import Mean, Route
 
 BUCKET_BYTES = 1 << 25
@@ -26,6 +30,16 @@ BUCKET_BYTES = 1 << 25
 SMALLEST_BUCKET_BYTES = 1 << 20
 BUCKETS = 8
 """Buffers are an eighth of what is sent, or smaller, down to 1 MiB: little beside the sketches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """What of sketches in few bits is sent during backward."""
+
+    order: Sequence[int]
+    """Of the parameters, as their gradients are expected; equal on all ranks."""
+    bucket_bytes: int
+    """Of what a rank sends at once."""
 
 
 class Averaging:
@@ -39,6 +53,7 @@ class Averaging:
         wire_dtype: torch.dtype | None,
         wire_bits: int | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        ahead: Ahead | None = None,
     ) -> None:
         """Sends nothing yet.
 
@@ -48,31 +63,117 @@ class Averaging:
             wire_dtype: what travels; None: the dtype of C.
             wire_bits: bits of each number that travels, in records; None: as ``wire_dtype`` says.
             bucket_bytes: largest buffer of a collective.
+            ahead: what is sent before ``run``; None: nothing.
         """
         together: dict[Hashable, list[int]] = {}
         for index, (own, route) in enumerate(zip(accumulators, routes, strict=True)):
             key = (route.scatter, route.sums, route.divisor, own.dtype, own.device)
             together.setdefault(key, []).append(index)
-        self._groups = [
-            (
-                indices,
-                _group(
-                    [accumulators[index] for index in indices],
-                    [routes[index] for index in indices],
-                    wire_dtype,
-                    wire_bits,
-                    bucket_bytes,
-                ),
+        self._groups: list[tuple[list[int], _Alone | _Buckets | RecordBuckets]] = []
+        self._pipelines: list[Pipeline] = []
+        for indices in together.values():
+            if ahead is not None and wire_bits is not None:
+                cut = _cut(indices, accumulators, routes, wire_bits, ahead)
+                if len(cut) > 1:
+                    self._pipelines.append(
+                        _pipeline(cut, accumulators, routes, wire_bits, bucket_bytes)
+                    )
+                    continue
+            group = _group(
+                [accumulators[index] for index in indices],
+                [routes[index] for index in indices],
+                wire_dtype,
+                wire_bits,
+                bucket_bytes,
             )
-            for indices in together.values()
-        ]
+            self._groups.append((indices, group))
+
+    @property
+    def sends_ahead(self) -> bool:
+        """Whether anything is sent before ``run``."""
+        return bool(self._pipelines)
+
+    def arrived(self, index: int) -> None:
+        """A parameter's last gradient is in: what is complete now may be sent ahead."""
+        for pipeline in self._pipelines:
+            pipeline.arrived(index)
+
+    def has_sent(self, index: int) -> bool:
+        """Whether a parameter's sketches have been sent ahead."""
+        return any(pipeline.has_sent(index) for pipeline in self._pipelines)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether anything has been sent ahead."""
+        return any(pipeline.is_under_way for pipeline in self._pipelines)
+
+    def drop(self) -> None:
+        """Forget what has been sent ahead; the accumulators must be empty.
+
+        All ranks of a parameter's route that have sent something must call this.
+        """
+        for pipeline in self._pipelines:
+            pipeline.drop()
 
     def run(self) -> list[Mean]:
-        """This rank's share of each mean; the accumulators are empty afterwards."""
+        """This rank's share of each mean; the accumulators are empty afterwards.
+
+        Raises:
+            RuntimeError: a rank has dropped gradients of which it had sent some ahead.
+        """
         means: dict[int, Mean] = {}
+        for pipeline in self._pipelines:
+            means.update(pipeline.run())
         for indices, group in self._groups:
             means.update(zip(indices, group.run(), strict=True))
         return [means[index] for index in range(len(means))]
+
+
+def _cut(
+    indices: Sequence[int],
+    accumulators: Sequence[Accumulator],
+    routes: Sequence[Route],
+    wire_bits: int,
+    ahead: Ahead,
+) -> list[list[int]]:
+    """The parameters of one route in buckets; every rank finds the same."""
+    if not routes[indices[0]].travels:
+        return []
+    mine = set(indices)
+    sizes = []
+    for index in ahead.order:
+        if index in mine:
+            own = accumulators[index]
+            blocks = sum(t.num_blocks(own.block) for tiles in routes[index].kept for t in tiles)
+            sizes.append((index, blocks * Code(bits=wire_bits, numbers=own.rank).bytes))
+    return cut_by_bytes(sizes, ahead.bucket_bytes)
+
+
+def _pipeline(
+    cut: Sequence[Sequence[int]],
+    accumulators: Sequence[Accumulator],
+    routes: Sequence[Route],
+    wire_bits: int,
+    bucket_bytes: int,
+) -> Pipeline:
+    known = owners_of(routes[cut[0][0]])
+    # The framework's messages may come between in another order on every rank.
+    owners = replace(known, group=group_apart(known.group))
+    return Pipeline(
+        [
+            (
+                bucket,
+                RecordBuckets(
+                    [accumulators[index] for index in bucket],
+                    [routes[index] for index in bucket],
+                    wire_bits,
+                    bucket_bytes,
+                    owners,
+                ),
+            )
+            for bucket in cut
+        ]
+    )
 
 
 def are_anywhere(means: Sequence[Mean]) -> list[bool]:
@@ -100,7 +201,8 @@ def _group(
     if not routes[0].travels:
         return _Alone(accumulators, routes)
     if wire_bits is not None:
-        return RecordBuckets(accumulators, routes, wire_bits, bucket_bytes)
+        owners = owners_of(routes[0])
+        return RecordBuckets(accumulators, routes, wire_bits, bucket_bytes, owners)
     return _Buckets(accumulators, routes, wire_dtype or accumulators[0].dtype, bucket_bytes)
 
 

@@ -15,92 +15,36 @@ suffixes: L lines, K blocks, R rank, O bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from flora_dist.core.comm.groups import exchange_octets, gather
+from flora_dist.core.comm.groups import Pending, begin_exchange
 from flora_dist.core.records import Code, mean_bits
 from flora_dist.core.step.gradient import Records
 from flora_dist.gradients.accumulator import Accumulator, Share
+from flora_dist.gradients.owners import Owners
+from flora_dist.gradients.record_pieces import Piece, cut_in_buckets, last_buckets
 from flora_dist.gradients.route import Mean, Route
 
-_WORK_NUMBERS = 1 << 19
-"""Of a piece: it is read, summed and rounded at once, in some 30 bytes a number."""
 
+@dataclass(slots=True, kw_only=True)
+class _UnderWay:
+    """One mean of all parameters, from the first message to the last."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Lines:
-    """Some lines of one share."""
-
-    index: int
-    """Of the parameter."""
-    place: int
-    """Of the share among those of its owner."""
-    share: Share
-    first: int
-    last: int
-
-    def octets(self, code: Code) -> int:
-        """Bytes of its records."""
-        return (self.last - self.first) * self.share.shape[2] * code.bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Owners:
-    """Ranks of one group, and what each owns: some lines of what its replicas keep, too."""
-
-    group: dist.ProcessGroup
-    places: tuple[tuple[int, int], ...]
-    """By rank of the group: which of the route's ``kept``, and place among its replicas."""
-    replicas: dist.ProcessGroup | None
-    """This rank's; None: it keeps what it owns."""
-
-    @property
-    def num_replicas(self) -> int:
-        """Of everything that is kept."""
-        return 1 if self.replicas is None else dist.get_world_size(self.replicas)
-
-    @property
-    def me(self) -> int:
-        """This rank."""
-        return dist.get_rank(self.group)
-
-    @property
-    def replicas_of_me(self) -> list[int]:
-        """Ranks that keep the same, in the order of ``replicas``."""
-        kept = self.places[self.me][0]
-        return sorted(
-            (rank for rank, place in enumerate(self.places) if place[0] == kept),
-            key=lambda rank: self.places[rank][1],
-        )
-
-
-def _owners_of(route: Route) -> _Owners:
-    """All ranks of the route must call this."""
-    assert len(route.sums) <= 1, route
-    replicas = route.sums[0] if route.sums else None
-    if route.scatter is None:
-        assert replicas is not None, route
-        places = tuple((0, rank) for rank in range(dist.get_world_size(replicas)))
-        return _Owners(group=replicas, places=places, replicas=replicas)
-    if replicas is None:
-        places = tuple((rank, 0) for rank in range(dist.get_world_size(route.scatter)))
-        return _Owners(group=route.scatter, places=places, replicas=None)
-    own = (dist.get_rank(), route.rank, dist.get_rank(replicas))
-    everyone = sorted(gather(own, [route.scatter, replicas]))
-    group = dist.group.WORLD
-    if len(everyone) < dist.get_world_size():
-        ranks = [rank for rank, _, _ in everyone]
-        group = dist.new_group(ranks, use_local_synchronization=True)
-    assert group is not None
-    return _Owners(
-        group=group,
-        places=tuple((kept, replica) for _, kept, replica in everyone),
-        replicas=replicas,
-    )
+    were_here: list[bool]
+    """Whether this rank has a gradient of each parameter."""
+    steps: list[int]
+    """That the sketches are of."""
+    is_kept: bool = True
+    """False: its gradients have been dropped here, and others get zeros."""
+    flags_WP: Tensor | None = None
+    """Of every rank: whether it has kept its gradients, and has one of each parameter."""
+    sketches: dict[int, Pending] = field(default_factory=dict)
+    """By bucket: records on their way to their owners."""
+    means: dict[int, Pending | Tensor] = field(default_factory=dict)
+    """By bucket: means on their way to replicas, or where they stay."""
 
 
 class RecordBuckets:
@@ -112,10 +56,10 @@ class RecordBuckets:
         routes: Sequence[Route],
         wire_bits: int,
         bucket_bytes: int,
+        owners: Owners,
     ) -> None:
         """All routes go over the same ranks; each of those must call this."""
-        self._own, self._divisor = accumulators, routes[0].divisor
-        self._owners = _owners_of(routes[0])
+        self._own, self._divisor, self._owners = accumulators, routes[0].divisor, owners
         self._ranks, self._me = len(self._owners.places), self._owners.me
         self._wire = [Code(bits=wire_bits, numbers=each.rank) for each in accumulators]
         self._mean = [Code(bits=mean_bits(wire_bits), numbers=each.rank) for each in accumulators]
@@ -125,15 +69,16 @@ class RecordBuckets:
         ]
         lines = [list(self._line(routes, rank)) for rank in range(self._ranks)]
         limit = max(1, bucket_bytes // self._ranks)
-        cut = [list(_buckets(line, self._wire, limit)) for line in lines]
+        cut = [list(cut_in_buckets(line, self._wire, limit)) for line in lines]
         self._buckets = [
             [line[number] if number < len(line) else [] for line in cut]
             for number in range(max(1, *map(len, cut)))
         ]
         """By bucket and owner."""
-        self._ends = _last_buckets(self._buckets, len(accumulators))
+        self._ends = last_buckets(self._buckets, len(accumulators))
+        self._under_way: _UnderWay | None = None
 
-    def _line(self, routes: Sequence[Route], rank: int) -> Iterator[_Lines]:
+    def _line(self, routes: Sequence[Route], rank: int) -> Iterator[Piece]:
         """What one rank owns of every parameter."""
         for index, (each, route) in enumerate(zip(self._own, routes, strict=True)):
             kept, replica = self._owners.places[rank]
@@ -144,41 +89,90 @@ class RecordBuckets:
                     for more in (0, 1)
                 )
                 if first < last:
-                    yield _Lines(index=index, place=place, share=share, first=first, last=last)
+                    yield Piece(index=index, place=place, share=share, first=first, last=last)
+
+    def send(self) -> None:
+        """Begin to send all sketches to their owners; the accumulators are empty afterwards."""
+        for number in range(len(self._buckets)):
+            self._sketches(number)
+
+    def send_means(self) -> None:
+        """Await the sketches that are owned here, and begin to send their means to replicas."""
+        for number in range(len(self._buckets)):
+            self._means(number)
 
     def run(self) -> list[Mean]:
-        """One collective per bucket, two where means are gathered."""
-        were_here = [each.sums_ENKR is not None for each in self._own]
-        steps = [each.next_step for each in self._own]
-        present_P = torch.zeros(len(self._own))
+        """One collective per bucket, two where means are gathered; less what is under way."""
         means = [
             [self._empty(share, code) for share in shares]
             for shares, code in zip(self._shares, self._mean, strict=True)
         ]
         for number, owners in enumerate(self._buckets):
-            header = torch.tensor(were_here if number == 0 else [], dtype=torch.uint8)
-            lines = self._exchange(owners, header.to(self._device))
-            self._drop_packed(number)
-            if number == 0:
-                present_P = torch.stack([line[: len(header)] for line in lines]).sum(0)
-            rounded = self._round(owners[self._me], [line[len(header) :] for line in lines], steps)
-            for owner, records in self._spread(owners, rounded):
+            for owner, records in self._arriving(number):
                 _put(means, owners[owner], records, self._mean)
+        done, self._under_way = self._begun(), None
+        assert done.flags_WP is not None
+        presence_P = done.flags_WP[:, 1:].sum(0)
         return [
             Mean(tiles=tuple(tiles), was_here=was_here, presence=presence)
-            for tiles, was_here, presence in zip(means, were_here, present_P, strict=True)
+            for tiles, was_here, presence in zip(means, done.were_here, presence_P, strict=True)
         ]
+
+    def check_basis(self) -> None:
+        """Refuse what has been sent and the coming step cannot read.
+
+        Raises:
+            RuntimeError: the optimizer has loaded another step since.
+        """
+        if self._under_way is not None:
+            for each, step in zip(self._own, self._under_way.steps, strict=True):
+                each.check_step(step)
+
+    def drop(self) -> None:
+        """Send zeros from here on, which tell the others that this rank has no gradients to keep.
+
+        The accumulators must be empty, but for what has been sent.
+        """
+        self._begun().is_kept = False
+
+    def who_dropped(self) -> list[int]:
+        """Ranks of the group that have; after ``send_means`` and before ``run``."""
+        flags_WP = self._begun().flags_WP
+        assert flags_WP is not None
+        return [rank for rank, is_kept in enumerate(flags_WP[:, 0].tolist()) if not is_kept]
 
     @property
     def _device(self) -> torch.device:
         return self._own[0].device
 
+    def _begun(self) -> _UnderWay:
+        if self._under_way is None:
+            self._under_way = _UnderWay(
+                were_here=[each.sums_ENKR is not None for each in self._own],
+                steps=[each.next_step for each in self._own],
+            )
+        return self._under_way
+
     def _empty(self, share: Share, code: Code) -> Records:
         octets = torch.zeros((*share.shape[:3], code.bytes), dtype=torch.uint8, device=self._device)
         return Records(octets=octets, code=code, dtype=self._own[0].dtype)
 
-    def _exchange(self, owners: Sequence[Sequence[_Lines]], header_P: Tensor) -> list[Tensor]:
-        """Every rank's records for this one, as they travel."""
+    def _sketches(self, number: int) -> Pending:
+        """A bucket of sketches on its way: every rank's records for this one, as they travel."""
+        begun = self._begun()
+        if number not in begun.sketches:
+            begun.sketches[number] = self._exchange(
+                self._buckets[number], self._header(number, begun)
+            )
+            self._drop_packed(number)
+        return begun.sketches[number]
+
+    def _header(self, number: int, begun: _UnderWay) -> Tensor:
+        """What comes before the records for each rank, once: ``flags_WP`` of this one."""
+        flags = [begun.is_kept, *begun.were_here] if number == 0 else []
+        return torch.tensor(flags, dtype=torch.uint8).to(self._device)
+
+    def _exchange(self, owners: Sequence[Sequence[Piece]], header_P: Tensor) -> Pending:
         packed: list[Tensor] = []
         given = []
         for pieces in owners:
@@ -189,11 +183,8 @@ class RecordBuckets:
                 parts.append(records.reshape(-1))
             packed += parts
             given.append(sum(len(part) for part in parts))
-        mine = given[self._me]
-        received = exchange_octets(
-            torch.cat(packed), given, [mine] * self._ranks, self._owners.group
-        )
-        return list(torch.split(received, mine)) if mine else [received] * self._ranks
+        taken = [given[self._me]] * self._ranks
+        return begin_exchange(torch.cat(packed), given, taken, self._owners.group)
 
     def _drop_packed(self, number: int) -> None:
         """Drop sketches of which nothing is left to pack."""
@@ -201,8 +192,25 @@ class RecordBuckets:
             if end <= number:
                 each.drop()
 
+    def _means(self, number: int) -> Pending | Tensor:
+        """A bucket of means on its way to replicas; as bytes where it stays."""
+        begun = self._begun()
+        if number in begun.means:
+            return begun.means[number]
+        received = self._sketches(number).wait()
+        lines = received.view(self._ranks, len(received) // self._ranks)
+        del begun.sketches[number]
+        num_flags = len(self._header(number, begun))
+        if number == 0:
+            begun.flags_WP = lines[:, :num_flags]
+        rounded = self._round(
+            self._buckets[number][self._me], list(lines[:, num_flags:]), begun.steps
+        )
+        begun.means[number] = self._spread(self._buckets[number], rounded)
+        return begun.means[number]
+
     def _round(
-        self, pieces: Sequence[_Lines], lines: Sequence[Tensor], steps: Sequence[int]
+        self, pieces: Sequence[Piece], lines: Sequence[Tensor], steps: Sequence[int]
     ) -> list[Tensor]:
         """The mean of each piece, as records."""
         rounded, begin = [], 0
@@ -219,25 +227,39 @@ class RecordBuckets:
         return rounded
 
     def _spread(
-        self, owners: Sequence[Sequence[_Lines]], rounded: Sequence[Tensor]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Owners whose means are kept here, with their records in a line."""
+        self, owners: Sequence[Sequence[Piece]], rounded: Sequence[Tensor]
+    ) -> Pending | Tensor:
+        """Send this rank's means to those that keep the same."""
         mine = torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device)])
         if rounded:
             mine = torch.cat([records.reshape(-1) for records in rounded])
         replicas, ranks = self._owners.replicas, self._owners.replicas_of_me
         if replicas is None:
-            yield self._me, mine
-            return
-        taken = [sum(p.octets(self._mean[p.index]) for p in owners[rank]) for rank in ranks]
+            return mine
         given = [len(mine)] * len(ranks)
-        received = exchange_octets(mine.repeat(len(ranks)), given, taken, replicas)
-        yield from zip(ranks, torch.split(received, taken), strict=True)
+        return begin_exchange(mine.repeat(len(ranks)), given, self._taken(owners), replicas)
+
+    def _taken(self, owners: Sequence[Sequence[Piece]]) -> list[int]:
+        """Bytes of the means of each replica."""
+        return [
+            sum(piece.octets(self._mean[piece.index]) for piece in owners[rank])
+            for rank in self._owners.replicas_of_me
+        ]
+
+    def _arriving(self, number: int) -> Iterator[tuple[int, Tensor]]:
+        """Owners whose means are kept here, with their records in a line."""
+        means = self._means(number)
+        del self._begun().means[number]
+        if isinstance(means, Tensor):
+            yield self._me, means
+            return
+        taken = self._taken(self._buckets[number])
+        yield from zip(self._owners.replicas_of_me, torch.split(means.wait(), taken), strict=True)
 
 
 def _put(
     means: Sequence[Sequence[Records]],
-    pieces: Sequence[_Lines],
+    pieces: Sequence[Piece],
     line: Tensor,
     codes: Sequence[Code],
 ) -> None:
@@ -249,42 +271,3 @@ def _put(
         target = means[piece.index][piece.place].octets.flatten(0, 1)
         target[piece.first : piece.last] = line[begin:stop].view(shape)
         begin = stop
-
-
-def _buckets(line: Sequence[_Lines], codes: Sequence[Code], limit: int) -> Iterator[list[_Lines]]:
-    """A rank's line in buckets of at most so many bytes, or one line of a matrix; in pieces."""
-    bucket: list[_Lines] = []
-    room = limit
-    for whole in line:
-        first = whole.first
-        of_one = whole.share.shape[2] * codes[whole.index].bytes
-        numbers = whole.share.shape[2] * codes[whole.index].numbers
-        while first < whole.last:
-            if bucket and room < of_one:
-                yield bucket
-                bucket, room = [], limit
-            together = min(room // of_one, _WORK_NUMBERS // numbers)
-            last = min(whole.last, first + max(1, together))
-            bucket.append(
-                _Lines(
-                    index=whole.index,
-                    place=whole.place,
-                    share=whole.share,
-                    first=first,
-                    last=last,
-                )
-            )
-            room -= (last - first) * of_one
-            first = last
-    if bucket:
-        yield bucket
-
-
-def _last_buckets(buckets: Sequence[Sequence[Sequence[_Lines]]], count: int) -> list[int]:
-    """The bucket after which nothing of a parameter is left to pack, for each."""
-    ends = [0] * count
-    for number, owners in enumerate(buckets):
-        for pieces in owners:
-            for piece in pieces:
-                ends[piece.index] = number
-    return ends

@@ -21,9 +21,10 @@ from flora_dist.core.parameters.norms import scale_
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.step.basis import Sketches, draw_together
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
+from flora_dist.gradients.ahead import SentAhead
 from flora_dist.gradients.average import Averaging, are_anywhere
 from flora_dist.gradients.cut_sketches import check_in_full, partial_sketches
-from flora_dist.gradients.flow import Flow
+from flora_dist.gradients.flow import Adapter, Flow
 from flora_dist.gradients.placeholder import stand_in_for, stands_in
 from flora_dist.gradients.request import Wire
 from flora_dist.gradients.route import Mean
@@ -39,27 +40,24 @@ class Gradients:
         *,
         level: str,
         wire: Wire,
-        check: Callable[[], None] | None,
+        adapter: Adapter,
         known: frozenset[str],
-        watched: Sequence[tuple[object, str]],
         check_late: Callable[[Trainable], None],
     ) -> None:
         """Nothing is kept yet.
 
         Args:
-            flows: equal on all ranks but for what each holds.
+            flows: equal on all ranks but for what each holds; in the order of forward.
             level: of ``LEVELS``, not dense.
             wire: what travels.
-            check: raises if the framework was set to do what would be computed wrong.
+            adapter: of the framework.
             known: every parameter that trains, with a flow or without.
-            watched: objects of the framework, and the attribute of each that is set then.
             check_late: raises if a parameter that is not known should have a flow.
         """
         self.level, self.wire = level, wire
-        self._check, self._known, self._check_late = check, known, check_late
+        self._adapter, self._known, self._check_late = adapter, known, check_late
         self.flows = {flow.part.name: flow for flow in sorted(flows, key=lambda f: f.part.name)}
-        ordered = self.flows.values()
-        self._watched = watched
+        ordered = list(self.flows.values())
         self._shows = any(flow.source.visible is not None for flow in ordered)
         sums = [flow.accumulator for flow in ordered]
         self._in_few_bits = [each for each in sums if each.code is not None]
@@ -68,11 +66,14 @@ class Gradients:
             [flow.source.route for flow in ordered],
             wire_dtype=wire.dtype,
             wire_bits=wire.bits,
+            ahead=wire.ahead([ordered.index(flow) for flow in reversed(flows)]),
         )
-        self._cut = partial_sketches(list(ordered))
+        self._ahead = SentAhead(ordered, self._averaging, adapter.is_last)
+        self._cut = partial_sketches(ordered)
         if wire.bits is not None:
             check_in_full(self._cut)
         self._mean: dict[str, SketchedGradient] | None = None
+        self._latest: Flow | None = None
         self._forgetting: list[Callable[[], None]] = []
 
     # ---- taking in
@@ -85,14 +86,16 @@ class Gradients:
             RuntimeError: the gradients of this step have been averaged already.
             ValueError: it is placed unlike its parameter.
         """
-        if tensor.grad is None or stands_in(tensor.grad):  # added to the sketches already
-            return
         gradient = tensor.grad
-        if isinstance(tensor, DTensor):
-            gradient = local_gradient(tensor, flow.part.name)
-        self.take(flow, gradient)
-        if tensor is not flow.source.visible:
-            tensor.grad = None
+        if gradient is None:
+            return
+        if not stands_in(gradient):  # else added to the sketches already
+            if isinstance(tensor, DTensor):
+                gradient = local_gradient(tensor, flow.part.name)
+            self.take(flow, gradient)
+            if tensor is not flow.source.visible:
+                tensor.grad = None
+        self._ahead.arrived(flow)
 
     def take(self, flow: Flow, gradient: Tensor) -> None:
         """Add a full gradient to the sketches; it may be freed afterwards.
@@ -110,7 +113,7 @@ class Gradients:
         Raises:
             RuntimeError: it stands for nothing any more, or has been averaged already.
         """
-        if not _is_shown(flow):
+        if not flow.is_shown:
             raise RuntimeError(
                 "a gradient can be added to only until it is stepped or zeroed; that of "
                 f"{flow.part.name!r} has been, after it was read. Read p.grad again after "
@@ -131,11 +134,14 @@ class Gradients:
         self._show(flow)
 
     def _open(self, flow: Flow) -> None:
-        is_new = flow.source.visible is not None and not _is_shown(flow)
+        is_new = flow.source.visible is not None and not flow.is_shown
         if is_new:  # nothing yet, or zero_grad() since
             flow.accumulator.drop()
-            if self._mean is not None and not any(map(_is_shown, self.flows.values())):
+            is_read = self._mean is not None or self._ahead.is_under_way
+            if is_read and not self._shows_anything():
                 self._mean = None
+                self._ahead.drop()
+        self._ahead.check_open(flow)
         if self._mean is not None:
             raise RuntimeError(
                 "sketches of gradients are averaged over the ranks once per step; a gradient of "
@@ -144,7 +150,7 @@ class Gradients:
             )
 
     def _show(self, flow: Flow) -> None:
-        parameter = flow.source.visible
+        parameter, self._latest = flow.source.visible, flow
         if parameter is None or stands_in(parameter.grad):
             return
         parameter.grad = None
@@ -152,16 +158,14 @@ class Gradients:
             parameter,
             name=flow.part.name,
             add_to_sketch=partial(self.add, flow),
-            drop_sketch=partial(_hide, flow),
+            drop_sketch=flow.hide,
         )
 
     @property
     def is_open(self) -> bool:
         """Whether something has come in since the last step and was not dropped."""
-        return any(
-            flow.accumulator.sums_ENKR is not None
-            if flow.source.visible is None
-            else _is_shown(flow)
+        return self._ahead.is_under_way or any(
+            flow.accumulator.sums_ENKR is not None if flow.source.visible is None else flow.is_shown
             for flow in self.flows.values()
         )
 
@@ -177,9 +181,10 @@ class Gradients:
         """
         if self._mean is not None and (not self._shows or self._shows_anything()):
             return
-        is_set = any(getattr(owner, attribute, None) for owner, attribute in self._watched)
-        if self._check is not None and is_set:
-            self._check()
+        watched, check = self._adapter.watched, self._adapter.check
+        if check is not None and any(getattr(owner, name, None) for owner, name in watched):
+            check()
+        self._ahead.check_kept()
         for flow in self.flows.values():
             flow.accumulator.check_basis()
             visible = flow.source.visible
@@ -199,7 +204,10 @@ class Gradients:
             partials.complete_(self._mean)
 
     def _shows_anything(self) -> bool:
-        return any(map(_is_shown, self.flows.values()))
+        latest = self._latest  # asked first: it nearly always is
+        return (latest is not None and latest.is_shown) or any(
+            flow.is_shown for flow in self.flows.values()
+        )
 
     # ---- reading
 
@@ -301,10 +309,11 @@ class Gradients:
 
     def forget(self) -> None:
         """End the cycle, stepped or not: what came in is dropped."""
+        self._ahead.drop()
         for flow in self.flows.values():
             flow.accumulator.drop()
-            if _is_shown(flow):
-                _hide(flow)
+            if flow.is_shown:
+                flow.hide()
         self._mean = None
         self._draw()
         for call in self._forgetting:
@@ -318,16 +327,6 @@ class Gradients:
             alike.setdefault(place, []).append(flow.accumulator.basis)
         for (dtype, device), wanted in alike.items():
             draw_together(wanted, dtype=dtype, device=device)
-
-
-def _is_shown(flow: Flow) -> bool:
-    return flow.source.visible is not None and stands_in(flow.source.visible.grad)
-
-
-def _hide(flow: Flow) -> None:
-    """As ``zero_grad()`` leaves a parameter; what was sketched is dropped when that is noticed."""
-    assert flow.source.visible is not None
-    flow.source.visible.grad = None
 
 
 def _full_gradient(slot: Trainable, flow: Flow | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from flora_dist.core.step.basis import Sketches
 from flora_dist.core.step.batch import arithmetic_dtype
 from flora_dist.core.tiles import Tile
 from flora_dist.gradients.accumulator import Accumulator, StepCounter
+from flora_dist.gradients.placeholder import stands_in
 from flora_dist.gradients.request import SketchRequest
 from flora_dist.gradients.route import Route
 
@@ -50,6 +51,11 @@ def nothing(*_: object) -> None:
     """For frameworks that need nothing done."""
 
 
+def never() -> bool:
+    """For frameworks that average nothing."""
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """What a framework needs around the hooks."""
@@ -64,6 +70,8 @@ class Adapter:
     wrong if it were set."""
     check: Callable[[], None] | None = None
     """Raises if one is."""
+    is_last: Callable[[], bool] = never
+    """Whether the gradients that arrive now are of the last micro-batch before the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,6 +88,16 @@ class Flow:
     """Of the part."""
     matrices: slice
     """The part's, among those of the accumulator."""
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the visible ``.grad`` stands for the sketches."""
+        return self.source.visible is not None and stands_in(self.source.visible.grad)
+
+    def hide(self) -> None:
+        """As ``zero_grad()`` leaves a parameter; sketches are dropped when that is noticed."""
+        assert self.source.visible is not None
+        self.source.visible.grad = None
 
 
 def geometry_for(slot: Trainable, request: SketchRequest) -> Geometry:

@@ -44,6 +44,8 @@ def adapter_of_ddp(model: DistributedDataParallel, slots: Sequence[Trainable]) -
         sources=[_source(slot, sums, world_size) for slot in slots],
         install=partial(_leave_out, model),
         restore=partial(_take_back, model, frozenset(model.parameters_to_ignore)),
+        # Of the last forward, as DDP's own reducer goes by it: False in no_sync().
+        is_last=lambda: bool(model.require_forward_param_sync),
     )
 
 

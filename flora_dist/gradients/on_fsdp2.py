@@ -57,6 +57,7 @@ def adapter_of_unsharded(model: nn.Module, slots: Sequence[Trainable]) -> Adapte
         sources=[_source(slot, gathered, divisors) for slot in slots],
         watched=[(group, name) for group in _param_groups(modules) for name in _REFUSED],
         check=partial(_check, modules),
+        is_last=partial(_reduces, modules),
     )
 
 
@@ -131,6 +132,14 @@ def _param_groups(modules: Sequence[FSDPModule]) -> Iterator[object]:
         if groups is None:  # before torch 2.13 a module had one group, or none
             groups = [group for group in [state._fsdp_param_group] if group is not None]
         yield from groups
+
+
+def _reduces(modules: Sequence[FSDPModule]) -> bool:
+    """Whether neither gradient syncs nor HSDP's all-reduces have been turned off."""
+    return all(
+        group.reduce_grads and group.all_reduce_grads  # type: ignore[attr-defined]
+        for group in _param_groups(modules)
+    )
 
 
 def _divisors(modules: Sequence[FSDPModule]) -> Iterator[tuple[int, float | None]]:

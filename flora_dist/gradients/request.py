@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +12,11 @@ import torch
 from flora_dist.core.records import FEW_BITS, FULL_BITS, gradient_bits
 from flora_dist.core.state.settings import FloraConfig, check_bits, check_rank
 from flora_dist.core.state.spec import LEVELS, Geometry, geometry_at
+from flora_dist.gradients.average import Ahead
 
 WIRE_DTYPES: Mapping[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 """What travels: as accumulated (float64 for float64 parameters), or rounded."""
+MIB = 1 << 20
 GRADIENT_BITS = (FULL_BITS, 16, *FEW_BITS)
 """Of a gradient's numbers."""
 
@@ -27,6 +29,14 @@ class Wire:
     """Of numbers; None: as they are accumulated."""
     bits: int | None
     """Of each number in a record; None: numbers travel."""
+    bucket_bytes: int | None = None
+    """Of a message that is sent during backward; None: all is sent at the step."""
+
+    def ahead(self, order: Sequence[int]) -> Ahead | None:
+        """What is sent during backward; ``order``: parameters as their gradients arrive."""
+        if self.bucket_bytes is None:
+            return None
+        return Ahead(order=order, bucket_bytes=self.bucket_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +49,7 @@ class SketchRequest:
     gradient_bits: int | None = None
     wire_bits: int | None = None
     wire_dtype: str = "float32"
+    bucket_cap_mb: float | None = None
 
     def words(self) -> dict[str, object]:
         """Name and value of each, for comparing ranks and for messages."""
@@ -65,7 +76,11 @@ class SketchRequest:
             return Wire(dtype=WIRE_DTYPES[self.wire_dtype], bits=None)
         if self.bits == FULL_BITS and self.wire_bits == 16:
             return Wire(dtype=torch.bfloat16, bits=None)
-        return Wire(dtype=None, bits=self.bits if self.wire_bits is None else self.wire_bits)
+        return Wire(
+            dtype=None,
+            bits=self.bits if self.wire_bits is None else self.wire_bits,
+            bucket_bytes=None if self.bucket_cap_mb is None else int(self.bucket_cap_mb * MIB),
+        )
 
     def check(self) -> None:
         """Refuse what does not exist or does not go together.
@@ -93,6 +108,23 @@ class SketchRequest:
             if getattr(self, name) is not None:
                 check_bits(name, getattr(self, name), GRADIENT_BITS)
         self._check_together()
+        self._check_cap()
+
+    def _check_cap(self) -> None:
+        cap = self.bucket_cap_mb
+        if cap is None:
+            return
+        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 < cap < float("inf"):
+            raise ValueError(
+                f"bucket_cap_mb must be a number of MiB above 0; got {cap!r}. Pass 1, or leave it "
+                "out for one message at the step."
+            )
+        if self.gradients != "compressed" or self.wire.bits is None:
+            raise ValueError(
+                "bucket_cap_mb sends sketches in few bits during backward, under "
+                f'gradients="compressed"; got gradients={self.gradients!r}, gradient_bits='
+                f"{self.bits}, wire_bits={self.wire_bits}. Leave it out, or pass wire_bits=4."
+            )
 
     def _check_together(self) -> None:
         few = self.bits != FULL_BITS or self.wire_bits not in (None, FULL_BITS)

@@ -65,6 +65,8 @@ class GradientsConfig:
     """Of each number that travels; None: `bits`."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """What travels of the sketches."""
+    bucket_cap_mb: StrictFloat | None = None
+    """MiB of a message that is sent during the last backward; None: one message at the step."""
 
     def __post_init__(self) -> None:
         bits = self.bits, self.wire_bits
@@ -75,6 +77,11 @@ class GradientsConfig:
                 f"gradients.level='dense' keeps none; they are {self.rank!r}, {self.bits!r}, "
                 f"{self.wire_bits!r} and {self.wire_dtype!r}. Remove them, or set level: "
                 "compressed."
+            )
+        if self.level == DENSE and self.bucket_cap_mb is not None:
+            raise ValueError(
+                "gradients.bucket_cap_mb cuts sketches into messages, and gradients.level='dense' "
+                f"keeps none; it is {self.bucket_cap_mb!r}. Remove it, or set level: compressed."
             )
         if self.level == "sharded" and self.wire_dtype != "float32":
             raise ValueError(

@@ -28,6 +28,7 @@ _GRADIENTS = {
     "gradient_bits": "bits",
     "wire_bits": "wire_bits",
     "wire_dtype": "wire_dtype",
+    "bucket_cap_mb": "bucket_cap_mb",
 }
 _ELSEWHERE = {
     "scheduler": "the schedule section moves the learning rate",
@@ -166,6 +167,7 @@ def _flora_block(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
             "gradient_rank": section.rank,
             "gradient_bits": section.bits,
             "wire_bits": section.wire_bits,
+            "bucket_cap_mb": section.bucket_cap_mb,
         }
         ours |= {key: value for key, value in optional.items() if value is not None}
     block = settings.get("flora", {})

@@ -106,6 +106,7 @@ def keep_sketched(
         gradient_bits=request.gradient_bits,
         wire_bits=request.wire_bits,
         wire_dtype=request.wire_dtype,
+        bucket_cap_mb=request.bucket_cap_mb,
     )
 
 
@@ -117,6 +118,7 @@ def request_of(config: GradientsConfig) -> SketchRequest:
         gradient_bits=config.bits,
         wire_bits=config.wire_bits,
         wire_dtype=config.wire_dtype,
+        bucket_cap_mb=config.bucket_cap_mb,
     )
 
 

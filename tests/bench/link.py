@@ -31,6 +31,8 @@ WARM_UP = 2
 """DDP builds its buckets anew after the first step; PowerSGD starts in the third."""
 STEPS = 5
 RATIO = 16
+CAP = 1.0
+"""MiB of a bucket in 4 bits: eight messages each way."""
 
 
 class Row(NamedTuple):
@@ -42,6 +44,7 @@ class Row(NamedTuple):
     bits: int | None = None
     wire_bits: int | None = None
     """1 bit is for what is sent: four micro-batches summed in 1 bit would be noise."""
+    bucket_cap_mb: float | None = None
 
 
 ROWS: dict[str, tuple[Row, ...]] = {
@@ -52,7 +55,9 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("ddp", ratio=RATIO),
         Row("ddp", ratio=RATIO, wire_dtype="bfloat16"),
         Row("ddp", bits=4),
+        Row("ddp", bits=4, bucket_cap_mb=CAP),
         Row("ddp", bits=4, wire_bits=1),
+        Row("ddp", bits=4, wire_bits=1, bucket_cap_mb=CAP / 4),
     ),
     "zero-2": (
         Row("zero-2"),
@@ -64,6 +69,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("fsdp2"),
         Row("fsdp2", ratio=RATIO),
         Row("fsdp2", bits=4),
+        Row("fsdp2", bits=4, bucket_cap_mb=CAP),
         Row("fsdp2", bits=4, wire_bits=1),
     ),
 }
@@ -122,7 +128,7 @@ def print_link(only: str) -> None:
         "and how long the link takes for that. cpu: seconds of a rank's process, all its threads."
     )
     print(
-        f"{'layout and level':31} {'median':>7} {'min':>6} {'max':>6} {'faster':>7} {'by bytes':>9}"
+        f"{'layout and level':36} {'median':>7} {'min':>6} {'max':>6} {'faster':>7} {'by bytes':>9}"
         f" {'by link':>8} {'counted MB':>11} {'sent MB':>8} {'link s':>6} {'cpu s':>6}"
     )
     for kind, rows in ROWS.items():
@@ -140,7 +146,7 @@ def _print_rows(base: Setup, rows: Sequence[Row], pair: Sequence[Host]) -> None:
             # Ranks begin a step together and wait for each other in it: any of them will do.
             found = pool(timed, setup, timeout=400.0)[0]
             first = first or found
-            print(f"{setup!s:31} {_cells(first, found)}", flush=True)
+            print(f"{setup!s:36} {_cells(first, found)}", flush=True)
     finally:
         pool.close()
 

@@ -79,18 +79,22 @@ class Collectives(TorchDispatchMode):
 
     @contextmanager
     def sketches(self) -> Iterator[None]:
-        """What is sent by ``Averaging.run`` are sketches, wherever it is called."""
-        original = Averaging.run
+        """What is sent by ``Averaging`` are sketches, wherever it is called."""
+        run_, arrived_ = Averaging.run, Averaging.arrived
 
         def run(self_: Averaging) -> Any:
             with contextmanager(self._during)("sketches"):
-                return original(self_)
+                return run_(self_)
 
-        Averaging.run = run  # type: ignore[method-assign]
+        def arrived(self_: Averaging, index: int) -> None:
+            with contextmanager(self._during)("sketches"):
+                arrived_(self_, index)
+
+        Averaging.run, Averaging.arrived = run, arrived  # type: ignore[method-assign]
         try:
             yield
         finally:
-            Averaging.run = original  # type: ignore[method-assign]
+            Averaging.run, Averaging.arrived = run_, arrived_  # type: ignore[method-assign]
 
     def elements(self, purpose: str) -> int:
         """Of all collectives for one purpose."""

@@ -108,6 +108,8 @@ class Setup:
     """Of each number of a block that is kept and sent, in place of ``ratio``; None: 32."""
     wire_bits: int | None = None
     """Of what is sent; None: as it is kept."""
+    bucket_cap_mb: float | None = None
+    """Of a message that is sent during backward; None: all is sent at the step."""
     micro_batches: int = 1
     block: int = BLOCK
 
@@ -118,7 +120,9 @@ class Setup:
     @property
     def sketches(self) -> dict[str, Any]:
         """Settings of sketched gradients."""
-        few = {} if self.wire_bits is None else {"wire_bits": self.wire_bits}
+        few: dict[str, Any] = {} if self.wire_bits is None else {"wire_bits": self.wire_bits}
+        if self.bucket_cap_mb is not None:
+            few["bucket_cap_mb"] = self.bucket_cap_mb
         return {"gradient_bits": self.bits or 32, "wire_dtype": self.wire_dtype, **few}
 
     @property
@@ -142,7 +146,8 @@ class Setup:
     def __str__(self) -> str:
         if self.bits is not None:
             sent = "" if self.wire_bits is None else f", sent in {self.wire_bits}"
-            return f"{self.layout}, {self.bits} bits{sent}"
+            cut = "" if self.bucket_cap_mb is None else f", {self.bucket_cap_mb:g} MiB"
+            return f"{self.layout}, {self.bits} bits{sent}{cut}"
         if self.ratio is None:
             return f"{self.layout}, dense"
         return f"{self.layout}, 1/{self.ratio} {self.wire_dtype}"

@@ -19,6 +19,7 @@ from flora_dist.gradients import cycle as gradients
 from flora_dist.gradients.accumulator import Accumulator
 from flora_dist.gradients.average_records import RecordBuckets
 from flora_dist.gradients.cut_sketches import PartialSketches
+from flora_dist.gradients.pipeline import Pipeline
 from flora_dist.kernels import records as few_bits
 from tests.battery.mutations import RECORD_MUTATIONS
 
@@ -126,6 +127,16 @@ def _always_levels(original: Any) -> Any:
     return rounded
 
 
+def _one_too_early(original: Any) -> Any:
+    def arrived(self: Pipeline, index: int) -> None:
+        missing = self._missing[self._num_sent]
+        if len(missing) > 1:
+            missing.discard(next(other for other in missing if other != index))
+        original(self, index)
+
+    return arrived
+
+
 FAULTS: dict[str, tuple[Any, str, Mutate]] = {
     "divisor": (gradients, "Averaging", _undivided),
     "replicas": (gradients, "Averaging", _without_replicas),
@@ -139,6 +150,7 @@ FAULTS: dict[str, tuple[Any, str, Mutate]] = {
     "scale": (few_bits, "level_records", _half_a_scale),
     "packing order": RECORD_MUTATIONS["packing order"],
     "levels of sums": (few_bits, "_rounded", _always_levels),
+    "one gradient too early": (Pipeline, "arrived", _one_too_early),
     "clipping": (flora, "scale_", _unscaled),
     "blocks kept twice": (norms, "_square_sum_of_sketches", _every_block),
 }

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 import flora_dist
 from flora_dist import Flora
@@ -30,11 +31,12 @@ def train(layout: Layout, case: SketchedCase) -> tuple[Weights, list[float]]:
         gradient_bits=case.gradient_bits,
         wire_bits=case.wire_bits,
         wire_dtype=case.wire_dtype,
+        bucket_cap_mb=case.bucket_cap_mb,
     )
     norms = []
     for step in range(STEPS):
         tokens = layout.share(zoo.batch(step, case.samples))
-        accumulate(wrapped, tokens, case.micro_batches)
+        accumulate(wrapped, tokens, case.micro_batches, case.bucket_cap_mb)
         if case.max_norm is None:
             norms.append(float(optimizer.grad_norm()))
         else:
@@ -44,11 +46,18 @@ def train(layout: Layout, case: SketchedCase) -> tuple[Weights, list[float]]:
     return full_weights(model), norms
 
 
-def accumulate(wrapped: nn.Module, tokens: Tensor, micro_batches: int) -> None:
-    """Every micro-batch but the last without FSDP2's own reductions, DDP always with its own."""
+def accumulate(
+    wrapped: nn.Module, tokens: Tensor, micro_batches: int, cap: float | None = None
+) -> None:
+    """Every micro-batch but the last without FSDP2's own reductions, DDP always with its own.
+
+    Under a cap on buckets DDP has its own in the last one alone, too.
+    """
     for number, part in enumerate(tokens.chunk(micro_batches), start=1):
         if isinstance(wrapped, FSDPModule):
             wrapped.set_requires_gradient_sync(number == micro_batches)
+        elif isinstance(wrapped, DistributedDataParallel) and cap is not None:
+            wrapped.require_backward_grad_sync = number == micro_batches
         (wrapped(part) / micro_batches).backward()
 
 

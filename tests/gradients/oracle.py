@@ -32,6 +32,7 @@ class SketchedCase(Case):
     gradient_bits: int | None = 32
     wire_bits: int | None = None
     wire_dtype: str = "float32"
+    bucket_cap_mb: float | None = None
     micro_batches: int = 1
     samples: int = SAMPLES
     max_norm: float | None = None
@@ -42,6 +43,8 @@ class SketchedCase(Case):
             words.append(f"gradient_rank={self.gradient_rank}")
         if (self.gradient_bits, self.wire_bits) != (32, None):
             words.append(f"bits={self.gradient_bits}-{self.wire_bits}")
+        if self.bucket_cap_mb is not None:
+            words.append(f"bucket_cap_mb={self.bucket_cap_mb}")
         if self.max_norm is not None:
             words.append(f"max_norm={self.max_norm}")
         return "-".join(words)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from flora_dist.gradients import average as routes
-from flora_dist.gradients import average_records
+from flora_dist.gradients import record_pieces
 from flora_dist.gradients.cycle import Gradients
 from flora_dist.trainer.traffic import Traffic
 from tests.battery.test_layouts import EXACT
@@ -161,7 +161,7 @@ def test_a_run_in_eight_buckets_is_the_run_in_one(layout: str) -> None:
 
 
 def _in_small_pieces(body: Any, *args: Any) -> Any:
-    return _with(average_records, "_WORK_NUMBERS", 1, body, *args)
+    return _with(record_pieces, "_WORK_NUMBERS", 1, body, *args)
 
 
 @pytest.mark.parametrize("layout", ["fsdp2 x3", "hsdp 2x2"])

@@ -110,13 +110,13 @@ def test_few_bits_by_hand() -> None:
     assert found.label == "Flora 1/8, compressed, 4 bits"
     # 64 numbers in 4 bits and a scale for the one block of each of 11 rows; A twice, 64 x 64.
     assert found.held["accumulators"].total == 11 * (32 + 2) + 4 * 2 * 2 * 64 * 64
-    # Half of them, and of two flags for each of two ranks, goes to the other rank.
-    assert found.wire["sketches"] == (11 * 34 + 2 * 2) // 2
+    # Half of them, and of three flags for each of two ranks, goes to the other rank.
+    assert found.wire["sketches"] == (11 * 34 + 3 * 2) // 2
     asks = request(by_hand(), backend="ddp", gradients="compressed", gradient_bits=8, wire_bits=1)
     found = estimate(asks, asked(asks))
     assert found.held["accumulators"].total == 11 * (64 + 2) + 4 * 2 * 2 * 64 * 64
     # The means of what each has summed go back, in 4 bits.
-    assert found.wire["sketches"] == (11 * 10 + 2 * 2) // 2 + 11 * 34 // 2
+    assert found.wire["sketches"] == (11 * 10 + 3 * 2) // 2 + 11 * 34 // 2
 
 
 def test_zero2_by_hand() -> None:

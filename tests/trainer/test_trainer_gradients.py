@@ -254,6 +254,7 @@ def test_what_cannot_be_sketched_is_refused_before_anything_is_written(
         ("level: compresed", r"gradients.level must be one of .* Did you mean 'compressed'"),
         ("rank: 4", r"gradients.level='dense' keeps none; they are 4, None, None and 'float32'"),
         ("wire_dtype: bfloat16", r"gradients.level='dense' keeps none"),
+        ("bucket_cap_mb: 1.0", r"cuts sketches into messages, and gradients.level='dense' keeps"),
         ("level: sharded, wire_dtype: bfloat16", r"no sketch travels"),
         ("level: fused, rank: 0", r"gradients.rank must be at least 1; it is 0"),
         ("level: fused, wire_dtype: float16", r"gradients.wire_dtype must be one of float32"),

@@ -131,9 +131,10 @@ def _of_sketches(request: Request, method: Method) -> Iterator[Payload]:
 
 
 def _of_records(request: Request, method: Method) -> Iterator[Payload]:
-    """An all-to-all to who sums each, with a flag per parameter for every rank; means gathered.
+    """An all-to-all to who sums each, with flags for every rank; means gathered.
 
-    A block that two ranks of ZeRO keep is counted once.
+    There is a flag per parameter, and one of the rank itself. A block that two ranks of ZeRO keep
+    is counted once.
     """
     wire_bits, everyone = method.sketch.wire_bits, request.ranks
     (everything,) = shards_by_rank(method.trained, "whole", 1)
@@ -143,7 +144,7 @@ def _of_records(request: Request, method: Method) -> Iterator[Payload]:
         own = shards_by_rank(method.trained, method.backend.sharding, request.shards)[0]
         replicas = everyone // request.shards
     sent = sum(_bytes_in(shard, method, wire_bits) for shard in everything)
-    flags = _num_sketched(method) * everyone
+    flags = (1 + _num_sketched(method)) * everyone
     # Not a ring: each of a node's ranks has a message of its own for those of the others.
     together = request.gpus
     yield Payload(

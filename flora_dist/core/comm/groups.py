@@ -24,6 +24,8 @@ Peers: TypeAlias = "dist.ProcessGroup | DeviceMesh | Sequence[dist.ProcessGroup]
 mesh do, or None: the default group."""
 _kept: WeakKeyDictionary[dist.ProcessGroup, dist.Work] = WeakKeyDictionary()
 """The last message of each group."""
+_apart: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+"""For each group, the other one of its ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,24 +98,59 @@ def reduce_scatter(lines_WS: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received_S
 
 
-def exchange_octets(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """A message under way."""
+
+    sent_S: Tensor
+    """Held until all of it has left."""
+    received_S: Tensor
+    work: dist.Work
+    group: dist.ProcessGroup
+    device: torch.device
+    """Of what was handed over."""
+
+    def wait(self) -> Tensor:
+        """What has arrived."""
+        if self.received_S.is_cpu:
+            _finish(self.work, self.group)
+        else:
+            self.work.wait()
+        return self.received_S.to(self.device)
+
+
+def begin_exchange(
     sent_S: Tensor, given: Sequence[int], taken: Sequence[int], group: dist.ProcessGroup
-) -> Tensor:
-    """What the ranks of a group send this one, in their order; uint8, by an all-to-all.
+) -> Pending:
+    """Begin an all-to-all of bytes: what the ranks of a group send this one, in their order.
 
     Args:
-        sent_S: for each rank in order, as many bytes as ``given`` says.
+        sent_S: for each rank in order, as many bytes as ``given`` says; not to be written to.
         given: bytes for each rank.
         taken: bytes from each rank.
-        group: who takes part.
+        group: who takes part; its messages are begun in one order on all ranks.
     """
     there_S = sent_S.to(group_device(sent_S, group))
     received_S = there_S.new_empty(sum(taken))
-    sent = dist.all_to_all_single(
-        received_S, there_S, list(taken), list(given), group=group, async_op=there_S.is_cpu
+    work = dist.all_to_all_single(
+        received_S, there_S, list(taken), list(given), group=group, async_op=True
     )
-    _finish(sent, group)
-    return received_S.to(sent_S.device)
+    assert work is not None
+    return Pending(
+        sent_S=there_S, received_S=received_S, work=work, group=group, device=sent_S.device
+    )
+
+
+def group_apart(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Another group of the same ranks, whose messages stand in no order to those of ``group``.
+
+    All of its ranks must call this; the same one for a second call.
+    """
+    apart = _apart.get(group)
+    if apart is None:
+        ranks = dist.get_process_group_ranks(group)
+        apart = _apart[group] = dist.new_group(ranks, use_local_synchronization=True)
+    return apart
 
 
 def all_reduce_(

@@ -38,6 +38,7 @@ class SketchedGradients:
         gradient_bits: int | None = None,
         wire_bits: int | None = None,
         wire_dtype: str = "float32",
+        bucket_cap_mb: float | None = None,
         **more: Any,
     ) -> None:
         """A Trainer's arguments, and those of ``flora_dist.attach``.
@@ -58,6 +59,7 @@ class SketchedGradients:
             "gradient_bits": gradient_bits,
             "wire_bits": wire_bits,
             "wire_dtype": wire_dtype,
+            "bucket_cap_mb": bucket_cap_mb,
         }
         if gradients != LEVELS[0] and is_under_deepspeed():
             given = {key: value for key, value in self._how.items() if value is not None}
