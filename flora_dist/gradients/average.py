@@ -137,7 +137,9 @@ def _cut(
     ahead: Ahead,
 ) -> list[list[int]]:
     """The parameters of one route in buckets; every rank finds the same."""
-    if not routes[indices[0]].travels:
+    route = routes[indices[0]]
+    # HSDP's records go over a group of all ranks, which nobody has tried beside its reductions.
+    if not route.travels or (route.scatter is not None and route.sums):
         return []
     mine = set(indices)
     sizes = []
