@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """torchft's optimizer wrapper and DiLoCo around Flora, with a lighthouse and managers of its own.
 
-One replica group: with an outer step of 1 and no momentum DiLoCo is the plain loop; with sketched
-gradients. Two groups, each a process: their gradients are averaged, and one that comes late heals
-from the other.
+One replica group: with an outer step of 1 and no momentum DiLoCo is the plain loop; of two
+processes with FSDP2; with sketched gradients. Two groups, each a process: their gradients are
+averaged, and one that comes late heals from the other.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore
+from torch.distributed.fsdp import fully_shard
 
 import flora_dist
 from flora_dist import Flora
 from tests.conftest import pool_of
+from tests.hosts.small import whole_weights
 from tests.hosts.trainer_runs import SKETCHES
 
 pytest.importorskip("torchft", reason="torchft is not installed (docs/hosts/fault_tolerance.md)")
@@ -179,6 +181,39 @@ def test_a_sketch_that_is_averaged_over_groups_is_refused_and_the_step_left_out(
         assert "kept as sketches" in str(manager.errored())
         optimizer.step()
     assert not flora.state
+
+
+# ---- a group of two processes
+
+
+def in_shards() -> dict[str, Tensor]:
+    from torchft import Optimizer
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model, _ = build()
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (ranks,)))
+    flora = Flora(model.named_parameters(), lr=1e-2, rank=4, block=16, kappa=3)
+    with ExitStack() as stack:
+        address = address_for_all(stack, least=1)
+        port = [0]
+        if rank > 0:
+            dist.broadcast_object_list(port)
+        host = manager_of(model, flora, address, place=(rank, ranks), port=port[0])
+        optimizer = Optimizer(stack.enter_context(host), flora)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(model, step, slice(4 * rank, 4 * rank + 4))
+            optimizer.step()
+        dist.barrier()  # whoever leaves first would end the other's step
+        return whole_weights(model)
+
+
+@pytest.mark.ranks(2)
+def test_a_group_of_two_processes_with_fsdp2_is_the_plain_loop() -> None:
+    expected = plain_loop(STEPS)
+    for found in pool_of(2)(in_shards):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
 
 
 # ---- two groups

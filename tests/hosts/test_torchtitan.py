@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchtitan's container with Flora in it, on fully_shard; its flat state through torch's DCP.
+"""torchtitan's container with Flora in it, sharded and replicated; its flat state through DCP.
 
 torchtitan's own trainer needs CUDA, so what is built here is what it builds around its model.
 """
@@ -41,8 +41,15 @@ def container(model: Any, implementation: str) -> Any:
     return config.build(model_parts=[model])
 
 
-def sharded() -> Any:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+LAYOUTS = {"fsdp": 1, "ddp": 2}
+"""Replicas of the weights on two ranks; torchtitan 0.3 makes its DDP by fully_shard too."""
+
+
+def sharded(replicas: int) -> Any:
+    shape = (replicas, dist.get_world_size() // replicas)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    if replicas == 1:
+        mesh = mesh["shard"]
     model = build()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -56,13 +63,20 @@ def step(model: Any, optimizers: Any, *, rank: int, ranks: int) -> None:
     optimizers.zero_grad()
 
 
-def all_trained_and_resumed(folder: str) -> dict[str, tuple[dict[str, Tensor], bool]]:
-    return {each: trained_and_resumed(f"{folder}/{each}", each) for each in ("for-loop", "foreach")}
+Case = tuple[str, str]
+"""A layout, and the implementation that a config names."""
+CASES: list[Case] = [("fsdp", "for-loop"), ("fsdp", "foreach"), ("ddp", "foreach")]
 
 
-def trained_and_resumed(folder: str, implementation: str) -> tuple[dict[str, Tensor], bool]:
+def all_trained_and_resumed(folder: str) -> dict[Case, tuple[dict[str, Tensor], bool]]:
+    return {case: trained_and_resumed(f"{folder}/{'-'.join(case)}", *case) for case in CASES}
+
+
+def trained_and_resumed(
+    folder: str, layout: str, implementation: str
+) -> tuple[dict[str, Tensor], bool]:
     place = {"rank": dist.get_rank(), "ranks": dist.get_world_size()}
-    model = sharded()
+    model = sharded(LAYOUTS[layout])
     optimizers = container(model, implementation)
     assert sorted(type(each).__name__ for each in optimizers) == ["AdamW", "Flora"]
     for _ in range(STEPS // 2):
@@ -71,7 +85,10 @@ def trained_and_resumed(folder: str, implementation: str) -> tuple[dict[str, Ten
     for _ in range(STEPS - STEPS // 2):
         step(model, optimizers, **place)
     weights = whole_weights(model)
-    again = sharded()
+    again = sharded(LAYOUTS[layout])
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()  # what a checkpoint does not load, is not there
     fresh = container(again, implementation)
     states = {"model": again.state_dict(), "optimizer": fresh}
     dcp.load(states, checkpoint_id=folder)
@@ -103,11 +120,11 @@ def test_flora_beside_adamw_is_the_plain_loop_and_resumes_bit_for_bit(tmp_path: 
     expected = by_hand()
     start = {name: p.detach() for name, p in build().named_parameters()}
     for runs in pool_of(2)(all_trained_and_resumed, str(tmp_path)):
-        for implementation, (weights, is_equal) in runs.items():
-            assert is_equal, implementation
+        for case, (weights, is_equal) in runs.items():
+            assert is_equal, case
             for name, value in expected.items():
                 moved = (value - start[name]).norm()
-                assert (weights[name] - value).norm() < 1e-5 * moved, (implementation, name)
+                assert (weights[name] - value).norm() < 1e-5 * moved, (case, name)
 
 
 def test_the_clipping_of_torchtitans_trainer_refuses_sketches() -> None:
