@@ -63,6 +63,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("zero-2"),
         Row("zero-2", ratio=RATIO),
         Row("zero-2", bits=4),
+        Row("zero-2", bits=4, bucket_cap_mb=CAP),
         Row("zero-2", bits=4, wire_bits=1),
     ),
     "fsdp2": (

@@ -30,15 +30,18 @@ Found = dict[str, list[tuple[Tile, tuple[int, int], Tensor]]]
 """Tile, its blocks and their records."""
 
 
-def compared(stage: int, bits: int, wire_bits: int, fault: str = "") -> tuple[int, int, float]:
+def compared(
+    stage: int, bits: int, wire_bits: int, cap: float | None = None, fault: str = ""
+) -> tuple[int, int, float]:
     """One step: blocks kept here, blocks whose records differ, and the farthest weight's distance.
 
-    The first gradients of two layouts are the same numbers, so that records are the same bytes.
+    The engine's records are sent during backward where there is a ``cap``, DDP's never. The first
+    gradients of two layouts are the same numbers, so that records are the same bytes.
     """
     words = {"gradient_bits": bits, "wire_bits": wire_bits}
     wanted, expected = _by_ddp(words)
     with broken(fault) if fault else nullcontext():
-        found, weights = _by_engine(stage, words)
+        found, weights = _by_engine(stage, words, cap)
     kept = differing = 0
     for name, pieces in found.items():
         ((_, _, everything),) = wanted[name]
@@ -64,16 +67,21 @@ def _by_ddp(words: dict[str, int]) -> tuple[Found, dict[str, Tensor]]:
     return found, {canonical_name(name): weight for name, weight in trained.items()}
 
 
-def _by_engine(stage: int, words: dict[str, int]) -> tuple[Found, dict[str, Tensor]]:
-    engine, *_ = flora_dist.deepspeed.initialize(
-        model=zoo.build(torch.float32), config=_config(stage, words)
-    )
+def _by_engine(
+    stage: int, words: dict[str, int], cap: float | None
+) -> tuple[Found, dict[str, Tensor]]:
+    config = _config(stage, words)
+    if cap is not None:
+        config["flora"]["bucket_cap_mb"] = cap
+    engine, *_ = flora_dist.deepspeed.initialize(model=zoo.build(torch.float32), config=config)
     flora = flora_dist.deepspeed.attach(engine)
     gradients = of_engines._handles[flora].gradients
     found: Found = {}
     flora.register_step_pre_hook(lambda *_: found.update(_records(gradients)))
     for share in _shares():
         engine.backward(engine(share))
+        is_last = engine.is_gradient_accumulation_boundary()
+        assert gradients._ahead.is_under_way == (is_last and cap is not None)
         engine.step()
     weights = whole_weights(engine)
     engine.destroy()

@@ -20,7 +20,9 @@ ALONE = "bf16_master_weights_and_grads"
 _OF_GROUPS = ("lr", "weight_decay", "maximize", *KNOBS)
 _SETTINGS = (*_OF_GROUPS[:3], "check_every", "roles", *KNOBS)
 _AVAILABLE = ("dense", "compressed", "fused")
-_GRADIENTS = ("gradients", "gradient_rank", "gradient_bits", "wire_bits", "wire_dtype")
+_GRADIENTS = (
+    *("gradients", "gradient_rank", "gradient_bits", "wire_bits", "wire_dtype", "bucket_cap_mb"),
+)
 _BFLOAT16 = ("bf16", "bfloat16", "torch.bfloat16")
 _FLOAT16 = ("fp16", "float16", "torch.float16", "half")
 _FLOAT32 = ("fp32", "float32", "torch.float32", "float")
@@ -167,7 +169,12 @@ def check_flora_block(config: Mapping[str, Any]) -> None:
         ValueError: an unknown key or value, with the nearest known one; a feature of DeepSpeed that
             would compute something wrong of sketched gradients.
     """
-    if gradient_request(config).gradients != LEVELS[0]:
+    request = gradient_request(config)
+    if request.bucket_cap_mb is not None and _value(config, "zero_optimization.stage") == 3:
+        raise refusal(
+            "bucket_cap_mb at stage 3", "nobody has tried it there. Leave it out, or use stage 2"
+        )
+    if request.gradients != LEVELS[0]:
         _refuse_on(config, _REFUSED_WITH_SKETCHES)
         _check_precision(config)
 
@@ -192,6 +199,7 @@ def gradient_request(config: Mapping[str, Any]) -> SketchRequest:
         gradient_bits=block.get("gradient_bits"),
         wire_bits=block.get("wire_bits"),
         wire_dtype=block.get("wire_dtype", "float32"),
+        bucket_cap_mb=block.get("bucket_cap_mb"),
     )
     if request.gradients == "sharded":
         raise ValueError(

@@ -150,14 +150,17 @@ def _adapter(
     engine: DeepSpeedEngine, slots: Sequence[Trainable], parameters: Parameters
 ) -> Adapter:
     if type(engine.optimizer) in _ZERO:
-        return _adapter_of_zero(engine.optimizer, slots, parameters)
+        return _adapter_of_zero(engine, slots, parameters)
     return _adapter_of_stage_0(engine, slots, parameters)
 
 
 # ---- ZeRO 1, 2 and 3
 
 
-def _adapter_of_zero(optimizer: Any, slots: Sequence[Trainable], parameters: Parameters) -> Adapter:
+def _adapter_of_zero(
+    engine: DeepSpeedEngine, slots: Sequence[Trainable], parameters: Parameters
+) -> Adapter:
+    optimizer: Any = engine.optimizer
     # A weight that is offloaded is not where its gradient arrives.
     device = torch.device(get_accelerator().current_device_name())
     return Adapter(
@@ -172,6 +175,7 @@ def _adapter_of_zero(optimizer: Any, slots: Sequence[Trainable], parameters: Par
             for slot in slots
         ],
         install=partial(_pass_by, optimizer),
+        is_last=engine.is_gradient_accumulation_boundary,
     )
 
 
@@ -256,7 +260,11 @@ def _adapter_of_stage_0(
                 route=route,
             )
         )
-    return Adapter(sources=sources, install=partial(_leave_out, engine))
+    return Adapter(
+        sources=sources,
+        install=partial(_leave_out, engine),
+        is_last=engine.is_gradient_accumulation_boundary,
+    )
 
 
 def _leave_out(engine: DeepSpeedEngine, sources: Sequence[Source]) -> None:
