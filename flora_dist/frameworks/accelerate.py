@@ -48,7 +48,7 @@ def attach(
 def _clip(
     flora: Flora,
     otherwise: Any,
-    parameters: Iterable[Tensor],
+    parameters: Tensor | Iterable[Tensor],
     max_norm: float,
     norm_type: float = 2,
 ) -> Any:
@@ -57,7 +57,7 @@ def _clip(
     Raises:
         ValueError: another norm than the Euclidean one.
     """
-    given = list(parameters)
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if _trained(given) != _trained(p for group in flora.param_groups for p in group["params"]):
         return otherwise(given, max_norm, norm_type=norm_type)
     if norm_type != 2:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from flora_dist.flora import Flora
 from flora_dist.frameworks.inside import unwrapped
-from flora_dist.gradients.attach import attach
+from flora_dist.gradients.attach import Handle, attach
 from flora_dist.gradients.request import SketchRequest
 
 _HOOK = "configure_gradient_clipping"
@@ -34,6 +34,7 @@ class SketchedGradients(Callback):  # type: ignore[misc]  # its types are not lo
         """
         self._request = SketchRequest(gradients=gradients, **settings)
         self._request.check()
+        self._handle: Handle | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach, and clip by Flora's norm from here on.
@@ -49,24 +50,26 @@ class SketchedGradients(Callback):  # type: ignore[misc]  # its types are not lo
                 "'value'. Pass gradient_clip_algorithm=\"norm\", or none."
             )
         how: dict[str, Any] = self._request.words()
-        attach(trainer.strategy.model, _flora_of(trainer), **how)
+        self._handle = attach(trainer.strategy.model, _flora_of(trainer), **how)
         if not own_clipping:
             setattr(pl_module, _HOOK, _clip)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the module its own clipping back."""
+        """Take off the hooks, which outlive the optimizer, and give the module its clipping."""
         del trainer, stage
-        _give_back(pl_module)
+        self._undo(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Likewise: Lightning tears nothing down then."""
         del trainer, exception
-        _give_back(pl_module)
+        self._undo(pl_module)
 
-
-def _give_back(module: Any) -> None:
-    if vars(module).get(_HOOK) is _clip:
-        delattr(module, _HOOK)
+    def _undo(self, module: Any) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if vars(module).get(_HOOK) is _clip:
+            delattr(module, _HOOK)
 
 
 def _flora_of(trainer: Any) -> Flora:

@@ -117,7 +117,9 @@ def attach(  # noqa: PLR0913 - it names every setting: users and their editors r
     slots = [slot for slot in optimizer.slots() if takes_part(slot)]
     _check_owned(slots, model)
     sizes = {slot.part.name: geometry_for(slot, request) for slot in slots}
-    adapter = _adapter(model, [s for s in slots if sizes[s.part.name].rank is not None], gradients)
+    sketched = [slot for slot in slots if sizes[slot.part.name].rank is not None]
+    adapter = _adapter(model, sketched, gradients)
+    _check_free(sketched, adapter.sources)
     handle = Handle(model, optimizer, slots, sizes, adapter, request)
     _attached[optimizer] = handle
     return handle
@@ -138,6 +140,20 @@ def _check_owned(slots: Sequence[Trainable], model: nn.Module) -> None:
             raise ValueError(
                 f"every parameter of the optimizer must belong to the model; {slot.part.name!r} "
                 "does not. Pass the model that is trained, after wrapping and sharding."
+            )
+
+
+def _check_free(slots: Sequence[Trainable], sources: Sequence[Source]) -> None:
+    """Refuse what an earlier handle takes the gradients of: its hooks would leave nothing here."""
+    for slot, source in zip(slots, sources, strict=True):
+        tensor: Any = source.tensor
+        hooks = (tensor._post_accumulate_grad_hooks or {}).values()
+        owners = [getattr(getattr(hook, "func", None), "__self__", None) for hook in hooks]
+        if any(isinstance(owner, Gradients) for owner in owners):
+            raise ValueError(
+                "a gradient can be kept as sketches by one optimizer at a time; that of "
+                f"{slot.part.name!r} is kept by an earlier attach() to another. Call remove() on "
+                "that handle first."
             )
 
 

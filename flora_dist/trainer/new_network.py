@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flora_dist.trainer.backend import sum_over_processes
 from flora_dist.trainer.by_rows import draw_rows
 from flora_dist.trainer.config import Config
 from flora_dist.trainer.model import build_model, weight_dtype
@@ -32,12 +33,14 @@ def new_network(
     seed, dtype = config.train.seed, weight_dtype(config.train)
     place = place_in(config, world)
     if place is not None:
-        try:
-            drawn = _in_place(config, network, place)
-        except RuntimeError as error:
-            does = "draws" if config.model.pretrained is None else "loads"
-            say(f"every process {does} the whole network: {error}")
-        else:
+        drawn, cause = _tried(config, network, place)
+        # Of another process's trouble nobody else would hear: only one prints.
+        failed = torch.tensor([int(drawn is None)], device=world.device)
+        if count := int(sum_over_processes(failed)):
+            does = "draw" if config.model.pretrained is None else "load"
+            why = cause or "process 0 is none of them and knows no cause"
+            say(f"{count} of {world.size} processes {does} the whole network: {why}")
+        if drawn is not None:
             return drawn.model, drawn.rows
     elif dtype != torch.float32 and not _is_of_a_run(config):
         try:
@@ -66,6 +69,14 @@ def settled(drawn: Drawn) -> nn.Module:
         own = nn.Parameter(drawn.rows.pop(name), parameter.requires_grad)
         torch.utils.swap_tensors(parameter, own)  # type: ignore[no-untyped-call]
     return drawn.model
+
+
+def _tried(config: Config, network: Any, place: Place) -> tuple[Drawn | None, str]:
+    """What `_in_place` gives, or why it gives nothing."""
+    try:
+        return _in_place(config, network, place), ""
+    except RuntimeError as error:
+        return None, str(error)
 
 
 def _in_place(config: Config, network: Any, place: Place) -> Drawn:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -144,6 +145,17 @@ def test_a_second_attach_is_the_same_one() -> None:
     assert flora_dist.attach(model, optimizer, "compressed", gradient_bits=32) is handle
     with pytest.raises(ValueError, match=r"in one way.*remove\(\)"):
         flora_dist.attach(model, optimizer, "compressed", gradient_rank=4)
+
+
+def test_a_gradient_that_another_handle_takes_is_refused() -> None:
+    model = Small()
+    _, handle = attached(model)  # whose optimizer is gone: its hooks are not
+    gc.collect()
+    optimizer = Flora(model.named_parameters(), **small.SETTINGS)
+    with pytest.raises(ValueError, match=r"an earlier attach\(\) to another. Call remove\(\)"):
+        flora_dist.attach(model, optimizer, "compressed")
+    handle.remove()
+    flora_dist.attach(model, optimizer, "compressed")
 
 
 def test_remove_restores_dense_gradients() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -187,3 +188,15 @@ def test_accelerates_clipping_of_sketches_is_refused_by_the_hosts_own_words() ->
         assert "accelerator.clip_grad_norm_ got norm_type=1" in norm
         for word in ("accelerator.clip_grad_norm_ by flora_dist.accelerate.attach", "FloraTrainer"):
             assert word in fewer
+
+
+def test_a_parameter_by_itself_is_clipped_as_torch_clips_it() -> None:
+    model = torch.nn.Linear(8, 8)
+    flora = Flora(model.named_parameters())
+    accelerator = SimpleNamespace(clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
+    handle = flora_dist.accelerate.attach(accelerator, model, flora, "compressed")
+    handle.remove()
+    model(torch.ones(4, 8)).sum().backward()
+    accelerator.clip_grad_norm_(model.weight, 1.0)
+    assert model.weight.grad is not None
+    assert float(model.weight.grad.norm()) == pytest.approx(1.0)

@@ -211,8 +211,18 @@ def test_a_module_has_its_own_clipping_again_after_the_fit() -> None:
     module = Module("plain")
     trainer = quick_trainer(callbacks=[sketches()], gradient_clip_val=MAX_NORM)
     trainer.fit(module, loader("plain"))
-    assert trainer.optimizers[0].gradients.level == "compressed"
     assert "configure_gradient_clipping" not in vars(module)
+
+
+def test_a_second_fit_of_a_module_has_all_its_gradients() -> None:
+    again = Module("plain")
+    quick_trainer(callbacks=[sketches()]).fit(again, loader("plain"))
+    fresh = Module("plain")
+    fresh.load_state_dict(again.state_dict())
+    for module in (again, fresh):
+        quick_trainer(callbacks=[sketches()]).fit(module, loader("plain"))
+    found = dict(again.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in fresh.named_parameters())
 
 
 def test_another_optimizer_than_flora_has_no_sketches() -> None:

@@ -183,7 +183,7 @@ def test_other_files_than_safetensors_are_loaded_whole_and_that_is_said(tmp_path
     whole = dict(whole_of(folder, torch.float32).named_parameters())
     assert all(torch.equal(p, whole[n]) for n, p in model.named_parameters())
     assert len(said) == 1
-    assert "every process loads the whole network" in said[0]
+    assert "1 of 2 processes load the whole network" in said[0]
     assert "has neither model.safetensors nor model.safetensors.index.json" in said[0]
 
 

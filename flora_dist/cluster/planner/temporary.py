@@ -111,11 +111,11 @@ def _in_step(request: Request, method: Method, gradients: int) -> int:
         return 2 * FP32 * largest if is_adamw else 0
     part, widest = _part(request, method)
     master = method.element if method.is_pure else FP32
-    if is_adamw:  # of the part at once; its gradients are the flat copy by then
-        return master * part + 2 * FP32 * part - gradients
     gathered = 0
     if request.device == "cpu" and request.shards > 1:
         gathered = method.element * line_length(method.trained, request.shards)
+    if is_adamw:  # of the part at once; its gradients are the flat copy by then
+        return max(master * part + 2 * FP32 * part - gradients, gathered)
     return max(master * part, FP64 * widest, gathered)
 
 

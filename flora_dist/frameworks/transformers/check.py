@@ -54,7 +54,7 @@ class FloraCheck(TrainerCallback):
                 f"{type(found).__name__}: under DeepSpeed it drops optimizers=. Pass "
                 "optimizer_cls_and_kwargs=flora_dist.transformers.flora(...)."
             )
-        if isinstance(found, Flora) and state.is_world_process_zero:
+        if isinstance(found, Flora) and state.is_world_process_zero and state.max_steps > 0:
             for sentence in found.advice(steps=state.max_steps):
                 sys.stderr.write(f"Flora: warning: {sentence}\n")
 

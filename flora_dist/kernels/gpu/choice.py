@@ -107,7 +107,7 @@ def _why_not_slot(slot: Trainable) -> str:
     size = slot.geometry
     # How many numbers stand for a block of a gradient, a slot does not know: as many at the most.
     if slot.level != LEVELS[0] and not are_sizes_covered(size.block, size.block):
-        return f"sketched gradients of over {LARGEST_RANK} numbers per block of {size.block}"
+        return f"sketched gradients where over {LARGEST_RANK} of {size.block} numbers are kept"
     reason = why_not_of(size, slot.config, slot.tensor.dtype)
     if not reason and not size.is_vector and slot.part.cuts(size.block).rows_anywhere:
         reason = CUT_ROWS
