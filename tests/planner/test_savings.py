@@ -146,3 +146,8 @@ def test_adamw_on_cpus_makes_a_root_and_a_quotient_of_a_tensor() -> None:
     held, part = memory(asks, adamw), line_length(model.parameters, 2) // 2
     gone = held["gradients"].total + held["activations"].total
     assert held["temporary"].total == 3 * 4 * part - gone
+    # Of a part of eight and a small bucket the weights that gloo gathers are more.
+    of_eight = replace(asks, gpus=8, bucket=1000)
+    [adamw] = [method for method in others(of_eight) if method.label == "AdamW"]
+    held, line = memory(of_eight, adamw), 2 * line_length(model.parameters, 8)
+    assert held["temporary"].total == line - held["activations"].total
