@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from flora_dist.gradients.average import Averaging
 from flora_dist.gradients.flow import Flow
+from flora_dist.gradients.placeholder import is_shown
 from flora_dist.gradients.wear import warn_of_wear
 
 
@@ -33,7 +34,7 @@ class SentAhead:
 
     def arrived(self, flow: Flow) -> None:
         """A backward has added to a parameter's sketches."""
-        if not self._averaging.sends_ahead or not self._is_last():
+        if not self._is_last():
             return
         if not self.is_under_way:  # afterwards nothing is left that could be counted
             warn_of_wear([flow.accumulator])
@@ -65,9 +66,10 @@ class SentAhead:
         zeroed = [
             flow
             for flow in shown
-            if not flow.is_shown and self._averaging.has_sent(self._places[flow.part.name])
+            if not is_shown(flow.source.visible)
+            and self._averaging.has_sent(self._places[flow.part.name])
         ]
-        if zeroed and not any(flow.is_shown for flow in shown):
+        if zeroed and not any(is_shown(flow.source.visible) for flow in shown):
             self.drop()
         elif zeroed:
             raise RuntimeError(

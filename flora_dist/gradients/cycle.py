@@ -25,7 +25,7 @@ from flora_dist.gradients.ahead import SentAhead
 from flora_dist.gradients.average import Averaging, are_anywhere
 from flora_dist.gradients.cut_sketches import check_in_full, partial_sketches
 from flora_dist.gradients.flow import Adapter, Flow
-from flora_dist.gradients.placeholder import stand_in_for, stands_in
+from flora_dist.gradients.placeholder import hide, is_shown, stand_in_for, stands_in
 from flora_dist.gradients.request import Wire
 from flora_dist.gradients.route import Mean
 from flora_dist.gradients.wear import warn_of_wear
@@ -68,7 +68,10 @@ class Gradients:
             wire_bits=wire.bits,
             ahead=wire.ahead([ordered.index(flow) for flow in reversed(flows)]),
         )
-        self._ahead = SentAhead(ordered, self._averaging, adapter.is_last)
+        self._ahead: SentAhead | None = None
+        """Of what is sent during backward; None: nothing is."""
+        if self._averaging.sends_ahead:
+            self._ahead = SentAhead(ordered, self._averaging, adapter.is_last)
         self._cut = partial_sketches(ordered)
         if wire.bits is not None:
             check_in_full(self._cut)
@@ -95,7 +98,8 @@ class Gradients:
             self.take(flow, gradient)
             if tensor is not flow.source.visible:
                 tensor.grad = None
-        self._ahead.arrived(flow)
+        if self._ahead is not None:
+            self._ahead.arrived(flow)
 
     def take(self, flow: Flow, gradient: Tensor) -> None:
         """Add a full gradient to the sketches; it may be freed afterwards.
@@ -113,7 +117,7 @@ class Gradients:
         Raises:
             RuntimeError: it stands for nothing any more, or has been averaged already.
         """
-        if not flow.is_shown:
+        if not is_shown(flow.source.visible):
             raise RuntimeError(
                 "a gradient can be added to only until it is stepped or zeroed; that of "
                 f"{flow.part.name!r} has been, after it was read. Read p.grad again after "
@@ -134,14 +138,16 @@ class Gradients:
         self._show(flow)
 
     def _open(self, flow: Flow) -> None:
-        is_new = flow.source.visible is not None and not flow.is_shown
+        is_new = flow.source.visible is not None and not is_shown(flow.source.visible)
         if is_new:  # nothing yet, or zero_grad() since
             flow.accumulator.drop()
-            is_read = self._mean is not None or self._ahead.is_under_way
+            is_read = self._mean is not None or self._is_under_way
             if is_read and not self._shows_anything():
                 self._mean = None
-                self._ahead.drop()
-        self._ahead.check_open(flow)
+                if self._ahead is not None:
+                    self._ahead.drop()
+        if self._ahead is not None:
+            self._ahead.check_open(flow)
         if self._mean is not None:
             raise RuntimeError(
                 "sketches of gradients are averaged over the ranks once per step; a gradient of "
@@ -158,16 +164,22 @@ class Gradients:
             parameter,
             name=flow.part.name,
             add_to_sketch=partial(self.add, flow),
-            drop_sketch=flow.hide,
+            drop_sketch=partial(hide, parameter),
         )
 
     @property
     def is_open(self) -> bool:
         """Whether something has come in since the last step and was not dropped."""
-        return self._ahead.is_under_way or any(
-            flow.accumulator.sums_ENKR is not None if flow.source.visible is None else flow.is_shown
+        return self._is_under_way or any(
+            flow.accumulator.sums_ENKR is not None
+            if flow.source.visible is None
+            else is_shown(flow.source.visible)
             for flow in self.flows.values()
         )
+
+    @property
+    def _is_under_way(self) -> bool:
+        return self._ahead is not None and self._ahead.is_under_way
 
     # ---- averaging
 
@@ -184,7 +196,8 @@ class Gradients:
         watched, check = self._adapter.watched, self._adapter.check
         if check is not None and any(getattr(owner, name, None) for owner, name in watched):
             check()
-        self._ahead.check_kept()
+        if self._ahead is not None:
+            self._ahead.check_kept()
         for flow in self.flows.values():
             flow.accumulator.check_basis()
             visible = flow.source.visible
@@ -205,8 +218,8 @@ class Gradients:
 
     def _shows_anything(self) -> bool:
         latest = self._latest  # asked first: it nearly always is
-        return (latest is not None and latest.is_shown) or any(
-            flow.is_shown for flow in self.flows.values()
+        return (latest is not None and is_shown(latest.source.visible)) or any(
+            is_shown(flow.source.visible) for flow in self.flows.values()
         )
 
     # ---- reading
@@ -309,11 +322,12 @@ class Gradients:
 
     def forget(self) -> None:
         """End the cycle, stepped or not: what came in is dropped."""
-        self._ahead.drop()
+        if self._ahead is not None:
+            self._ahead.drop()
         for flow in self.flows.values():
             flow.accumulator.drop()
-            if flow.is_shown:
-                flow.hide()
+            if is_shown(flow.source.visible):
+                hide(flow.source.visible)
         self._mean = None
         self._draw()
         for call in self._forgetting:

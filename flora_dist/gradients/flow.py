@@ -19,7 +19,6 @@ from flora_dist.core.step.basis import Sketches
 from flora_dist.core.step.batch import arithmetic_dtype
 from flora_dist.core.tiles import Tile
 from flora_dist.gradients.accumulator import Accumulator, StepCounter
-from flora_dist.gradients.placeholder import stands_in
 from flora_dist.gradients.request import SketchRequest
 from flora_dist.gradients.route import Route
 
@@ -88,16 +87,6 @@ class Flow:
     """Of the part."""
     matrices: slice
     """The part's, among those of the accumulator."""
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether the visible ``.grad`` stands for the sketches."""
-        return self.source.visible is not None and stands_in(self.source.visible.grad)
-
-    def hide(self) -> None:
-        """As ``zero_grad()`` leaves a parameter; sketches are dropped when that is noticed."""
-        assert self.source.visible is not None
-        self.source.visible.grad = None
 
 
 def geometry_for(slot: Trainable, request: SketchRequest) -> Geometry:

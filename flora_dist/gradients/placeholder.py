@@ -207,3 +207,14 @@ def _name_in(arguments: Any) -> str:
     if isinstance(arguments, (list, tuple)):
         return next(filter(None, map(_name_in, arguments)), "")
     return ""
+
+
+def is_shown(visible: Tensor | None) -> bool:
+    """Whether a parameter's ``.grad`` stands for sketches; None: a parameter that shows nothing."""
+    return visible is not None and stands_in(visible.grad)
+
+
+def hide(visible: Tensor | None) -> None:
+    """As ``zero_grad()`` leaves a parameter; sketches are dropped when that is noticed."""
+    assert visible is not None, "only what is shown can be hidden"
+    visible.grad = None

@@ -132,7 +132,7 @@ def test_the_table_has_each_row_at_its_best_rate_beside_adamw(
     monkeypatch.setattr("sys.argv", ["gpu_table", str(tmp_path)])
     assert gpu_table.main() == 0
     said = capsys.readouterr().out
-    assert "60m: passed, 1.0 s, a card, torch 2.13\nnot there: bits, runs, graph" in said
+    assert "60m: passed, 1.0 s, a card, torch 2.13\nnot there: bits, runs, records, graph" in said
     rows = {line.split("  ")[0]: line.split() for line in said.splitlines()}
     assert rows["AdamW"][-3:-1] == ["3.2500", "+0.0000"]
     assert rows["Flora, default"][-3:-1] == ["3.1250", "-0.1250"]

@@ -32,7 +32,7 @@ class Run:
 
     @property
     def is_under_way(self) -> bool:
-        return self.handle.gradients._ahead.is_under_way
+        return self.handle.gradients._is_under_way
 
     def backward(self, step: int, micro_batches: int = 1, **options: bool) -> None:
         for number, x in enumerate(my_inputs(step, 24).chunk(micro_batches), start=1):
@@ -90,7 +90,7 @@ def in_another_order() -> tuple[bool, bool]:
         for step in range(3):
             ddp(my_inputs(step), "ab"[(dist.get_rank() + step) % 2]).backward()
             if more:
-                under_way &= handle.gradients._ahead.is_under_way
+                under_way &= handle.gradients._is_under_way
             optimizer.step()
             optimizer.zero_grad()
         weights.append([p.detach() for p in model.parameters()])

@@ -115,7 +115,7 @@ def test_one_process_sends_nothing_and_takes_the_same_words() -> None:
     optimizer, handle = attached(model, gradient_bits=4, bucket_cap_mb=TINY)
     for _ in range(2):
         model(torch.ones(2, 20)).backward()
-    assert not handle.gradients._ahead.is_under_way
+    assert not handle.gradients._is_under_way
     optimizer.step()
 
 

@@ -218,8 +218,8 @@ def decayed(layout: str, case: SketchedCase) -> tuple[Weights, list[float]]:
     """A run whose gradients have coupled weight decay, by hand, after the last micro-batch."""
     accumulate = layouts.accumulate
 
-    def accumulate_and_decay(wrapped: nn.Module, tokens: Tensor, micro_batches: int) -> None:
-        accumulate(wrapped, tokens, micro_batches)
+    def accumulate_and_decay(wrapped: nn.Module, *given: Any) -> None:
+        accumulate(wrapped, *given)
         for parameter in wrapped.parameters():
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach(), alpha=DECAY / 2)

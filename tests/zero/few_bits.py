@@ -81,7 +81,7 @@ def _by_engine(
     for share in _shares():
         engine.backward(engine(share))
         is_last = engine.is_gradient_accumulation_boundary()
-        assert gradients._ahead.is_under_way == (is_last and cap is not None)
+        assert gradients._is_under_way == (is_last and cap is not None)
         engine.step()
     weights = whole_weights(engine)
     engine.destroy()

@@ -33,7 +33,8 @@ class SmallestCluster:
 def search(request: Request, methods: Methods, memory: int) -> list[SmallestCluster]:
     """Find for each method the fewest ranks whose fullest holds at most ``memory`` bytes.
 
-    A rank of a larger cluster is taken to hold no more, which padding breaks by a few bytes.
+    A rank of a larger cluster is taken to hold no more, which padding breaks by a few bytes; one
+    rank alone, which sends nothing and so copies nothing to send, is looked at first.
 
     Args:
         request: whose ``gpus`` are what a node has; ``nodes`` is not read.
@@ -64,8 +65,12 @@ def _first(
     def estimated(index: int) -> Estimate:
         return estimate(clusters[index], [*methods(clusters[index])][place])
 
-    chosen = bisect_left(range(len(clusters)), 1, key=lambda i: estimated(i).total <= memory)
-    index = min(chosen, len(clusters) - 1)
+    def fits(index: int) -> bool:
+        return estimated(index).total <= memory
+
+    index = 0
+    if not fits(0):
+        index = min(bisect_left(range(len(clusters)), 1, key=fits), len(clusters) - 1)
     found = estimated(index)
     return SmallestCluster(
         nodes=clusters[index].nodes,
