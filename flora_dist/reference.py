@@ -91,7 +91,8 @@ def clipped(x: Tensor, clip: float | None) -> Tensor:
 
 def _bounded_by(last: Tensor, like: Tensor, s: ReferenceSettings) -> ReferenceSettings:
     """Return the settings with growth written as the clip of this step: RMS <= growth RMS_last."""
-    clip = float(s.growth * last / like.numel() ** 0.5) if s.growth and last > 0 else None
+    # A norm below 1e-4 is rounding's: from it no update could ever grow again.
+    clip = float(s.growth * last / like.numel() ** 0.5) if s.growth and last > 1e-4 else None
     return replace(s, clip=clip)
 
 

@@ -138,6 +138,22 @@ def test_compiled_kernels_leave_matrices_that_they_cannot_step_to_torch(
     assert kinds == {"vector": {"NativeVectorPhases"}, "matrix": {phases}}
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_a_norm_that_rounding_left_limits_nothing(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLORA_DIST_KERNELS", kernels)
+    weight = torch.nn.Parameter(torch.ones(16, 64))
+    optimizer = Flora([("w", weight)], growth=GROWTH, lr=0.1)
+    weight.grad = torch.randn(16, 64)
+    optimizer.step()
+    optimizer.state[weight]["norm"].fill_(1e-6)
+    before = weight.detach().clone()
+    optimizer.step()
+    moved = (weight.detach() - before).norm()
+    assert moved > 1.0
+
+
 @pytest.mark.parametrize("growth", [0.9, 0, float("nan"), "fast"])
 def test_a_growth_that_is_none_is_refused(growth: Any) -> None:
     with pytest.raises(ValueError, match=r"growth must be a number in \[1, inf\)"):

@@ -30,6 +30,8 @@ from flora_dist.core.tiles import Interval, Tile
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Floor of RMS(weight) under scale_parameter (Adafactor, arXiv 1804.04235, section 8).
 SMALLEST_SCALE = 1e-3
+LEAST_NORM = 1e-4
+"""Of an update, below which it was zero but for rounding: from it none could ever grow again."""
 
 
 def read_gradient(batch: Batch, now: Moment, piece: Piece) -> Tensor:
@@ -108,10 +110,10 @@ def growth_factor(square_sum_H: Tensor, last_H: Tensor, growth: float) -> tuple[
     """min(1, growth last / norm) of each matrix (H,), and the norm that this leaves.
 
     Source: the norm-growth limiter of Fira (arXiv 2410.01623, section 4.3). A matrix whose last
-    update was zero, as before the first, is not limited.
+    update was zero but for rounding, as before the first, is not limited.
     """
     norm_H = square_sum_H.clamp(min=0).sqrt()
-    bound_H = torch.where(last_H > 0, growth * last_H, norm_H)
+    bound_H = torch.where(last_H > LEAST_NORM, growth * last_H, norm_H)
     return (bound_H / norm_H).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1), norm_H.minimum(bound_H)
 
 

@@ -60,9 +60,12 @@ double square_sum_of(const Header& size, int64_t index, const Now& now, const Cl
   return (1 - b) * (1 - b) * squares + 2 * b * (1 - b) * cross + b * b * sums[2];
 }
 
+// As core/step/elements.py has it: below, the last update was zero but for rounding.
+constexpr float kLeastNorm = 1e-4f;
+
 // min(1, growth last / norm), and the norm that this leaves; 1 where the last update was zero.
 Bound limit_growth(float last, float norm, float growth) {
-  const float largest = last > 0 ? growth * last : norm, factor = largest / norm;
+  const float largest = last > kLeastNorm ? growth * last : norm, factor = largest / norm;
   // 0 / 0 and inf / inf limit nothing. NaN stays in the norm.
   return {factor < 1 ? factor : 1, largest < norm ? largest : norm};
 }
