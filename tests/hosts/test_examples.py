@@ -15,7 +15,7 @@ import torch
 
 from flora_dist import Flora
 from tests.hosts.small import host_of
-from tests.hosts.trainer_runs import by_hand
+from tests.hosts.trainer_runs import SKETCHES, by_hand
 
 PAGES = Path(__file__).parents[2] / "docs" / "hosts"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -54,11 +54,23 @@ def test_the_example_of_ray_runs_on_its_workers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.deepspeed
 @pytest.mark.timeout(480)  # DeepSpeed may compile its helper first
-def test_workers_of_ray_train_the_plain_loop_on_fsdp2_and_under_deepspeed(tmp_path: Path) -> None:
-    run_by_ray(tmp_path, "-m", "tests.hosts.ray_runs", "losses.json")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_workers_of_ray_train_the_plain_loop_on_every_layout(workers: str, tmp_path: Path) -> None:
+    run_by_ray(tmp_path, "-m", "tests.hosts.ray_runs", workers, "losses.json")
     found = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
-    for way in ("fsdp2", "deepspeed"):
-        assert found[way] == pytest.approx(by_hand(kept=set()).losses, rel=1e-6), way
+    sketched = by_hand(kept=set(), sketches=SKETCHES).losses
+    dense = by_hand(kept=set()).losses
+    assert len(found) == (2 if workers == "1" else 6)
+    for way, losses in found.items():
+        expected = sketched if way == "prepared, sketched" else dense
+        assert losses == pytest.approx(expected, rel=1e-6), way
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_loop_that_ray_starts_again_has_the_bits_of_one_that_did_not_fail(tmp_path: Path) -> None:
+    run_by_ray(tmp_path, "-m", "tests.hosts.ray_runs", "retried", "equal.json")
+    assert (tmp_path / "equal.json").read_text(encoding="utf-8") == "true"
 
 
 def test_every_page_is_in_the_index() -> None:
