@@ -77,8 +77,8 @@ MUTATIONS = {
     ),
     "gather": Mutation(
         file="settle.py",
-        old="tl.store(squares_out + out, total, mask=is_column)",
-        new="tl.store(squares_out + out, 0.99 * total, mask=is_column)",
+        old="tl.store(columns_out + out, total, mask=is_column)",
+        new="tl.store(columns_out + out, 0.99 * total, mask=is_column)",
         check="blend",
     ),
     "gather_update": Mutation(
@@ -89,14 +89,14 @@ MUTATIONS = {
     ),
     "settle": Mutation(
         file="settle.py",
-        old="factor = root * tl.rsqrt",
-        new="factor = 0.99 * root * tl.rsqrt",
+        old="tl.store(column_out + made + columns, c, mask=inside)",
+        new="tl.store(column_out + made + columns, 0.99 * c, mask=inside)",
         check="blend",
     ),
     "scale": Mutation(
         file="settle.py",
-        old="clip = 1.0 / tl.maximum(rms",
-        new="clip = 0.99 / tl.maximum(rms",
+        old="rate = tl.load(numbers + LR) +",
+        new="rate = 0.99 * tl.load(numbers + LR) +",
         check="blend",
     ),
     "finish, update": Mutation(
