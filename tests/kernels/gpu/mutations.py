@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[3]
 SOURCES = Path("flora_dist/kernels/gpu")
 CHECKS = {
     "blend": "runs.difference(runs.FIXED)",
-    "flora": "runs.difference(runs.with_rule('flora'))",
-    "strict": "runs.difference(runs.with_rule('flora_strict'))",
+    "flora": "runs.difference(runs.with_rule('flora', clip=0.01))",
+    "strict": "runs.difference(runs.with_rule('flora_strict', clip=0.01))",
     "long rows": "runs.difference(runs.with_rule('none', scale_parameter=True))",
     "bits": "bits.wrong_bits('cpu')",
     "sketches": "sketch_runs.wrong_sketches('cpu')",
