@@ -59,7 +59,7 @@ LARGEST_PER_ELEMENT = {
     "finish": 100,
     "finish_sketches": 150,
     "finish_few_bits": 150,
-    "measure_sketches": 300,
+    "measure_sketches": 330,
     "accumulate": 60,
     "add_records": 170,
 }
