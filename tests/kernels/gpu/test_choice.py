@@ -92,4 +92,4 @@ def test_the_report_says_which_sketched_gradients_are_left_to_torch() -> None:
     assert ";" not in choice.said_on_gpu(own)
     for slot in own:
         slot.level = "compressed"
-    assert "of over 64 numbers per block of 128" in choice.said_on_gpu(own)
+    assert "where over 64 of 128 numbers are kept" in choice.said_on_gpu(own)
