@@ -38,9 +38,10 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.parameters.turns import Player, take_turn
 from flora_dist.core.protocols import Layout
 from flora_dist.core.sketch.ops import exact_products
+from flora_dist.core.state.betas import from_betas
 from flora_dist.core.state.bounds import check_whole
 from flora_dist.core.state.presets import APOLLO, PAPER, SCALE
-from flora_dist.core.state.settings import BETA1, from_betas
+from flora_dist.core.state.settings import BETA1
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.phases import check_not_captured, run_step
@@ -102,7 +103,9 @@ class Flora(torch.optim.Optimizer):
             alike, as Muon does with whole matrices; each keeps its size. Needs tiles that are whole
             on a rank. Not for head and embedding: pass None for them in ``roles``.
         weight_decay: decoupled, times lr.
-        scale_parameter: multiply lr by max(1e-3, RMS(weight)), per matrix.
+        scale_parameter: True: multiply lr by max(1e-3, RMS(weight)), as Adafactor does. "relative":
+            multiply a matrix's lr by RMS(weight) over what that was at its first step, so that it
+            starts as AdamW's and grows with the matrix; one that starts at zero keeps its lr.
         state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
         state_bits: of each number of a sketched momentum: 32, 16, or 8 or 4 with a scale per block;
             None: as ``state_dtype``, which dense momenta keep. With rank as large as block a dense
@@ -163,7 +166,7 @@ class Flora(torch.optim.Optimizer):
         growth: float | None = None,
         orthogonalise: int | None = None,
         weight_decay: float | Tensor = 0.0,
-        scale_parameter: bool = False,
+        scale_parameter: bool | str = False,
         state_dtype: str = "float32",
         state_bits: int | None = None,
         stochastic_rounding: bool = True,

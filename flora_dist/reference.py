@@ -55,7 +55,7 @@ class ReferenceSettings:
     growth: float | None = None
     orthogonalise: int | None = None
     weight_decay: float = 0.0
-    scale_parameter: bool = False
+    scale_parameter: bool | str = False
     state_dtype: torch.dtype | None = None
     state_bits: int | None = None
     stochastic_rounding: bool = True
@@ -274,7 +274,8 @@ class Reference:
         """Copy "step", "window"; "second" of a vector, "row" (N,) and "column" (M,) of others.
 
         "momentum" is (N, K, R), where dense like the matrix (shape[0], rest) or vector, absent for
-        the rule none; "norm" is (1,), there for growth. A 3-D parameter has E in front of each.
+        the rule none; "norm" and "start" are (1,), for growth and a relative lr. A 3-D parameter
+        has E in front of each.
         """
         tensors = {key: self._own(name, x).clone() for key, x in self._state[name].items()}
         return {**tensors, **self._clock[name]}
@@ -296,6 +297,8 @@ class Reference:
             state = {"row": zeros.sum(2), "column": zeros.sum(1)}
             if s.growth is not None:
                 state["norm"] = zeros.sum((1, 2)).unsqueeze(1)
+            if s.scale_parameter == "relative":
+                state["start"] = zeros.sum((1, 2)).unsqueeze(1)
         if s.momentum != "none" and not (matrix and s.momentum == "vectors"):
             sketch = self._sketch(name, 0, 0) if matrix else None
             moments = 1 + (s.momentum in _TWO_MOMENTS)
@@ -329,7 +332,12 @@ class Reference:
                 rows = [r.mT.split(s.orthogonalise) for r in update.split(s.orthogonalise)]
                 update = torch.cat([torch.cat([alike(t.mT) for t in row], 1) for row in rows])
             # W <- (1 - lr wd) W - lr scale U
-            scale = rms(w).clamp(min=1e-3) if s.scale_parameter else 1.0
+            scale = rms(w).clamp(min=1e-3) if s.scale_parameter is True else 1.0
+            if "start" in state:
+                # RMS(W) / RMS(W at the first step); a matrix that started below 1e-3 keeps lr
+                size, start = rms(w).clamp(min=1e-3), state["start"][e]
+                start.copy_(torch.where(start > 0, start, size))
+                scale = torch.where(start > 1e-3, size / start, 1.0)
             w.copy_((1 - s.lr * s.weight_decay) * w - s.lr * scale * update)
         self._write_(name, "weight", self.weights[name], weights.reshape(gradient.shape))
         if momenta is not None:

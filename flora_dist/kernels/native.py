@@ -97,7 +97,7 @@ class NativePhases:
         if self._asks_cross:
             yield "cross", (summed, columns)
             yield "history", (summed,)
-        if batch.config.scale_parameter:
+        if batch.config.scales_matrices:
             yield "weight", (summed,)
         cuts = self._cuts
         if cuts.rows_anywhere and cuts.are_few:

@@ -50,7 +50,7 @@ class NativeVectorPhases:
         self.batch, self._ops = batch, operators
         self.table, self.bases = make_vector_table(batch), Bases()
         members = len(batch.members)
-        names = ["presence", "update", *(["weight"] if batch.config.scale_parameter else [])]
+        names = ["presence", "update", *(["weight"] if batch.config.scales_vectors else [])]
         self._terms = [(name, (members,)) for name in names]
 
     is_settled_by_one_message: ClassVar[bool] = True

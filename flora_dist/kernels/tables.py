@@ -27,7 +27,7 @@ from flora_dist.core.step.momentum_rules import (
 from flora_dist.core.step.views import as_batches, carve, momentum_batches
 from flora_dist.core.tiles import Tile
 
-VERSION = 3
+VERSION = 4
 """``kTableVersion``."""
 TILE_ELEMENTS = 1 << 16
 """Of a tile, about: enough to pay for the sums that are kept of each, few enough for a cache."""
@@ -164,7 +164,7 @@ def _joined(
         len(batch.members[0].tiles),
         num_sums,
         running.partials,
-        int(config.scale_parameter),
+        int(config.scales_vectors if is_vector else config.scales_matrices),
         int(config.clip is not None),
         *_momentum_code(size, momentum),
         _NORMALISATIONS[config.normalise],
@@ -185,20 +185,20 @@ def _momentum_code(size: Geometry, momentum: Tensor | None) -> tuple[int, int]:
 
 
 def _matrices(batch: Batch, owners: Sequence[int], each: int) -> Iterator[int]:
-    """First and last tile, member, C and norm of each matrix; its tiles follow each other."""
+    """First and last tile, member, C, norm and start of each; its tiles follow each other."""
     start = 0
     for matrix in range(len(batch.members) * each):
         stop = start
         while stop < len(owners) and owners[stop] == matrix:
             stop += 1
         local, place = batch.members[matrix // each].local, matrix % each
-        column, norm = local.get("column"), local.get("norm")
+        column, numbers = local.get("column"), (local.get("norm"), local.get("start"))
         yield from (
             start,
             stop,
             matrix // each,
             0 if column is None else column.data_ptr() + 4 * batch.geometry.num_columns * place,
-            0 if norm is None else norm.data_ptr() + 4 * place,
+            *(0 if each is None else each.data_ptr() + 4 * place for each in numbers),
         )
         start = stop
     assert start == len(owners), "a matrix's tiles must follow each other"

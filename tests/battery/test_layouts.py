@@ -48,7 +48,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "blend"},
     {"momentum": "blend", "transfer": "reset", "blend_gain": 4.0, "scale_parameter": True},
     {"momentum": "none"},
-    {"momentum": "ademamix", "beta1": 0.99, "blend_gain": 4.0},
+    {"momentum": "ademamix", "beta1": 0.99, "blend_gain": 4.0, "scale_parameter": "relative"},
     # Two numbers are kept of each: at rank 1 of 8 that is half of a row at most.
     {"momentum": "subspace_adam", "blend_gain": 2.5, "transfer": "reset", "rank": 1},
     {"momentum": "apollo", "beta2": 0.95, "rank": 1},
@@ -57,7 +57,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "flora", "normalise": "columns"},
     {"momentum": "flora_strict", "sketch": "gaussian", "state_bits": 8},
     {"momentum": "blend", "rank": 8, "state_bits": 4, "weight_decay": 0.1},
-    {"momentum": "none", "growth": 1.01},
+    {"momentum": "none", "growth": 1.01, "scale_parameter": "relative"},
     {"momentum": "flora_strict", "growth": 1.0},
 ]
 SIDE = {"orthogonalise": 2}

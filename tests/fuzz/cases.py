@@ -10,6 +10,7 @@ from typing import Any
 
 from flora_dist.core.parameters.names import position_name
 from flora_dist.core.state.settings import NORMALISATIONS, SKETCHES, TRANSFERS
+from tests.kernels.paths import scaling
 
 Shape = tuple[int, ...]
 WHOLE = "whole"
@@ -139,7 +140,7 @@ def _settings(dealer: random.Random) -> dict[str, Any]:
         "kappa": dealer.choice([1, 2, 3, 5, 1000]),
         "eps": dealer.choice([1e-37, 1e-30, 1e-30, 1e-3]),
         "clip": dealer.choice([None, 0.05, 0.3, 1.0, 10.0]),
-        "scale_parameter": dealer.random() < 0.3,
+        "scale_parameter": scaling(dealer.random()),
         "weight_decay": dealer.choice([0.0, 0.1]),
         "maximize": dealer.random() < 0.2,
         "state_dtype": dealer.choice(["float32", "float32", "bfloat16"]),

@@ -73,13 +73,18 @@ def case_of(seed: int) -> Case:
         "normalise": draw.choice(["factored", "factored", "rows", "columns"]),
         "blend_gain": draw.choice([None, 1.0, 3.0]),
         "weight_decay": draw.choice([0.0, 0.1]),
-        "scale_parameter": draw.random() < 0.3,
+        "scale_parameter": scaling(draw.random()),
         "state_dtype": draw.choice(["float32", "float32", "bfloat16"]),
         "maximize": draw.random() < 0.2,
         "seed": draw.randint(0, 9),
     }
     dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     return Case(seed=seed, shapes=shapes, dtype=dtype, settings=settings)
+
+
+def scaling(chance: float) -> bool | str:
+    """A value of ``scale_parameter`` for a number in [0, 1)."""
+    return "relative" if chance > 0.8 else chance < 0.3
 
 
 def _shape(draw: random.Random) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ _DECKS: dict[str, list[Any]] = {
     "growth": [None, None, 1.0, 1.01, 2.0],
     "orthogonalise": [None, None, None, 4, 64],
     "normalise": ["factored", "factored", "rows", "columns"],
-    "scale_parameter": [False, True],
+    "scale_parameter": [False, True, "relative"],
     "weight_decay": [0.0, 0.1],
     "kappa": [1, 2, 3, 5],
     "maximize": [False, True],

@@ -103,7 +103,7 @@ def advice(held: Iterable[tuple[Geometry, FloraConfig]], steps: int) -> Iterator
 
 def advice_on_rate(groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """A sentence where the largest lr of these groups can only be meant as a relative one."""
-    plain = [group for group in groups if not group["scale_parameter"]]
+    plain = [group for group in groups if group["scale_parameter"] is not True]
     largest = max((float(group.get("initial_lr", group["lr"])) for group in plain), default=0.0)
     if largest < USUAL_RMS:
         return

@@ -16,13 +16,13 @@ from flora_dist.core.parameters import names as naming
 from flora_dist.core.parameters.registry import Registry
 from flora_dist.core.parameters.trainable import Group, Trainable, check_compressed, check_level
 from flora_dist.core.sketch.matrices import smallest_stable_kappa
+from flora_dist.core.state.betas import from_betas
 from flora_dist.core.state.settings import (
     BETA1,
     KNOBS,
     check_group_keys,
     check_settings,
     config_of,
-    from_betas,
 )
 from flora_dist.core.state.spec import geometry_of, has_momentum
 

@@ -13,7 +13,8 @@ from flora_dist.core.layouts.dtensor import DTensorLayout
 from flora_dist.core.layouts.replicated import ReplicatedLayout
 from flora_dist.core.parameters.trainable import Group, Trainable, make_trainables
 from flora_dist.core.protocols import Layout, Part
-from flora_dist.core.state.settings import KNOBS, config_of, take_betas
+from flora_dist.core.state.betas import take_betas
+from flora_dist.core.state.settings import KNOBS, config_of
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.core.step.plan import AtOnceOf, PhasesOf, Plan, Plans, make_plan

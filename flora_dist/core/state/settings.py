@@ -24,6 +24,8 @@ COMPRESSIONS = ("halving", "authors")
 NORMALISATIONS = ("factored", "rows", "columns")
 TRANSFERS = ("shrink", "paper", "reset")
 STATE_DTYPES = ("float32", "bfloat16")
+RELATIVE = "relative"
+"""A value of ``scale_parameter``."""
 STATE_BITS = (32, 16, 8, 4)
 """Of a momentum's numbers. With fewer, what each step's rounding adds outweighs what is kept."""
 BETA1 = 0.9
@@ -85,8 +87,9 @@ class FloraConfig:
     orthogonalise: int | None = None
     """Side of the square tiles of a matrix's update whose singular values are made alike, each tile
     by itself and at its size, by Muon's Newton-Schulz iteration; None: as the rule made it."""
-    scale_parameter: bool = False
-    """Multiply lr by max(1e-3, RMS(weight)), as Adafactor does."""
+    scale_parameter: bool | str = False
+    """True: multiply lr by max(1e-3, RMS(weight)), as Adafactor does. "relative": multiply the lr
+    of a matrix by RMS(weight) over what that was at its first step, where this was above 1e-3."""
     state_dtype: str = "float32"
     """Momentum's dtype: float32 (float64 for float64 parameters) or bfloat16."""
     state_bits: int | None = None
@@ -131,8 +134,10 @@ class FloraConfig:
                 raise ValueError("clip must be above 0; got 0. Pass None to switch clipping off.")
         if self.growth is not None:
             check_range("growth", self.growth, 1.0, math.inf)
-        for name in ("scale_parameter", "stochastic_rounding", "skip_nonfinite", "strict"):
+        for name in ("stochastic_rounding", "skip_nonfinite", "strict"):
             check_bool(name, getattr(self, name))
+        if self.scale_parameter != RELATIVE:
+            _check_scaling(self.scale_parameter)
         if not is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(
                 f"seed must be a whole number of 64 bits; got {self.seed!r}. Pass an int."
@@ -143,6 +148,16 @@ class FloraConfig:
     def bounds_matrices(self) -> bool:
         """Whether updates of matrices are bounded, so that their norms must be known."""
         return self.clip is not None or self.growth is not None
+
+    @property
+    def scales_vectors(self) -> bool:
+        """Whether the lr of 1-D parameters depends on their size."""
+        return self.scale_parameter is True
+
+    @property
+    def scales_matrices(self) -> bool:
+        """Whether the lr of matrices depends on their size."""
+        return self.scale_parameter is not False
 
     def gain_at(self, ratio: float) -> float:
         """Weight of the sketched momentum where a block is ``ratio`` times its rank.
@@ -234,6 +249,13 @@ def check_rank(rank: int | None, block: int | str, bits: int) -> None:
         )
 
 
+def _check_scaling(value: Any) -> None:
+    if value is not True and value is not False:
+        raise ValueError(
+            f"scale_parameter must be True, False or {RELATIVE!r}; got {value!r}. Pass one of them."
+        )
+
+
 def check_bits(name: str, value: Any, choices: tuple[int, ...]) -> None:
     """Refuse bits per number that do not exist."""
     if not is_whole(value) or value not in choices:
@@ -255,7 +277,6 @@ RATES: Mapping[str, Any] = {"weight_decay": 0.0, "maximize": False, "betas": ()}
 BEFORE: Mapping[str, Any] = {}
 """What states were made with before a setting existed, for each that was added after format v1
 with another default: name -> how it was."""
-_BETAS = ("beta1", "beta2")
 _ONLY_OURS = ("rank", "sketch", "seed")
 """Settings that states of format v1 have always had, and other optimizers' have not."""
 
@@ -274,36 +295,6 @@ def completed(saved: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     then = {**{field.name: field.default for field in fields(FloraConfig)}, **RATES, **BEFORE}
     return {**saved, **{name: value for name, value in then.items() if name not in saved}}
-
-
-def from_betas(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a group in which ``betas=(beta1, beta2)``, as Adam has them, are beta1 and beta2.
-
-    >>> from_betas({"betas": (0.9, 0.95), "lr": 1e-3})
-    {'lr': 0.001, 'beta1': 0.9, 'beta2': 0.95}
-    """
-    betas = settings.get("betas")
-    rest = {name: value for name, value in settings.items() if name != "betas"}
-    if betas is None or betas == ():
-        return rest
-    if not isinstance(betas, (tuple, list)) or len(betas) != len(_BETAS):
-        raise ValueError(f"betas must be (beta1, beta2); got {betas!r}. Pass two numbers.")
-    twice = [name for name in _BETAS if rest.get(name) is not None]
-    if twice:
-        raise ValueError(
-            f"betas says beta1 and beta2 already; got betas={betas!r} and "
-            f"{twice[0]}={rest[twice[0]]!r}. Leave one of them out."
-        )
-    return {**rest, **dict(zip(_BETAS, betas, strict=True))}
-
-
-def take_betas(group: dict[str, Any]) -> None:
-    """Let what a scheduler has left in a group's "betas", where it has, be its beta1.
-
-    torch's OneCycleLR and CyclicLR and DeepSpeed's OneCycle cycle the first of two numbers there,
-    where an optimizer's defaults have the key; the second, DeepSpeed's own 0.99, is not theirs.
-    """
-    group["beta1"], group["betas"] = group["betas"][0], ()
 
 
 def config_of(group: Mapping[str, Any]) -> FloraConfig:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flora_dist.core.records import FEW_BITS, Code
-from flora_dist.core.state.settings import TWO_MOMENTS, FloraConfig
+from flora_dist.core.state.settings import RELATIVE, TWO_MOMENTS, FloraConfig
 from flora_dist.core.tiles import Grid
 
 FORMAT_VERSION = 1
@@ -256,9 +256,10 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
     """The state of one parameter; shapes are of the whole parameter.
 
     Vectors keep ``second`` per element; matrices keep Adafactor's ``row`` and ``column`` means of
-    the squared gradient, and under ``growth`` the ``norm`` of the last update. ``momentum`` has
-    rank numbers per block, then their second moments where the rule keeps these, or a record of as
-    many bytes as they take in few bits; where dense, one number per element.
+    the squared gradient, under ``growth`` the ``norm`` of the last update, and where their lr is
+    relative ``start``, the root mean square of the weight at the first step. ``momentum`` has rank
+    numbers per block, then their second moments where the rule keeps these, or a record of as many
+    bytes as they take in few bits; where dense, one number per element.
     """
     dense = "bfloat16" if config.state_dtype == "bfloat16" else "arithmetic"
     shape = geometry.shape
@@ -300,6 +301,11 @@ def state_tensors(geometry: Geometry, config: FloraConfig) -> tuple[StateTensor,
             norm = (*batch, 1)
             tensors.append(
                 StateTensor(name="norm", shape=norm, dtype="arithmetic", along="columns")
+            )
+        if config.scale_parameter == RELATIVE:
+            start = (*batch, 1)
+            tensors.append(
+                StateTensor(name="start", shape=start, dtype="arithmetic", along="columns")
             )
     return tuple(tensors)
 

@@ -121,8 +121,25 @@ def rate_of(now: Moment, weight_square_sum_H: Tensor | None, batch: Batch) -> fl
     """The step size: lr, under scale_parameter times max(1e-3, RMS(weight)) of each matrix (H,)."""
     if weight_square_sum_H is None:
         return now.lr
+    return now.lr * _size_of(weight_square_sum_H, batch)
+
+
+def relative_rate_of(
+    now: Moment, weight_square_sum_H: Tensor, start_H: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Lr RMS(weight) / RMS(weight at the first step) (H,), and the latter; at least 1e-3 are both.
+
+    A matrix that started at zero, or below 1e-3, keeps lr: its size says nothing. ``start_H`` is 0
+    before the first step.
+    """
+    size_H = _size_of(weight_square_sum_H, batch)
+    start_H = torch.where(start_H > 0, start_H, size_H)
+    return now.lr * torch.where(start_H > SMALLEST_SCALE, size_H / start_H, 1.0), start_H
+
+
+def _size_of(weight_square_sum_H: Tensor, batch: Batch) -> Tensor:
     rms_H = (weight_square_sum_H / batch.elements_per_matrix).sqrt()
-    return now.lr * rms_H.clamp(min=SMALLEST_SCALE)
+    return rms_H.clamp(min=SMALLEST_SCALE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

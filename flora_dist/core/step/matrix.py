@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flora_dist.core.protocols import Terms
 from flora_dist.core.sketch.ops import Blocks
+from flora_dist.core.state.settings import RELATIVE
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.cut_blocks import add_partial_, fill_
 from flora_dist.core.step.cut_rows import cut_rows_of
@@ -37,6 +38,7 @@ from flora_dist.core.step.elements import (
     rate_of,
     read_gradient,
     read_momentum,
+    relative_rate_of,
     square_sum,
     sum_of,
 )
@@ -123,7 +125,7 @@ class MatrixPhases:
         if self._asks_history:
             terms["cross"] = torch.zeros_like(terms["columns"])
             terms["history"] = self._zeros(summed)
-        if batch.config.scale_parameter:
+        if batch.config.scales_matrices:
             terms["weight"] = self._zeros(summed)
         if self._cuts.rows_anywhere and self._cuts.are_few:
             terms["elements"] = self._zeros(
@@ -250,7 +252,7 @@ class MatrixPhases:
         clips_input = self._rule is None or self._rule.clips_input
         square_sum_H = self._square_sum(tallied, totals)
         factor_H = self._bound_(square_sum_H)
-        rate, is_scaled = rate_of(now, settled.weight_H, self._batch), settled.weight_H is not None
+        rate, is_scaled = self._rate_(now, settled.weight_H), settled.weight_H is not None
         for index, piece in enumerate(self._pieces):
             here = piece.place.matrices
             factor_E = factor_H[here] if clips_input else None
@@ -282,6 +284,15 @@ class MatrixPhases:
         factor_H, norm_H = growth_factor(square_sum_H, joined(norms), growth)
         copy_to_(norms, norm_H)
         return factor_H
+
+    def _rate_(self, now: Moment, weight_H: Tensor | None) -> float | Tensor:
+        """What updates are stepped by, for each matrix (H,) where it depends on its size."""
+        if weight_H is None or self._batch.config.scale_parameter != RELATIVE:
+            return rate_of(now, weight_H, self._batch)
+        starts = [member.local["start"].view(-1) for member in self._batch.members]
+        rate_H, start_H = relative_rate_of(now, weight_H, joined(starts), self._batch)
+        copy_to_(starts, start_H)
+        return rate_H
 
     def _square_sum(self, tallied: Tallied, totals: Terms) -> Tensor:
         """Squared norm (H,) of what is clipped, over all ranks."""

@@ -78,7 +78,7 @@ class VectorPhases:
             "presence": x_ENW.new_full((x_ENW.shape[0],), float(not now.is_missing)),
             "update": _square_sums(x_ENW),
         }
-        if self._batch.config.scale_parameter:
+        if self._batch.config.scales_vectors:
             terms["weight"] = _square_sums(joined(self._weights).to(self._batch.dtype))
         return Measured(terms=terms, second_ENW=second_ENW, x_ENW=x_ENW, momentum_ENW=momentum_ENW)
 

@@ -73,7 +73,7 @@ class MatrixStep {
     settle_matrix(job_.plan, matrix_, job_.now, totals,
                   {nullptr, column_ - here, factor_ - here, sums_ - kSettledSums * matrix_});
     Clipping given = {sums_ - kSettledSums * matrix_, nullptr, nullptr, nullptr, shifted(terms_.weight, summed)};
-    rate_ = rate(job_.plan, matrix_, job_.now, given);
+    rate_ = take_rate(job_.plan, matrix_, job_.now, given);
     if (!asks_update()) bound_ = bound_of(job_.plan, matrix_, job_.now, given);
   }
 
@@ -158,7 +158,7 @@ inline void step_vector(const Job& job, const Kernels& kernels, int64_t index) {
   const int64_t summed = job.plan.header->first_summed + index;
   const Clipping given = {nullptr, nullptr, nullptr, &update - summed,
                           job.plan.header->sums_weight ? &weight - summed : nullptr};
-  const float clip = bound_of(job.plan, index, job.now, given).factor, own_rate = rate(job.plan, index, job.now, given);
+  const float clip = bound_of(job.plan, index, job.now, given).factor, own_rate = take_rate(job.plan, index, job.now, given);
   const Settled settled = {nullptr, nullptr, &clip - index, &own_rate - index, nullptr};
   for (int64_t t = own.first_tile; t < own.last_tile; t++)
     kernels.finish_vector(job.plan, t, job.given, job.now, settled, job.options, memory + needed);

@@ -91,7 +91,7 @@ struct Scaling {
     for (size_t m = 0; m < clip.size(); m++) {
       bounds.push_back(bound_of(plan, m, now, given));
       clip[m] = bounds.back().factor;
-      rate[m] = flora::rate(plan, m, now, given);
+      rate[m] = take_rate(plan, m, now, given);
     }
   }
 };

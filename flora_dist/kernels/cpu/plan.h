@@ -10,7 +10,7 @@
 namespace flora {
 
 // Raised with every change of a struct in this file, of an operator's arguments or of their meaning.
-constexpr int64_t kTableVersion = 3;
+constexpr int64_t kTableVersion = 4;
 
 enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3, kMix = 4 };
 enum Normalise : int64_t { kFactored = 0, kRows = 1, kColumns = 2 };
@@ -53,6 +53,7 @@ struct Matrix {
   int64_t member;
   int64_t column;          // address of the state C (M)
   int64_t norm;            // address of the last update's norm; 0 where its growth has no limit
+  int64_t start;           // address of RMS(weight) at the first step; 0 where lr is not relative to it
 };
 
 struct Tile {

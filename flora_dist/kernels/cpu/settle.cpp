@@ -165,11 +165,16 @@ void write_norm(const Plan& plan, int64_t index, const Bound& bound) {
   if (plan.matrices[index].norm != 0) *reinterpret_cast<float*>(plan.matrices[index].norm) = bound.norm;
 }
 
-float rate(const Plan& plan, int64_t index, const Now& now, const Clipping& given) {
+float take_rate(const Plan& plan, int64_t index, const Now& now, const Clipping& given) {
   const Header& size = *plan.header;
   if (given.weight == nullptr) return now.lr;
   const double rms = std::sqrt(given.weight[size.first_summed + index] / elements(size));
-  return static_cast<float>(now.lr * (rms < kSmallestScale ? kSmallestScale : rms));
+  const float own = static_cast<float>(rms < kSmallestScale ? kSmallestScale : rms);
+  auto* start = reinterpret_cast<float*>(plan.matrices[index].start);
+  if (start == nullptr) return now.lr * own;
+  if (!(*start > 0)) *start = own;
+  // A matrix that has started below the floor keeps lr: its size says nothing.
+  return *start > static_cast<float>(kSmallestScale) ? now.lr * (own / *start) : now.lr;
 }
 
 }  // namespace flora

@@ -54,6 +54,7 @@ void sketch_cut_blocks(const Plan&, int64_t tile, const float* rows, const float
 void settle_matrix(const Plan&, int64_t matrix, const Now&, const Totals&, const Settling&);
 Bound bound_of(const Plan&, int64_t matrix, const Now&, const Clipping&);
 void write_norm(const Plan&, int64_t matrix, const Bound&);
-float rate(const Plan&, int64_t matrix, const Now&, const Clipping&);
+// What updates are stepped by. Writes the state that it is relative to, at the first step.
+float take_rate(const Plan&, int64_t matrix, const Now&, const Clipping&);
 
 }  // namespace flora

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.settings import RELATIVE, FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
@@ -77,6 +77,8 @@ def _beyond(config: FloraConfig) -> Iterator[str]:
     yield from beyond_kernels(config)
     if config.growth is not None:
         yield f"growth={config.growth}"
+    if config.scale_parameter == RELATIVE:
+        yield f"scale_parameter={RELATIVE!r}"
     if config.normalise != "factored":
         yield f"normalise={config.normalise!r}"
 

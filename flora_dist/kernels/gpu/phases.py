@@ -159,5 +159,5 @@ def _needs_of(batch: Batch) -> Needs:
     if clips and not update:
         num_sums = 3 if history else 2
     return Needs(
-        num_sums=num_sums, history=history, weight=batch.config.scale_parameter, update=update
+        num_sums=num_sums, history=history, weight=batch.config.scales_matrices, update=update
     )

@@ -88,7 +88,7 @@ def shapes_of(batch: Batch, gradient_block: int = 0) -> Shapes:
     width = gradient_block or (size.block if rank else DENSE_WIDTH)
     momentum = batch.members[0].local.get("momentum")
     row_width = triton.next_power_of_2(size.num_columns)
-    reads_more = batch.config.scale_parameter or (rule is not None and rule.asks_history)
+    reads_more = batch.config.scales_matrices or (rule is not None and rule.asks_history)
     if gradient_block or reads_more or row_width > LONGEST_ROW:
         row_width = 0
     return Shapes(

@@ -92,7 +92,7 @@ class GpuVectorPhases:
             "presence": torch.ones(members, device=self._batch.device),
             "update": sums_P4[:, 0].contiguous(),
         }
-        if self._batch.config.scale_parameter:
+        if self._batch.config.scales_vectors:
             terms["weight"] = sums_P4[:, 1].contiguous()
         return Measured(terms=terms, given=given, sums_P4=sums_P4)
 
@@ -138,7 +138,7 @@ class GpuVectorPhases:
                 RULE=self._shapes.rule,
                 CLIPS=config.clip is not None,
                 KNOWN=True,
-                SCALED=config.scale_parameter,
+                SCALED=config.scales_vectors,
                 NUMBERS=VECTOR_NUMBERS.value,
                 WIDTH=_MATRICES,
             )
