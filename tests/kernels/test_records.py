@@ -15,8 +15,8 @@ from flora_dist.kernels.sketching import RowSketch
 from tests.kernels.paths import path
 
 BITS = (16, 8, 4, 2, 1)
-NUMBERS = (64, 12, 5)
-"""Of a block: a power of two, and two that fill neither a vector nor a byte."""
+NUMBERS = (64, 12, 5, 100)
+"""Of a block: a power of two, two that fill neither a vector nor a byte, and many."""
 
 
 def draws_of(lines: int, blocks: int, numbers: int) -> Draws:
@@ -106,11 +106,12 @@ def assert_equal(own: Tensor, expected: Tensor, code: Code) -> None:
     assert read_records(own, code, torch.float32)[~known].isnan().any(-1).all()
 
 
-# Experts, cut blocks at both ends, fewer numbers than a block has, blocks that fill no vector.
+# Experts, cut blocks at both ends, fewer numbers than a block has, more blocks than are in work
+# together, blocks that fill no vector.
 SHAPES = [
     ((2, 5, 40), 16, 8, 16),
     ((1, 9, 70), 64, 60, 24),
-    ((1, 200, 256), 64, 0, 64),
+    ((1, 40, 1280), 64, 0, 64),
     ((1, 6, 700), 256, 0, 64),
     ((3, 4, 11), 4, 1, 4),
 ]

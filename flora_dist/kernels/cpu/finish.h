@@ -67,10 +67,12 @@ FLORA_CALLED void write_records(const Update& u, const Stored& stored, const flo
   const RecordRoom room = RecordRoom::in(u.room.rounding, code);
   const int64_t line = u.tile.line + i, rank = u.size.rank;
   const Draws draws = {static_cast<uint64_t>(u.options.momentum_keys[u.tile.member]), &line, column, num_columns};
-  each_block(draws, 0, stored.count / rank, rank, true, room.bits, [&](int64_t k, const uint16_t* bits) {
-    memcpy(room.numbers, values + k * rank, sizeof(float) * rank);
-    round_record(code, static_cast<uint8_t*>(stored.at) + k * code.bytes, room.numbers, bits, room.codes);
-  });
+  each_group(draws, 0, stored.count / rank, code, blocks_together(code.room), true, room.bits,
+             [&](int64_t k, int64_t count, const uint16_t* bits) {
+               for (int64_t n = 0; n < count; n++)
+                 memcpy(room.numbers + n * code.room, values + (k + n) * rank, sizeof(float) * rank);
+               round_records(code, static_cast<uint8_t*>(stored.at) + k * code.bytes, room.numbers, count, bits, room);
+             });
 }
 
 FLORA_CALLED void write_momentum(const Update& u, const Stored& stored, const float* values, int64_t i, int64_t column,

@@ -70,10 +70,6 @@ FLORA_CALLED float dot(const float* x, const float* y, int64_t count) {
   return sum + sum_of(sums);
 }
 
-FLORA_CALLED void read_records(float* to, const uint8_t* from, const Code& code, int64_t count) {
-  for (int64_t n = 0; n < count; n += code.numbers, from += code.bytes) read_record(code, to + n, from);
-}
-
 // The stored momentum of a chunk of row i as it is kept: numbers from its first block, or element, on.
 struct Stored {
   int64_t dtype;
@@ -86,7 +82,7 @@ struct Stored {
     if (s.dtype == kFloat32)
       memcpy(to, s.at, sizeof(float) * s.count);
     else if (s.dtype == kOctets)
-      read_records(to, static_cast<const uint8_t*>(s.at), momentum_code(*s.size), s.count);
+      read_records(momentum_code(*s.size), to, static_cast<const uint8_t*>(s.at), s.count / s.size->rank, s.size->rank);
     else
       widen(to, static_cast<const uint16_t*>(s.at), s.dtype, s.count);
   }
@@ -191,10 +187,12 @@ FLORA_CALLED const float* recorded_line(const Plan& plan, const Tile& tile, cons
   const auto* octets = reinterpret_cast<const uint8_t*>(given.addresses[place]);
   octets += (tile.source_line + i) * blocks * given.code.bytes;
   const auto* factor = reinterpret_cast<const float*>(given.factors[place]);
-  for (int64_t k = 0; k < blocks; k++, octets += given.code.bytes) {
-    read_record(given.code, room.record, octets);
-    for (int64_t r = 0; factor != nullptr && r < given.rank; r++) room.record[r] *= *factor;
-    rotate_back(room.rotation, buffer + k * block, room.record);
+  const int64_t together = blocks_together(larger(block, given.code.room));
+  for (int64_t k = 0; k < blocks; k += together) {
+    const int64_t count = smaller(together, blocks - k), numbers = count * given.code.room;
+    read_records(given.code, room.record, octets + k * given.code.bytes, count, given.code.room);
+    for (int64_t r = 0; factor != nullptr && r < numbers; r++) room.record[r] *= *factor;
+    rotate_back(room.rotation, buffer + k * block, room.record, count, given.code.room);
   }
   return buffer + (tile.first - k0 * block);
 }

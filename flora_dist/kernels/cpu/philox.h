@@ -21,11 +21,7 @@ constexpr int kWideLanes = 8;
 constexpr int kWideLanes = FLORA_LANES / 2;
 #endif
 typedef uint64_t Wide __attribute__((vector_size(8 * kWideLanes)));
-#if defined(__AVX512F__)
-constexpr int kMostSets = 4;  // so that one's products hide the others' latency, and all stay in registers
-#else
-constexpr int kMostSets = 2;
-#endif
+constexpr int kMostSets = 4;  // so that one's products hide the others' latency
 
 // Of the low words. The only operation that compilers do not make out of the plain product.
 FLORA_INLINE Wide low_product(Wide a, Wide b) {
@@ -41,12 +37,15 @@ FLORA_INLINE Wide low_product(Wide a, Wide b) {
 }
 
 #if defined(__AVX512F__)
+#define FLORA_PLACES 0, 1, 2, 3, 4, 5, 6, 7
 #define FLORA_LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define FLORA_HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #elif FLORA_LANES == 8
+#define FLORA_PLACES 0, 1, 2, 3
 #define FLORA_LOW 0, 4, 1, 5
 #define FLORA_HIGH 2, 6, 3, 7
 #else
+#define FLORA_PLACES 0, 1
 #define FLORA_LOW 0, 2
 #define FLORA_HIGH 1, 3
 #endif
@@ -58,15 +57,18 @@ template <int kSets>
 FLORA_CALLED void philox_some(uint64_t key, uint64_t first, uint32_t stream, uint32_t* words) {
   const Wide low = Wide{} + 0xFFFFFFFFu, m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
   Wide x0[kSets], x1[kSets], x2[kSets], x3[kSets];
+#pragma GCC unroll 4
   for (int s = 0; s < kSets; s++) {
-    for (int i = 0; i < kWideLanes; i++) x0[s][i] = first + s * kWideLanes + i;
+    x0[s] = Wide{FLORA_PLACES} + (first + s * kWideLanes);
     x1[s] = x0[s] >> 32;
     x2[s] = Wide{} + stream;
     x3[s] = Wide{};
   }
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; round++) {
     // The upper halves of x0 to x3 hold anything: only a product's low half and what is shifted down are read.
+#pragma GCC unroll 4
     for (int s = 0; s < kSets; s++) {
       const Wide p0 = low_product(x0[s], m0), p1 = low_product(x2[s], m1);
       x0[s] = (p1 >> 32) ^ x1[s] ^ static_cast<uint64_t>(k0);
@@ -77,6 +79,7 @@ FLORA_CALLED void philox_some(uint64_t key, uint64_t first, uint32_t stream, uin
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
+#pragma GCC unroll 4
   for (int s = 0; s < kSets; s++) {
     const Wide head = (x0[s] & low) | (x1[s] << 32), tail = (x2[s] & low) | (x3[s] << 32);
     const Wide pairs[2] = {interleaved_low(head, tail), interleaved_high(head, tail)};
@@ -88,6 +91,7 @@ FLORA_CALLED void philox(uint64_t key, uint64_t first, int64_t count, uint32_t s
   constexpr int64_t kMany = kMostSets * kWideLanes;
   int64_t i = 0;
   for (; i + kMany <= count; i += kMany) philox_some<kMostSets>(key, first + i, stream, words + 4 * i);
+  for (; i + kMany / 2 <= count; i += kMany / 2) philox_some<kMostSets / 2>(key, first + i, stream, words + 4 * i);
   for (; i + kWideLanes <= count; i += kWideLanes) philox_some<1>(key, first + i, stream, words + 4 * i);
   if (i == count) return;
   uint32_t last[4 * kWideLanes];

@@ -269,11 +269,18 @@ static inline int64_t floats_for(const Sketching& s) {
   const int64_t padded = up(s.rank, 8);
   return up(s.blocks * s.block, 16) + s.blocks * padded + s.block * padded;
 }
+// Blocks in few bits that are in work together: of a chunk's numbers, or one.
+constexpr int64_t kMostBlocks = kChunk / 8;
+static inline int64_t blocks_together(int64_t room) { return room >= kChunk ? 1 : kChunk / room; }
 // Floats for a Rotation.
-static inline int64_t rotation_floats(int64_t block, int64_t rank) { return 2 * up(block, 16) + up(rank, 16); }
-// And for blocks of numbers that are rounded: codes, products, numbers and random bits of at least kChunk.
+static inline int64_t rotation_floats(int64_t block, int64_t rank) {
+  return 2 * up(block, 16) + up(block > kChunk ? block : kChunk, 16) + up(rank, 16);
+}
+// Numbers of such blocks, and some that vectors may reach beyond them.
+static inline int64_t record_span(const Code& code) { return (code.room > kChunk ? code.room : kChunk) + 32; }
+// Floats for a RecordRoom.
 static inline int64_t rounding_floats(const Code& code) {
-  return 4 * (code.room + 16) + up(code.numbers, 16) + kChunk;
+  return 3 * record_span(code) + kChunk + 4 * kMostBlocks;
 }
 static inline int64_t floats_for(const Adding& a) {
   return up(a.given.blocks * a.given.block, 16) + rotation_floats(a.given.block, a.given.rank) +
@@ -286,7 +293,7 @@ static inline Code momentum_code(const Header& size) {
 }
 // Beside a tile's own, to read its gradient from records, and to round its momentum to some.
 static inline int64_t gradient_floats(const Gradients& given) {
-  return given.kind == kRecords ? up(rotation_floats(given.block, given.rank) + given.code.room, 16) + 16 : 0;
+  return given.kind == kRecords ? up(rotation_floats(given.block, given.rank) + record_span(given.code), 16) : 0;
 }
 static inline int64_t record_floats(const Header& size, const Gradients& given) {
   return gradient_floats(given) +

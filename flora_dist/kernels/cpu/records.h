@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The numbers of a block in few bits: flora_dist/core/sketch/quantise.py has the formulas and says what a record is.
-// Every product that a sum follows is rounded by itself, and a block is summed in halves: the bits are torch's.
+// The numbers of blocks in few bits: flora_dist/core/sketch/quantise.py has the formulas and says what a record is.
+// Some blocks are in work together, a pass for each step of the formula: what one waits for, others fill. Their
+// numbers stand a room apart. Every product that a sum follows is rounded by itself, and a block is summed in
+// halves: the bits are torch's.
 #pragma once
+#include "octets.h"
 #include "philox.h"
 #include "plan.h"
 #include "simd.h"
@@ -9,184 +12,219 @@
 namespace flora {
 namespace {
 
-typedef int32_t VecLanes __attribute__((vector_size(4 * FLORA_LANES)));
-typedef uint16_t VecShorts __attribute__((vector_size(2 * FLORA_LANES)));
-typedef uint8_t VecOctets __attribute__((vector_size(FLORA_LANES)));
+// A thread's buffers for blocks that are in work together.
+struct RecordRoom {
+  float* numbers;
+  float* others;      // what is added to them; random numbers; products
+  float* parts;       // eight numbers of each block, that its sum or its largest one follows from
+  float* first;       // a number of each block; and another
+  float* second;
+  uint16_t* scales;   // of each block
+  uint8_t* codes;
+  uint8_t* packed;
+  uint16_t* bits;
 
-FLORA_INLINE VecLanes lanes_of(Vec v) { return (VecLanes)v; }
+  FLORA_INLINE RecordRoom in(float* scratch, const Code& code) {
+    const int64_t span = record_span(code);
+    RecordRoom own;
+    own.numbers = scratch;
+    own.others = own.numbers + span;
+    own.parts = own.others + span;
+    own.first = own.parts + kChunk;
+    own.second = own.first + kMostBlocks;
+    own.scales = reinterpret_cast<uint16_t*>(own.second + kMostBlocks);
+    own.codes = reinterpret_cast<uint8_t*>(own.scales + 2 * kMostBlocks);
+    own.packed = own.codes + span;
+    own.bits = reinterpret_cast<uint16_t*>(own.packed + span);
+    memset(own.numbers, 0, sizeof(float) * span);
+    return own;
+  }
+};
 
-template <int kPerOctet>
-FLORA_INLINE void look_up(float* to, const uint8_t* octets, int64_t count, const float* table) {
-  for (int64_t i = 0; i < count; i++) memcpy(to + i * kPerOctet, table + octets[i] * kPerOctet, 4 * kPerOctet);
+// What records stand for, blocks a room apart.
+FLORA_CALLED void read_records(const Code& code, float* to, const uint8_t* from, int64_t blocks, int64_t apart) {
+  for (int64_t k = 0; k < blocks; k++) read_record(code, to + k * apart, from + k * code.bytes);
 }
 
-// What a record stands for; writes up to eight numbers more.
-FLORA_INLINE void read_record(const Code& code, float* to, const uint8_t* from) {
-  if (code.bits == 16) {
-    for (int64_t i = 0; i < code.numbers; i++) {
-      uint16_t half;
-      memcpy(&half, from + 2 * i, 2);
-      to[i] = from_bf16(half);
+// Zeros after blocks' numbers, up to the room: blocks before may have left NaN there.
+FLORA_INLINE void clear_beyond(const Code& code, float* x, int64_t blocks) {
+  if (code.numbers == code.room) return;
+  for (int64_t k = 0; k < blocks; k++)
+    for (int64_t i = code.numbers; i < code.room; i++) x[k * code.room + i] = 0;
+}
+
+// |x| of the largest of each block: bits of NaN are above those of infinity.
+FLORA_INLINE void find_largest(float* largest, const float* x, int64_t blocks, int64_t room, float* parts) {
+  for (int64_t k = 0; k < blocks; k++, x += room)
+    for (int64_t h = 0; h < 8; h += kLanes) {
+      VecLanes most = lanes_of(load(x + h)) & 0x7FFFFFFF;
+      for (int64_t i = 8 + h; i < room; i += 8) {
+        const VecLanes own = lanes_of(load(x + i)) & 0x7FFFFFFF;
+        most = own > most ? own : most;
+      }
+      store(parts + 8 * k + h, (Vec)most);
     }
-    return;
-  }
-  uint16_t half;
-  memcpy(&half, from + code.octets, 2);
-  const float scale = from_bf16(half);
-  // Levels stand in the second half of the table.
-  const float* table = code.table + (scale < 0 ? 256 * code.per_octet : 0);
-  switch (code.bits) {
-    case 8: look_up<1>(to, from, code.octets, table); break;
-    case 4: look_up<2>(to, from, code.octets, table); break;
-    case 2: look_up<4>(to, from, code.octets, table); break;
-    default: look_up<8>(to, from, code.octets, table);
-  }
-  const Vec size = spread(__builtin_fabsf(scale));
-  for (int64_t i = 0; i < code.numbers; i += kLanes) store(to + i, load(to + i) * size);
+  for (int64_t k = 0; k < blocks; k += 8)
+    store8(largest + k, fold_eights(parts + 8 * k, [](Eight a, Eight b) {
+             const EightLanes m = (EightLanes)a, n = (EightLanes)b;
+             return (Eight)(m > n ? m : n);
+           }));
 }
 
-// |x| of the largest, as its bits: those of NaN are above those of infinity.
-FLORA_INLINE uint32_t largest_bits(const float* x, int64_t room) {
-  VecLanes largest = {};
-  for (int64_t i = 0; i < room; i += kLanes) {
-    const VecLanes own = lanes_of(load(x + i)) & 0x7FFFFFFF;
-    largest = own > largest ? own : largest;
-  }
-  int32_t found = 0;
-  for (int l = 0; l < kLanes; l++) found = largest[l] > found ? largest[l] : found;
-  return static_cast<uint32_t>(found);
+// Sums of a power of two of numbers, halves on halves, down to eight; the numbers are overwritten.
+template <int kRoom>
+FLORA_INLINE void halve_some(float* parts, const float* x) {
+  constexpr int kVectors = kRoom / kLanes, kLast = 8 / kLanes;
+  Vec sums[kVectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; v++) sums[v] = load(x + v * kLanes);
+#pragma GCC unroll 4
+  for (int half = kVectors / 2; half >= kLast; half /= 2)
+#pragma GCC unroll 8
+    for (int v = 0; v < half; v++) sums[v] += sums[v + half];
+  for (int v = 0; v < kLast; v++) store(parts + v * kLanes, sums[v]);
 }
 
-// The sum of a power of two of numbers, halves on halves; they are overwritten.
-FLORA_INLINE float sum_by_halves(float* x, int64_t room) {
-  int64_t half = room / 2;
-  for (; half >= kLanes; half /= 2)
+FLORA_INLINE void halve_any(float* parts, float* x, int64_t room) {
+  for (int64_t half = room / 2; half >= 8; half /= 2)
     for (int64_t i = 0; i < half; i += kLanes) store(x + i, load(x + i) + load(x + half + i));
-  for (; half >= 1; half /= 2)
-    for (int64_t i = 0; i < half; i++) x[i] += x[half + i];
-  return x[0];
+  memcpy(parts, x, sizeof(float) * 8);
 }
 
-// Several codes in an octet, the first lowest.
-template <class Word, int kBits>
-FLORA_INLINE void pack_some(uint8_t* to, const uint8_t* codes, int64_t octets) {
-  for (int64_t i = 0; i < octets; i++) {
-    Word word;
-    memcpy(&word, codes + i * sizeof(Word), sizeof(Word));
-    for (size_t half = sizeof(Word) / 2; half > 0; half /= 2) word |= word >> half * (8 - kBits);
-    to[i] = static_cast<uint8_t>(word);
-  }
-}
-
-FLORA_INLINE void write_record(const Code& code, uint8_t* to, uint8_t* codes, uint16_t scale) {
-  memset(codes + code.numbers, 0, 8);
-  switch (code.bits) {
-    case 8: memcpy(to, codes, code.numbers); break;
-    case 4: pack_some<uint16_t, 4>(to, codes, code.octets); break;
-    case 2: pack_some<uint32_t, 2>(to, codes, code.octets); break;
-    default: pack_some<uint64_t, 1>(to, codes, code.octets);
-  }
-  memcpy(to + code.octets, &scale, 2);
-}
-
-FLORA_INLINE void store_codes(uint8_t* to, VecLanes codes) {
-  const VecOctets octets = __builtin_convertvector(codes, VecOctets);
-  memcpy(to, &octets, sizeof octets);
-}
-
-// Zeros after a block's numbers, up to the room: a block before may have left NaN there.
-FLORA_INLINE void clear_beyond(const Code& code, float* x) {
-  for (int64_t i = code.numbers; i < code.room; i++) x[i] = 0;
-}
-
-// y = s (2 k / L - 1), k = floor((x / s + 1) L / 2 + u). `x` is a room.
-FLORA_CALLED void round_record(const Code& code, uint8_t* to, float* x, const uint16_t* bits, uint8_t* codes) {
-  if (code.bits == 16) {
-    for (int64_t i = 0; i < code.numbers; i++) {
-      const uint16_t half = to_bf16_stochastic(x[i], bits[i]);
-      memcpy(to + 2 * i, &half, 2);
+// The sum of each block.
+FLORA_INLINE void sum_blocks(float* sums, float* x, int64_t blocks, int64_t room, float* parts) {
+  for (int64_t k = 0; k < blocks; k++, x += room) {
+    float* own = parts + 8 * k;
+    switch (room) {
+      case 16: halve_some<16>(own, x); break;
+      case 64: halve_some<64>(own, x); break;
+      default: halve_any(own, x, room);
     }
-    return;
   }
-  clear_beyond(code, x);
-  const uint32_t largest = largest_bits(x, code.room);
-  // The smallest bfloat16 that is not below: a number above its scale would be cut.
-  const uint16_t scale = largest > 0x7F800000u ? 0x7FC0 : static_cast<uint16_t>((largest + 0xFFFF) >> 16);
-  const float size = from_bf16(scale);
-  const Vec divisor = spread(size == 0 ? 1.0f : size), zero = {};
-  const Vec top = spread(static_cast<float>((1 << code.bits) - 1)), half = top * 0.5f;
-  for (int64_t i = 0; i < code.numbers; i += kLanes) {
-    VecShorts own;
-    memcpy(&own, bits + i, sizeof own);
-    const Vec u = (__builtin_convertvector(__builtin_convertvector(own, VecLanes), Vec) + 0.5f) * (1.0f / 65536);
-    const Vec y = rounded((load(x + i) / divisor + 1.0f) * half) + u;
-    const Vec above = y > zero ? y : zero;  // NaN: 0
-    store_codes(codes + i, __builtin_convertvector(above < top ? above : top, VecLanes));
-  }
-  write_record(code, to, codes, scale);
+  for (int64_t k = 0; k < blocks; k += 8)
+    store8(sums + k, fold_eights(parts + 8 * k, [](Eight a, Eight b) { return a + b; }));
 }
 
-// y = s q(x / RMS(x)), q the nearest level, s = |x|^2 / <x, q>. `y` and `products` are rooms.
-template <int kHalf>
-FLORA_INLINE void level_some(const Code& code, uint8_t* to, float* y, float* products, uint8_t* codes) {
-  clear_beyond(code, y);
-  const uint32_t bits = largest_bits(y, code.room);
-  const float largest = float_of(bits);
-  // Over the largest first: squares of small numbers would be zero.
-  const Vec divisor = spread(bits == 0 ? 1.0f : largest);
-  for (int64_t i = 0; i < code.room; i += kLanes) {
-    const Vec own = load(y + i) / divisor;
-    store(y + i, own);
-    store(products + i, rounded(own * own));
+FLORA_INLINE void write_records(const Code& code, uint8_t* to, int64_t blocks, const RecordRoom& room) {
+  for (int64_t k = 0; k < blocks && code.numbers != code.room; k++)
+    memset(room.codes + k * code.room + code.numbers, 0, code.room - code.numbers);
+  const uint8_t* packed = pack(code.bits, room.packed, room.codes, blocks * code.room);
+  const int64_t apart = code.room * code.bits / 8;
+  for (int64_t k = 0; k < blocks; k++, to += code.bytes) {
+    copy_octets(to, packed + k * apart, code.octets);
+    memcpy(to + code.octets, room.scales + k, 2);
   }
-  const float square = sum_by_halves(products, code.room);
-  const Vec rms = spread(__builtin_sqrtf(square / code.numbers));
-  const float *levels = code.levels + kHalf, *edges = code.edges + kHalf;  // the positive ones
-  for (int64_t i = 0; i < code.room; i += kLanes) {
-    const Vec own = load(y + i), over = own / rms, zero = {};
+}
+
+FLORA_CALLED void round_to_halves(const Code& code, uint8_t* to, const float* x, int64_t blocks, const uint16_t* bits,
+                                  uint16_t* halves) {
+  for (int64_t k = 0; k < blocks; k++, x += code.room, bits += code.numbers, to += code.bytes) {
+    for (int64_t i = 0; i < code.numbers; i++) halves[i] = to_bf16_stochastic(x[i], bits[i]);
+    memcpy(to, halves, code.bytes);
+  }
+}
+
+// y = s (2 k / L - 1), k = floor((x / s + 1) L / 2 + u). `bits` of a block follow those of the one before.
+FLORA_CALLED void round_records(const Code& given, uint8_t* to, float* x, int64_t blocks, const uint16_t* bits,
+                                const RecordRoom& room) {
+  const Code code = given;  // a copy that no store can reach
+  if (code.bits == 16) return round_to_halves(code, to, x, blocks, bits, reinterpret_cast<uint16_t*>(room.others));
+  clear_beyond(code, x, blocks);
+  float *largest = room.first, *divisors = room.second, *uniform = room.others;
+  find_largest(largest, x, blocks, code.room, room.parts);
+  for (int64_t k = 0; k < blocks; k++) {
+    const uint32_t own = bits_of(largest[k]);
+    // The smallest bfloat16 that is not below: a number above its scale would be cut.
+    const uint32_t scale = own > 0x7F800000u ? 0x7FC0u : (own + 0xFFFF) >> 16;
+    room.scales[k] = static_cast<uint16_t>(scale);
+    divisors[k] = scale == 0 ? 1.0f : float_of(scale << 16);
+  }
+  for (int64_t i = 0; i < blocks * code.numbers; i++) uniform[i] = (bits[i] + 0.5f) * (1.0f / 65536);
+  const Vec top = spread(static_cast<float>((1 << code.bits) - 1)), half = top * 0.5f, zero = {};
+  for (int64_t k = 0; k < blocks; k++, x += code.room, uniform += code.numbers) {
+    const Vec divisor = spread(divisors[k]);
+    uint8_t* codes = room.codes + k * code.room;
+    for (int64_t i = 0; i < code.numbers; i += kLanes) {
+      const Vec y = rounded((load(x + i) / divisor + 1.0f) * half) + load(uniform + i);
+      const Vec above = y > zero ? y : zero;  // NaN: 0
+      store_codes(codes + i, __builtin_convertvector(above < top ? above : top, VecLanes));
+    }
+  }
+  write_records(code, to, blocks, room);
+}
+
+// The positive levels, ascending, and the edges between them.
+struct Levels {
+  alignas(32) float values[8];
+  alignas(32) float edges[8];
+
+  FLORA_INLINE Levels of(const Code& code, int64_t half) {
+    Levels own = {};
+    memcpy(own.values, code.levels + half, sizeof(float) * half);
+    memcpy(own.edges, code.edges + half, sizeof(float) * (half - 1));
+    return own;
+  }
+};
+
+// Codes of the nearest levels of y / RMS, and q y.
+template <int kHalf>
+FLORA_INLINE void level_some(const Levels& levels, const float* y, int64_t count, float rms, float* products,
+                             uint8_t* codes) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    // The sign alone needs no quotient.
+    const Vec own = load(y + i), over = kHalf == 1 ? own : own / spread(rms), zero = {};
     const Vec z = over == over ? over : zero;
     const VecLanes below = z < zero;
     // Magnitudes are compared as integers; one less where an edge itself belongs to the level nearer to zero.
     const VecLanes magnitude = (lanes_of(z) & 0x7FFFFFFF) + below;
     VecLanes steps = {};
-    Vec level = spread(levels[0]);
-    for (int j = 0; j < kHalf - 1; j++) {
-      const VecLanes beyond = magnitude >= static_cast<int32_t>(bits_of(edges[j]));
-      steps -= beyond;
-      level = beyond ? spread(levels[j + 1]) : level;
-    }
-    store_codes(codes + i, below ? kHalf - 1 - steps : kHalf + steps);
+    for (int step = kHalf / 2; step > 0; step /= 2)  // halves of what is left
+      steps += (magnitude >= lanes_of(pick(levels.edges, steps + (step - 1)))) & step;
+    const Vec level = pick(levels.values, steps);
+    store_codes(codes + i, kHalf + (steps ^ below));
     store(products + i, rounded((below ? -level : level) * own));
   }
-  const float along = sum_by_halves(products, code.room);
-  const float scale = largest * (square / (along == 0 ? 1.0f : along));
-  write_record(code, to, codes, to_bf16_nearest(scale) ^ 0x8000);
 }
 
-FLORA_CALLED void level_record(const Code& code, uint8_t* to, float* y, float* products, uint8_t* codes) {
+template <int kHalf>
+FLORA_CALLED void level_blocks(const Code& code, const float* y, int64_t blocks, const float* rms,
+                               const RecordRoom& room) {
+  const Levels levels = Levels::of(code, kHalf);
+  for (int64_t k = 0; k < blocks; k++)
+    level_some<kHalf>(levels, y + k * code.room, code.room, rms[k], room.others + k * code.room,
+                      room.codes + k * code.room);
+}
+
+// y = s q(x / RMS(x)), q the nearest level, s = |x|^2 / <x, q>.
+FLORA_CALLED void level_records(const Code& given, uint8_t* to, float* x, int64_t blocks, const RecordRoom& room) {
+  const Code code = given;
+  clear_beyond(code, x, blocks);
+  float *largest = room.first, *squares = room.second;
+  find_largest(largest, x, blocks, code.room, room.parts);
+  // Over the largest first: squares of small numbers would be zero.
+  for (int64_t k = 0; k < blocks; k++) {
+    const Vec divisor = spread(bits_of(largest[k]) == 0 ? 1.0f : largest[k]);
+    for (int64_t i = k * code.room; i < (k + 1) * code.room; i += kLanes) {
+      const Vec own = load(x + i) / divisor;
+      store(x + i, own);
+      store(room.others + i, rounded(own * own));
+    }
+  }
+  sum_blocks(squares, room.others, blocks, code.room, room.parts);
+  float rms[kMostBlocks], along[kMostBlocks];
+  for (int64_t k = 0; k < blocks; k++) rms[k] = __builtin_sqrtf(squares[k] / code.numbers);
   switch (code.bits) {
-    case 4: return level_some<8>(code, to, y, products, codes);
-    case 2: return level_some<2>(code, to, y, products, codes);
-    default: return level_some<1>(code, to, y, products, codes);
+    case 4: level_blocks<8>(code, x, blocks, rms, room); break;
+    case 2: level_blocks<2>(code, x, blocks, rms, room); break;
+    default: level_blocks<1>(code, x, blocks, rms, room);
   }
+  sum_blocks(along, room.others, blocks, code.room, room.parts);
+  for (int64_t k = 0; k < blocks; k++) {
+    const float scale = largest[k] * (squares[k] / (along[k] == 0 ? 1.0f : along[k]));
+    room.scales[k] = to_bf16_nearest(scale) ^ 0x8000;
+  }
+  write_records(code, to, blocks, room);
 }
-
-// A thread's buffers for the blocks of a line.
-struct RecordRoom {
-  float* numbers;     // of a block
-  float* others;      // of what is added to them; products
-  uint8_t* codes;
-  uint16_t* bits;     // of some blocks
-
-  FLORA_INLINE RecordRoom in(float* scratch, const Code& code) {
-    const int64_t room = code.room + 16;
-    RecordRoom own = {scratch, scratch + room, reinterpret_cast<uint8_t*>(scratch + 2 * room),
-                      reinterpret_cast<uint16_t*>(scratch + 3 * room)};
-    memset(own.numbers, 0, sizeof(float) * room);
-    memset(own.others, 0, sizeof(float) * room);
-    return own;
-  }
-};
 
 // Random bits of some blocks of a line, from block k of those here; returns where they begin.
 FLORA_INLINE const uint16_t* draw(const Draws& draws, int64_t line, int64_t k, int64_t blocks, int64_t rank,
@@ -199,15 +237,13 @@ FLORA_INLINE const uint16_t* draw(const Draws& draws, int64_t line, int64_t k, i
   return bits + (column - first * kIntegersPerCounter);
 }
 
-// body(k, bits) for each block of a line, with the random bits that round its numbers.
+// body(k, count, bits) for some blocks of a line at a time, with the random bits that round their numbers.
 template <class Body>
-FLORA_INLINE void each_block(const Draws& draws, int64_t line, int64_t blocks, int64_t rank, bool draws_bits,
-                             uint16_t* bits, const Body& body) {
-  const int64_t together = rank >= kChunk ? 1 : kChunk / rank;
-  const uint16_t* own = bits;
-  for (int64_t k = 0; k < blocks; k++) {
-    if (draws_bits && k % together == 0) own = draw(draws, line, k, smaller(together, blocks - k), rank, bits);
-    body(k, own + k % together * rank);
+FLORA_INLINE void each_group(const Draws& draws, int64_t line, int64_t blocks, const Code& code, int64_t together,
+                             bool draws_bits, uint16_t* bits, const Body& body) {
+  for (int64_t k = 0; k < blocks; k += together) {
+    const int64_t count = smaller(together, blocks - k);
+    body(k, count, draws_bits ? draw(draws, line, k, count, code.numbers, bits) : bits);
   }
 }
 

@@ -31,6 +31,7 @@ constexpr int64_t kLanes = FLORA_LANES;
 typedef float Vec __attribute__((vector_size(4 * FLORA_LANES)));
 typedef float VecAnywhere __attribute__((vector_size(4 * FLORA_LANES), aligned(4)));
 typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t EightLanes __attribute__((vector_size(32)));
 typedef float EightAnywhere __attribute__((vector_size(32), aligned(4)));
 
 FLORA_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
@@ -61,6 +62,21 @@ FLORA_INLINE float sum_of(Vec v) {
   for (int64_t width = kLanes / 2; width > 0; width /= 2)
     for (int64_t i = 0; i < width; i++) t[i] += t[i + width];
   return t[0];
+}
+
+// Eight vectors of eight numbers to a number each: halves of them joined, then quarters, then pairs.
+template <class Join>
+FLORA_INLINE Eight fold_eights(const float* t, const Join& join) {
+  Eight own[8], half[4], pairs[2];
+  for (int i = 0; i < 8; i++) own[i] = load8(t + 8 * i);
+  for (int i = 0; i < 4; i++)
+    half[i] = join(FLORA_SHUFFLE(EightLanes, own[i], own[i + 4], 0, 1, 2, 3, 8, 9, 10, 11),
+                   FLORA_SHUFFLE(EightLanes, own[i], own[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+  for (int i = 0; i < 2; i++)
+    pairs[i] = join(FLORA_SHUFFLE(EightLanes, half[2 * i], half[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13),
+                    FLORA_SHUFFLE(EightLanes, half[2 * i], half[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15));
+  return join(FLORA_SHUFFLE(EightLanes, pairs[0], pairs[1], 0, 2, 8, 10, 4, 6, 12, 14),
+              FLORA_SHUFFLE(EightLanes, pairs[0], pairs[1], 1, 3, 9, 11, 5, 7, 13, 15));
 }
 
 FLORA_INLINE uint32_t bits_of(float x) {
