@@ -27,7 +27,7 @@ from flora_dist.core.step.momentum_rules import (
 from flora_dist.core.step.views import as_batches, carve, momentum_batches
 from flora_dist.core.tiles import Tile
 
-VERSION = 4
+VERSION = 5
 """``kTableVersion``."""
 TILE_ELEMENTS = 1 << 16
 """Of a tile, about: enough to pay for the sums that are kept of each, few enough for a cache."""
@@ -36,6 +36,8 @@ ROWS_PER_SUM = 32
 LARGEST_SKETCH = 1 << 15
 """Numbers of a sketch matrix that the kernels take: it must stay in a CPU's cache. Beyond, products
 are nearly all of the work, and those of torch's library are better."""
+LARGEST_SIDE = 256
+"""Of tiles that are made orthogonal, likewise: three of them must stay in a core's cache."""
 CHUNK = 512
 """``kChunk``: what stands in for the block of a dense momentum."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -58,7 +60,7 @@ def floats(*shape: int) -> Tensor:
 
 def beyond_kernels(config: FloraConfig) -> Iterator[str]:
     """Settings that step matrices by torch's operators alone, as they are written."""
-    if config.orthogonalise is not None:
+    if config.orthogonalise is not None and config.orthogonalise > LARGEST_SIDE:
         yield f"orthogonalise={config.orthogonalise}"
 
 
@@ -169,6 +171,7 @@ def _joined(
         *_momentum_code(size, momentum),
         _NORMALISATIONS[config.normalise],
         int(config.growth is not None),
+        config.orthogonalise or 0,
     ]
     matrices = _matrices(batch, [tile[3] for tile in tiles], each)
     rows = [*header, *matrices, *(number for tile in tiles for number in tile)]
@@ -232,6 +235,8 @@ def _tiles(
     size, tile = batch.geometry, source.tile
     _, rows, width = tile.sizes
     together = max(TILE_ELEMENTS // width, ROWS_PER_SUM * num_sums)
+    if batch.config.orthogonalise is not None:  # whole squares
+        together += -together % batch.config.orthogonalise
     first_matrix = source.member * batch.matrices_here - batch.members[0].matrices[0]
     for matrix in range(*tile.matrices):
         for start in range(0, rows, together):

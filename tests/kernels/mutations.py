@@ -134,6 +134,27 @@ MUTATIONS = {
         test=FIXED,
         select="ademamix",
     ),
+    "tiles, a step's polynomial": Mutation(
+        file="tiles.h",
+        old="p.b * own + p.c * sum",
+        new="p.b * own + 0.99f * p.c * sum",
+        test=FIXED,
+        select="tiles",
+    ),
+    "tiles, size": Mutation(
+        file="tiles.h",
+        old="size / at_least_tiny(after)",
+        new="1 / at_least_tiny(after)",
+        test=FIXED,
+        select="tiles",
+    ),
+    "tiles, which rows": Mutation(
+        file="finish.h",
+        old="first = (last - 1) / side * side;",
+        new="first = larger(0, last - side);",
+        test=FIXED,
+        select="tiles",
+    ),
     "settle, growth": Mutation(
         file="settle.cpp", old="growth * last : norm", new="last : norm", test=BOUNDED
     ),

@@ -24,11 +24,16 @@ FIXED = Case(
     dtype=torch.float32,
     settings={"lr": 1e-2, "momentum": "blend", "clip": 0.3, "weight_decay": 0.1, "kappa": 2},
 )
-RULES = ["blend", "ademamix", "flora", "flora_strict", "none"]
+TILES = {"momentum": "blend", "orthogonalise": 16}
+RULES: dict[str, dict[str, Any]] = {
+    **{rule: {"momentum": rule} for rule in ("blend", "ademamix", "flora", "flora_strict", "none")},
+    "tiles": TILES,
+}
 BOUNDS = [
     *({"momentum": rule, "growth": 1.01} for rule in ("ademamix", "flora", "flora_strict")),
     *({"momentum": "blend", "normalise": kind} for kind in ("rows", "columns")),
     {"momentum": "flora", "normalise": "columns", "growth": 1.01},
+    TILES | {"growth": 1.01},
 ]
 # Places of ``numbers_of``: what of a step goes wrong if one of them is.
 NUMBERS = {
@@ -60,9 +65,9 @@ def test_random_runs_are_the_same_by_kernels_and_by_torch(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum", RULES)
-def test_a_fixed_run_is_the_same_by_kernels_and_by_torch(momentum: str, dtype: torch.dtype) -> None:
-    settings = {**FIXED.settings, "momentum": momentum}
+@pytest.mark.parametrize("rule", RULES)
+def test_a_fixed_run_is_the_same_by_kernels_and_by_torch(rule: str, dtype: torch.dtype) -> None:
+    settings = FIXED.settings | RULES[rule]
     assert not difference(replace(FIXED, dtype=dtype, settings=settings))
 
 
@@ -79,13 +84,13 @@ def test_growth_and_normalise_are_the_same_by_kernels_and_by_torch(
     assert "torch's operators" not in said
 
 
-@pytest.mark.parametrize("momentum", RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_a_step_in_one_call_has_the_bits_of_one_by_phases(
-    momentum: str, monkeypatch: pytest.MonkeyPatch
+    rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = (*FIXED.shapes, (600, 512))  # of several tiles
-    settings = {**FIXED.settings, "momentum": momentum, "scale_parameter": True}
-    settings |= {"growth": 1.01} if momentum in {"ademamix", "flora_strict"} else {}
+    settings = FIXED.settings | RULES[rule] | {"scale_parameter": True}
+    settings |= {"growth": 1.01} if rule in {"ademamix", "flora_strict"} else {}
     case = replace(FIXED, shapes=shapes, settings=settings)
     in_one_call = run(case, "native")[1]
     monkeypatch.setattr(Plan, "_find_at_once", lambda _: None)
@@ -140,11 +145,11 @@ def give_wrong(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum", RULES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.usefixtures("threads")
-def test_bits_do_not_depend_on_the_number_of_threads(momentum: str, dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(rule: str, dtype: torch.dtype) -> None:
     shapes = (*FIXED.shapes, (300, 512))
-    settings = {**FIXED.settings, "momentum": momentum}
+    settings = FIXED.settings | RULES[rule]
     case = Case(seed=1, shapes=shapes, dtype=dtype, settings=settings)
     results = []
     for count in (1, 2, 3):

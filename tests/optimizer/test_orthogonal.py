@@ -25,11 +25,19 @@ from tests.optimizer import runs
 STEPS, SIDE = 4, 4
 
 
-def _distance(shapes: dict[str, tuple[int, ...]] | None = None, **settings: Any) -> float:
-    weights = runs.build(shapes) if shapes else runs.build()
+# By compiled kernels: what small singular values are rounded by grows 119-fold at most.
+EXACT, FLOAT = 1e-11, 1e-4
+
+
+def _distance(
+    shapes: dict[str, tuple[int, ...]] = runs.SHAPES,
+    dtype: torch.dtype = torch.float64,
+    **settings: Any,
+) -> float:
+    weights = runs.build(shapes, dtype)
     start, settings = runs.values(weights), {**runs.SETTINGS, **settings}
     optimizer = Flora(weights.items(), **settings)
-    oracle = reference_of(Case(settings=settings), start)
+    oracle = reference_of(Case(dtype=dtype, settings=settings), start)
     for step in range(STEPS):
         runs.set_gradients(weights, step)
         oracle.step({name: weight.grad for name, weight in weights.items()})
@@ -39,7 +47,8 @@ def _distance(shapes: dict[str, tuple[int, ...]] | None = None, **settings: Any)
 
 @pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
 def test_steps_with_tiles_are_the_reference(momentum: str) -> None:
-    assert _distance(momentum=momentum, orthogonalise=SIDE) < 1e-11
+    assert _distance(momentum=momentum, orthogonalise=SIDE) < EXACT
+    assert _distance(dtype=torch.float32, momentum=momentum, orthogonalise=SIDE) < FLOAT
 
 
 def test_each_tile_keeps_its_size_and_has_singular_values_alike() -> None:

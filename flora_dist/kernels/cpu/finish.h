@@ -8,6 +8,7 @@
 //     strict  M <- b move(M) + (1-b) c;  U = M A_new
 // A dense momentum has A = I and never moves: U is the new M in all of them but `mix`.
 #pragma once
+#include "tiles.h"
 #include "whole.h"
 
 namespace flora {
@@ -162,38 +163,63 @@ FLORA_CALLED void step_weights(void* weight, int64_t dtype, const float* update,
     Rounding::write(rounding, static_cast<uint16_t*>(weight), w, count, line, column);
 }
 
-// One row; returns |U|^2 where that alone is asked for.
-template <int kRule>
-FLORA_INLINE double finish_line(const Update& u, const float* g, int64_t i, float row, float rate,
-                                const Rounding& rounding) {
-  const Header& size = u.size;
+// The same of any number of U's elements of row i, from a column on.
+FLORA_CALLED void step_line(const Update& u, const float* update, int64_t i, int64_t column, int64_t count, float rate,
+                            const Rounding& rounding) {
   const Tile& tile = u.tile;
-  const int64_t width = tile.last - tile.first, bytes = size.weight_dtype == kFloat32 ? 4 : 2;
-  char* weights = reinterpret_cast<char*>(tile.weight) + bytes * i * width;
-  const float* factor = u.settled.factor + tile.matrix * size.num_columns;
+  const int64_t bytes = u.size.weight_dtype == kFloat32 ? 4 : 2;
+  char* w = reinterpret_cast<char*>(tile.weight) + bytes * (i * (tile.last - tile.first) + column - tile.first);
+  for (int64_t j = 0; j < count; j += kChunk)
+    step_weights(w + bytes * j, u.size.weight_dtype, update + j, smaller(kChunk, count - j), u.now.keep, rate,
+                 rounding, tile.line + i, column + j, u.room.weights);
+}
+
+// Rows of U up to `last` that fill a strip: each square's singular values are made alike before weights are stepped.
+FLORA_CALLED void step_strip(const Update& u, int64_t last, float rate, const Rounding& rounding) {
+  const int64_t side = u.size.side, width = u.tile.last - u.tile.first, first = (last - 1) / side * side;
+  for (int64_t j = 0; j < width; j += side)
+    orthogonalise(u.room.strip + j, width, last - first, smaller(side, width - j), u.room.square);
+  for (int64_t i = first; i < last; i++)
+    step_line(u, u.room.strip + (i - first) * width, i, u.tile.first, width, rate, rounding);
+}
+
+// U of one row: take(update, column, count) of each chunk.
+template <int kRule, class Take>
+FLORA_INLINE void update_line(const Update& u, const float* g, int64_t i, float row, const Take& take) {
+  const Header& size = u.size;
+  const float* factor = u.settled.factor + u.tile.matrix * size.num_columns;
   const Sketch& sketch = kRule == kFlora ? u.old : u.fresh;
   const float keep = kept_of(kRule, u.now);
-  double squares = 0;
-  each_chunk(size, tile, [&](const Chunk& chunk) {
-    char* w = weights + bytes * (chunk.lo - tile.first);
-    const int64_t blocks = chunk.k1 - chunk.k0, count = chunk.hi - chunk.lo;
+  each_chunk(size, u.tile, [&](const Chunk& chunk) {
     if (kRule == kNone || size.is_dense) {
-      normalise(u.room.x, chunk, tile, g, row, factor);
+      normalise(u.room.x, chunk, u.tile, g, row, factor);
       if (kRule != kNone) advance_dense(u, chunk, i);
     } else {
       take_sketch(u, chunk, g, row, factor, i);
       advance_sketch<kRule>(u, chunk, i);
-      add_expanded(sketch, u.room.x, keep, u.room.difference, blocks);
+      add_expanded(sketch, u.room.x, keep, u.room.difference, chunk.k1 - chunk.k0);
     }
-    const float* update = u.room.x + (chunk.lo - chunk.start);
-    if (u.options.squares != nullptr) {
-      squares += square_sum(update, count);
-      return;
-    }
-    for (int64_t j = 0; j < count; j += kChunk)  // a block may be longer than a chunk
-      step_weights(w + bytes * j, size.weight_dtype, update + j, smaller(kChunk, count - j), u.now.keep, rate,
-                   rounding, tile.line + i, chunk.lo + j, u.room.weights);
+    take(u.room.x + (chunk.lo - chunk.start), chunk.lo, chunk.hi - chunk.lo);
   });
+}
+
+// One row; returns |U|^2 where that alone is asked for.
+template <int kRule>
+FLORA_INLINE double finish_line(const Update& u, const float* g, int64_t i, float row, float rate,
+                                const Rounding& rounding) {
+  const int64_t side = u.size.side, width = u.tile.last - u.tile.first;
+  float* strip = side == 0 ? nullptr : u.room.strip + i % side * width - u.tile.first;
+  double squares = 0;
+  update_line<kRule>(u, g, i, row, [&](const float* update, int64_t column, int64_t count) {
+    if (u.options.squares != nullptr)
+      squares += square_sum(update, count);
+    else if (side != 0)
+      memcpy(strip + column, update, sizeof(float) * count);
+    else
+      step_line(u, update, i, column, count, rate, rounding);
+  });
+  const bool ends_strip = side != 0 && ((i + 1) % side == 0 || i + 1 == u.tile.num_rows);
+  if (ends_strip && u.options.squares == nullptr) step_strip(u, i + 1, rate, rounding);
   return squares;
 }
 

@@ -147,6 +147,8 @@ struct Room {
   Rotation rotation;  // of a gradient in records, and room for a block's numbers
   float* record;
   float* rounding;    // of a momentum in records
+  float* strip;       // rows of U that squares are cut from, and one of them
+  float* square;
 
   FLORA_INLINE Room of(float* scratch, int64_t width, int64_t block, int64_t gradient_block, int64_t padded) {
     const int64_t line = up(width + 2 * gradient_block, 16), blocks = chunk_blocks(block);
@@ -169,7 +171,11 @@ FLORA_INLINE Room room_for(float* scratch, const Plan& plan, const Tile& tile, c
                            const Basis& basis) {
   const Header& size = *plan.header;
   const int64_t gradient_block = is_sketched(given) ? given.block : 0;
-  Room room = Room::of(scratch + record_floats(size, given), tile.last - tile.first, size.block, gradient_block, basis.padded);
+  const int64_t width = tile.last - tile.first;
+  float* strip = scratch + record_floats(size, given);
+  Room room = Room::of(strip + squares_floats(size, width), width, size.block, gradient_block, basis.padded);
+  room.strip = strip;
+  room.square = strip + strip_floats(size, width);
   room.rounding = scratch + gradient_floats(given);
   if (given.kind != kRecords) return room;
   const int64_t matrix = tile.line / size.num_rows;

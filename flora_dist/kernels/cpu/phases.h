@@ -30,7 +30,9 @@ inline int64_t elements_of(const Plan& plan) {
 inline int64_t scratch_of(const Plan& plan, const Gradients& given) {
   const Header& size = *plan.header;
   const int64_t gradient_block = is_sketched(given) ? given.block : 0;
-  return scratch_floats(width_of(plan), size.block, gradient_block, up(size.rank, 8)) + record_floats(size, given);
+  const int64_t width = width_of(plan);
+  return scratch_floats(width, size.block, gradient_block, up(size.rank, 8)) + record_floats(size, given) +
+         squares_floats(size, width);
 }
 
 // What every phase does: body(tile, scratch) by all threads.

@@ -10,7 +10,7 @@
 namespace flora {
 
 // Raised with every change of a struct in this file, of an operator's arguments or of their meaning.
-constexpr int64_t kTableVersion = 4;
+constexpr int64_t kTableVersion = 5;
 
 enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3, kMix = 4 };
 enum Normalise : int64_t { kFactored = 0, kRows = 1, kColumns = 2 };
@@ -45,6 +45,7 @@ struct Header {
   int64_t momentum_table;  // address of their values
   int64_t normalise;
   int64_t limits_growth;   // of updates of matrices, in place of a clip
+  int64_t side;            // of tiles of an update whose singular values are made alike; 0: it stays as it is
 };
 
 struct Matrix {
@@ -286,6 +287,14 @@ static inline int64_t floats_for(const Adding& a) {
   return up(a.given.blocks * a.given.block, 16) + rotation_floats(a.given.block, a.given.rank) +
          rounding_floats(a.code);
 }
+// A square whose singular values are made alike: numbers from row to row, and floats for the work on it.
+static inline int64_t square_stride(int64_t columns) {
+  const int64_t padded = up(columns, 16);
+  return padded % 128 == 0 ? padded + 16 : padded;  // or a column's numbers would share few places of the cache
+}
+static inline int64_t square_floats(int64_t side) {
+  return (up(side, 8) + 2 * up(side, 16) + 8) * square_stride(side) + 16;
+}
 static inline int64_t chunk_blocks(int64_t block) { return block >= kChunk ? 1 : kChunk / block; }
 
 static inline Code momentum_code(const Header& size) {
@@ -298,6 +307,11 @@ static inline int64_t gradient_floats(const Gradients& given) {
 static inline int64_t record_floats(const Header& size, const Gradients& given) {
   return gradient_floats(given) +
          (size.momentum_dtype == kOctets ? up(rounding_floats(momentum_code(size)), 16) : 0);
+}
+// Likewise: the rows of U that squares are cut from, and one at work.
+static inline int64_t strip_floats(const Header& size, int64_t width) { return up(size.side * width, 16); }
+static inline int64_t squares_floats(const Header& size, int64_t width) {
+  return size.side == 0 ? 0 : strip_floats(size, width) + up(square_floats(size.side), 16);
 }
 // Floats that one thread needs for a tile: rows in fp32, and the buffers of a chunk.
 static inline int64_t scratch_floats(int64_t width, int64_t block, int64_t gradient_block, int64_t padded) {

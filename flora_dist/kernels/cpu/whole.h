@@ -198,7 +198,7 @@ FLORA_CALLED void finish_plain(const Whole& given) {
 // Whether a tile is such as the functions above step, with a dtype of weights that the gradient has too.
 FLORA_INLINE bool steps_whole(const Header& size, const Tile& tile, const Gradients& given, const Basis& basis,
                               const Sketch& fresh) {
-  if (tile.is_cut || given.kind != size.weight_dtype || size.weight_dtype == kFloat16) return false;
+  if (tile.is_cut || size.side != 0 || given.kind != size.weight_dtype || size.weight_dtype == kFloat16) return false;
   if (size.rule == kNone) return size.num_columns % 16 == 0;
   return basis.move == kStays && is_plain(size, tile, fresh);
 }

@@ -12,7 +12,7 @@ from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.momentum_rules import BlendRule, FloraRule, FloraStrictRule, rule_of
-from flora_dist.kernels.tables import DTYPES, beyond_kernels
+from flora_dist.kernels.tables import DTYPES
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 """Below, products have no instruction; above, a block does not fit in a program's registers."""
@@ -74,7 +74,8 @@ def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
 
 def _beyond(config: FloraConfig) -> Iterator[str]:
     """Settings that step matrices by torch's operators, as they are written."""
-    yield from beyond_kernels(config)
+    if config.orthogonalise is not None:
+        yield f"orthogonalise={config.orthogonalise}"
     if config.growth is not None:
         yield f"growth={config.growth}"
     if config.scale_parameter == RELATIVE:
