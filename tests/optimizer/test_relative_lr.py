@@ -91,15 +91,6 @@ def test_a_checkpoint_keeps_the_start(tmp_path: Path) -> None:
     runs.assert_equal(dict(modules[1].state_dict()), dict(modules[0].state_dict()))
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 16)], ids=str)
-def test_a_matrix_without_elements_is_carried_along(shape: tuple[int, ...]) -> None:
-    weights, optimizer = _pair(momentum="none")
-    empty = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-    optimizer.add_param_group({"params": [("empty", empty)]})
-    _step(optimizer, {**weights, "empty": empty}, 0)
-    assert bool(optimizer.state[empty]["start"].isfinite().all())
-
-
 def test_other_words_are_refused() -> None:
     with pytest.raises(ValueError, match=r"scale_parameter must be True, False or 'relative'; got"):
         Flora([nn.Parameter(torch.zeros(4, 8))], scale_parameter="initial")

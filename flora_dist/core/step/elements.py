@@ -138,7 +138,7 @@ def relative_rate_of(
 
 
 def _size_of(weight_square_sum_H: Tensor, batch: Batch) -> Tensor:
-    rms_H = (weight_square_sum_H / max(1, batch.elements_per_matrix)).sqrt()
+    rms_H = (weight_square_sum_H / batch.elements_per_matrix).sqrt()
     return rms_H.clamp(min=SMALLEST_SCALE)
 
 
