@@ -18,6 +18,8 @@ from flora_dist.core.state.spec import VECTOR_EPS
 from flora_dist.core.step.basis import Basis, SketchedBasis
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.gradient import Records, SketchedGradient
+from flora_dist.core.step.momentum_rules import ApolloRule, SubspaceAdamRule, rule_of
+from flora_dist.core.step.rates import corrected
 from flora_dist.kernels.records import table_of
 from flora_dist.kernels.tables import DTYPES
 
@@ -43,6 +45,10 @@ def numbers_of(batch: Batch, now: Moment) -> list[float]:
     config, size = batch.config, batch.geometry
     lr, decay = float(now.lr), float(now.weight_decay)
     eps = max(config.eps, VECTOR_EPS) if size.is_vector else config.eps
+    beta1, sketch_eps = config.beta1, 0.0
+    rule = rule_of(config, size)
+    if isinstance(rule, SubspaceAdamRule | ApolloRule):
+        beta1, sketch_eps = corrected(beta1, now.step), rule.eps
     clip = 0.0 if config.clip is None else config.clip
     return [
         now.beta2,
@@ -50,11 +56,12 @@ def numbers_of(batch: Batch, now: Moment) -> list[float]:
         lr,
         1 - lr * decay,
         eps,
-        config.beta1,
+        beta1,
         batch.gain * now.basis.gain,
         clip,
         batch.sign,
         0.0 if config.growth is None else config.growth,
+        sketch_eps,
     ]
 
 

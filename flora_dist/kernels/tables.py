@@ -18,12 +18,15 @@ from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, Member
 from flora_dist.core.step.momentum_rules import (
     AdEMAMixRule,
+    ApolloRule,
     BlendRule,
     FloraRule,
     FloraStrictRule,
     Rule,
+    SubspaceAdamRule,
     rule_of,
 )
+from flora_dist.core.step.normalise import kind_of
 from flora_dist.core.step.views import as_batches, carve, momentum_batches
 from flora_dist.core.tiles import Tile
 
@@ -49,8 +52,10 @@ RULES: dict[type[Rule] | None, int] = {
     FloraRule: 2,
     FloraStrictRule: 3,
     AdEMAMixRule: 4,
+    SubspaceAdamRule: 5,
+    ApolloRule: 6,
 }
-_NORMALISATIONS = {"factored": 0, "rows": 1, "columns": 2}
+_NORMALISATIONS = {"factored": 0, "rows": 1, "columns": 2, "raw": 3}
 
 
 def floats(*shape: int) -> Tensor:
@@ -169,9 +174,10 @@ def _joined(
         int(config.scales_vectors if is_vector else config.scales_matrices),
         int(config.clip is not None),
         *_momentum_code(size, momentum),
-        _NORMALISATIONS[config.normalise],
+        _NORMALISATIONS[kind_of(batch)],
         int(config.growth is not None),
         config.orthogonalise or 0,
+        1 if size.rank is None else size.moments,
     ]
     matrices = _matrices(batch, [tile[3] for tile in tiles], each)
     rows = [*header, *matrices, *(number for tile in tiles for number in tile)]

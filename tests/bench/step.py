@@ -53,6 +53,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ademamix": {"momentum": "ademamix"},
     "growth": {"momentum": "blend", "growth": 1.01},
     "columns": {"momentum": "blend", "normalise": "columns"},
+    "apollo": {"momentum": "apollo"},
+    "subspace_adam": {"momentum": "subspace_adam"},
     "tiles": {"momentum": "blend", "rank": 4, "orthogonalise": 64},
 }
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}

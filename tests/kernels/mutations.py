@@ -16,34 +16,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-SOURCES = Path("flora_dist/kernels/cpu")
-FIXED = "tests/kernels/test_paths.py::test_a_fixed_run_is_the_same_by_kernels_and_by_torch"
-BOUNDED = (
-    "tests/kernels/test_paths.py::test_growth_and_normalise_are_the_same_by_kernels_and_by_torch"
-)
+from tests.kernels.mutation import BOUNDED, FIXED, ROOT, SOURCES, Mutation
+from tests.kernels.mutations_of_updates import OF_UPDATES
+
 SKETCHING = "tests/kernels/test_sketching.py"
 RECORDS = "tests/kernels/test_records.py"
 STEP_ON_RECORDS = "tests/kernels/test_record_paths.py"
 SPANS = "tests/battery/test_layouts.py::test_a_layout_equals_the_reference_in_float32"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mutation:
-    """One change of a source, and the test that must fail then."""
-
-    file: str
-    old: str
-    new: str
-    test: str
-    select: str = ""
-    """``-k`` of pytest."""
-
-
 MUTATIONS = {
+    **OF_UPDATES,
     "measure, sums by column": Mutation(
         file="measure.h", old="sum += square;", new="sum += 0.99f * square;", test=FIXED
     ),
@@ -133,27 +118,6 @@ MUTATIONS = {
         new="kRule == kMix   ? now.gain * compressed",
         test=FIXED,
         select="ademamix",
-    ),
-    "tiles, a step's polynomial": Mutation(
-        file="tiles.h",
-        old="p.b * own + p.c * sum",
-        new="p.b * own + 0.99f * p.c * sum",
-        test=FIXED,
-        select="tiles",
-    ),
-    "tiles, size": Mutation(
-        file="tiles.h",
-        old="size / at_least_tiny(after)",
-        new="1 / at_least_tiny(after)",
-        test=FIXED,
-        select="tiles",
-    ),
-    "tiles, which rows": Mutation(
-        file="finish.h",
-        old="first = (last - 1) / side * side;",
-        new="first = larger(0, last - side);",
-        test=FIXED,
-        select="tiles",
     ),
     "settle, growth": Mutation(
         file="settle.cpp", old="growth * last : norm", new="last : norm", test=BOUNDED

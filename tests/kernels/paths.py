@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_dist import Flora
+from flora_dist.core.state.settings import PROJECTED, TWO_MOMENTS
 from flora_dist.kernels.presence import VARIABLE
 
 STEPS = 4
@@ -54,12 +55,9 @@ def case_of(seed: int) -> Case:
     """A random case; the same for a seed."""
     draw = random.Random(seed)
     shapes = tuple(_shape(draw) for _ in range(draw.randint(1, 6)))
-    momentum = draw.choice(["blend", "ademamix", "none", "flora", "flora_strict"])
-    laws = (
-        ["hadamard"]
-        if momentum in {"blend", "ademamix"}
-        else ["hadamard", "gaussian", "rademacher"]
-    )
+    momentum = draw.choice([*PROJECTED, "none", "flora", "flora_strict", "apollo"])
+    laws = ["hadamard"] if momentum in PROJECTED else ["hadamard", "gaussian", "rademacher"]
+    kinds = ["factored", "factored", "rows", "columns"]
     block = draw.choice([8, 16, 64])
     settings = {
         "lr": 10 ** draw.uniform(-2, -1),
@@ -73,7 +71,7 @@ def case_of(seed: int) -> Case:
         "beta2": draw.choice([None, 0.99]),
         "clip": draw.choice([None, 0.3, 1.0]),
         "growth": draw.choice([None, None, 1.01]),
-        "normalise": draw.choice(["factored", "factored", "rows", "columns"]),
+        "normalise": "factored" if momentum in TWO_MOMENTS else draw.choice(kinds),
         "blend_gain": draw.choice([None, 1.0, 3.0]),
         "weight_decay": draw.choice([0.0, 0.1]),
         "scale_parameter": scaling(draw.random()),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flora_dist import Flora
+from flora_dist.core.state.settings import MOMENTA
 from flora_dist.core.step.plan import Plan
 from flora_dist.kernels import at_once, native, native_vector
 from flora_dist.kernels.library import found
@@ -26,7 +27,7 @@ FIXED = Case(
 )
 TILES = {"momentum": "blend", "orthogonalise": 16}
 RULES: dict[str, dict[str, Any]] = {
-    **{rule: {"momentum": rule} for rule in ("blend", "ademamix", "flora", "flora_strict", "none")},
+    **{rule: {"momentum": rule} for rule in MOMENTA if rule != "vectors"},
     "tiles": TILES,
 }
 BOUNDS = [

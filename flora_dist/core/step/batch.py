@@ -94,7 +94,7 @@ class Batch:
     elements_per_matrix: int
     """N M."""
     gain: float
-    """Weight of the momentum under "blend" and "ademamix"."""
+    """Weight of the momentum under "blend", "ademamix" and "subspace_adam"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -21,9 +21,15 @@ from flora_dist.core.step.basis import BatchSketches
 from flora_dist.core.step.batch import Across, AtOnce, Batch, Member, Phases, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.memory import Memory
-from flora_dist.core.step.momentum_rules import AdEMAMixRule, BlendRule, rule_of
+from flora_dist.core.step.momentum_rules import (
+    AdEMAMixRule,
+    BlendRule,
+    SubspaceAdamRule,
+    rule_of,
+)
 from flora_dist.core.step.views import work_limit
 
+_WEIGHED = BlendRule | AdEMAMixRule | SubspaceAdamRule
 # Torch cuts a sum that gives one number among threads from here on, and none that gives several:
 # what is longer stands alone, so that its bits do not depend on what else is stepped.
 LONGEST_SUM = 1 << 15
@@ -232,7 +238,7 @@ def _batch(members: tuple[Member, ...]) -> Batch:
         matrices_summed=size.num_matrices if splits else here,
         held=slice(*first.matrices) if is_part else slice(0, len(members) * here),
         elements_per_matrix=size.num_rows * size.num_columns,
-        gain=rule.gain if isinstance(rule, BlendRule | AdEMAMixRule) else 1.0,
+        gain=rule.gain if isinstance(rule, _WEIGHED) else 1.0,
     )
 
 

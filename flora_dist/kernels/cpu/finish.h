@@ -6,8 +6,10 @@
 //     mix     M <- b move(M) + (1-b) c;  U = X + gain (R/B) M A_new
 //     flora   M <- b move(M) + (1-b) c;  U = (1-b) X + b M_old A_old
 //     strict  M <- b move(M) + (1-b) c;  U = M A_new
+// Those with a second moment stand in adam.h.
 // A dense momentum has A = I and never moves: U is the new M in all of them but `mix`.
 #pragma once
+#include "adam.h"
 #include "tiles.h"
 #include "whole.h"
 
@@ -137,6 +139,33 @@ FLORA_INLINE void advance_sketch(const Update& u, const Chunk& chunk, int64_t i)
   write_sketch(u, chunk, stored, room.fresh, i);
 }
 
+// The same of rules that keep two moments; U itself where it is X, block by block times a number.
+template <int kRule>
+FLORA_INLINE void advance_moments_of(const Update& u, const Chunk& chunk, int64_t i) {
+  const Room& room = u.room;
+  const int64_t rank = u.size.rank, padded = u.basis.padded, blocks = chunk.k1 - chunk.k0;
+  const Stored stored = stored_momentum(u.size, u.tile, chunk, i);
+  const Moments own = {room.numbers, room.second, room.difference, blocks, rank, padded};
+  Stored::read(stored, room.fresh);
+  part(own, room.fresh);
+  const float* moved = own.first;
+  if (u.basis.move != kStays) {
+    const float* move_RP = u.basis.move_HRP == nullptr ? nullptr : u.basis.move_HRP + u.tile.matrix * rank * padded;
+    move(room.moved, own.first, blocks, u.basis, move_RP, rank);
+    spread_second(own);
+    moved = room.moved;
+  }
+  advance_moments(own, room.compressed, moved, u.now);
+  join(own, room.fresh);
+  const int64_t per_row = (u.size.num_columns + u.size.block - 1) / u.size.block;
+  write_momentum(u, stored, room.fresh, i, chunk.k0 * 2 * rank, per_row * 2 * rank);
+  const float ratio = static_cast<float>(u.size.block) / rank, root = __builtin_sqrtf(ratio);
+  if (kRule == kSubspace)
+    weigh(own, room.compressed, u.now.gain * root, 1 / ratio, room.difference);
+  else
+    scale_blocks(own, room.compressed, root, room.x, u.size.block);
+}
+
 FLORA_CALLED void advance_dense(const Update& u, const Chunk& chunk, int64_t i) {
   const Stored stored = stored_momentum(u.size, u.tile, chunk, i);
   float *x = u.room.x + (chunk.lo - chunk.start), *momentum = u.room.old;
@@ -196,8 +225,11 @@ FLORA_INLINE void update_line(const Update& u, const float* g, int64_t i, float 
       if (kRule != kNone) advance_dense(u, chunk, i);
     } else {
       take_sketch(u, chunk, g, row, factor, i);
-      advance_sketch<kRule>(u, chunk, i);
-      add_expanded(sketch, u.room.x, keep, u.room.difference, chunk.k1 - chunk.k0);
+      if constexpr (kRule == kSubspace || kRule == kApollo)
+        advance_moments_of<kRule>(u, chunk, i);
+      else
+        advance_sketch<kRule>(u, chunk, i);
+      if (kRule != kApollo) add_expanded(sketch, u.room.x, keep, u.room.difference, chunk.k1 - chunk.k0);
     }
     take(u.room.x + (chunk.lo - chunk.start), chunk.lo, chunk.hi - chunk.lo);
   });
@@ -229,7 +261,7 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
   const Header& size = *plan.header;
   const Tile& tile = plan.tiles[index];
   const Room room = room_for(scratch, plan, tile, given, basis);
-  const bool clips_input = kRule == kNone || kRule == kBlend || kRule == kMix;
+  const bool clips_input = kRule == kNone || kRule == kBlend || kRule == kMix || kRule == kSubspace;
   const float clip = settled.clip[tile.matrix], factor = clips_input ? clip : 1;
   const float rate = settled.rate[tile.matrix] * (clips_input ? 1 : clip);
   Sketch old, fresh;
@@ -237,12 +269,15 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
     Sketch::read(fresh, matrix_of(basis.new_HRB, size, tile), columns_of(basis, size, tile), size);
     if (kRule == kFlora) Sketch::read(old, matrix_of(basis.old_HRB, size, tile), nullptr, size);
   }
-  if (options.squares == nullptr && steps_whole(size, tile, given, basis, fresh)) {
-    const int64_t key = options.weight_keys == nullptr ? 0 : options.weight_keys[tile.member];
-    const char* own = reinterpret_cast<const char*>(given.addresses[tile.member]);
-    return finish_tile<kRule>({size, tile, now, fresh.fast, own + (size.weight_dtype == kFloat32 ? 4 : 2) * tile.gradient,
-                               settled.rows + tile.new_row, settled.factor + tile.matrix * size.num_columns, factor,
-                               rate, static_cast<uint64_t>(key), room});
+  if constexpr (kRule != kSubspace && kRule != kApollo) {  // which keep two moments
+    if (options.squares == nullptr && steps_whole(size, tile, given, basis, fresh)) {
+      const int64_t key = options.weight_keys == nullptr ? 0 : options.weight_keys[tile.member];
+      const char* own = reinterpret_cast<const char*>(given.addresses[tile.member]);
+      own += (size.weight_dtype == kFloat32 ? 4 : 2) * tile.gradient;
+      return finish_tile<kRule>({size, tile, now, fresh.fast, own, settled.rows + tile.new_row,
+                                 settled.factor + tile.matrix * size.num_columns, factor, rate,
+                                 static_cast<uint64_t>(key), room});
+    }
   }
   const Update update = {size, tile, basis, now, settled, options, room, old, fresh, factor};
   const Rounding rounding =
@@ -265,6 +300,8 @@ void finish(const Plan& plan, int64_t index, const Gradients& given, const Basis
     case kBlend: return finish_rule<kBlend>(plan, index, given, basis, now, settled, options, scratch);
     case kMix: return finish_rule<kMix>(plan, index, given, basis, now, settled, options, scratch);
     case kFlora: return finish_rule<kFlora>(plan, index, given, basis, now, settled, options, scratch);
+    case kSubspace: return finish_rule<kSubspace>(plan, index, given, basis, now, settled, options, scratch);
+    case kApollo: return finish_rule<kApollo>(plan, index, given, basis, now, settled, options, scratch);
     default: return finish_rule<kStrict>(plan, index, given, basis, now, settled, options, scratch);
   }
 }

@@ -30,7 +30,7 @@ Plan read_plan(const Tensor& table) { return checked(plan_of(data<const int64_t>
 Now read_now(const Numbers& n) {
   STD_TORCH_CHECK(n.size() == kNowNumbers, "the numbers of a step must be ", kNowNumbers, "; got ", n.size());
   auto at = [&](int i) { return static_cast<float>(n[i]); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10)};
 }
 
 // kind, block, rank, of records their bits and the address of their values' table, then addresses by member (and

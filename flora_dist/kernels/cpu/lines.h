@@ -90,13 +90,14 @@ struct Stored {
 
 FLORA_INLINE Stored stored_momentum(const Header& size, const Tile& tile, const Chunk& chunk, int64_t i) {
   char* line = reinterpret_cast<char*>(tile.momentum);
-  const int64_t before = chunk.k0 - tile.first / size.block, numbers = (chunk.k1 - chunk.k0) * size.rank;
+  const int64_t before = chunk.k0 - tile.first / size.block, each = size.rank * size.moments,
+                numbers = (chunk.k1 - chunk.k0) * each;
   if (size.momentum_dtype == kOctets)
     return {kOctets, line + i * tile.momentum_stride + before * momentum_code(size).bytes, numbers, &size};
   const int64_t bytes = size.momentum_dtype == kFloat32 ? 4 : 2;
   line += bytes * i * tile.momentum_stride;
   if (size.is_dense) return {size.momentum_dtype, line + bytes * (chunk.lo - tile.first), chunk.hi - chunk.lo, &size};
-  return {size.momentum_dtype, line + bytes * before * size.rank, numbers, &size};
+  return {size.momentum_dtype, line + bytes * before * each, numbers, &size};
 }
 
 // The old M of a chunk, a block's R numbers P apart with zeros between; `narrow` is room for them without.
@@ -128,7 +129,7 @@ FLORA_INLINE void each_chunk(const Header& size, const Tile& tile, const Body& b
 
 // Whether rows are whole, in whole blocks, and their momentum is fp32 that fast products can work on as it lies.
 FLORA_INLINE bool is_plain(const Header& size, const Tile& tile, const Sketch& sketch) {
-  return !tile.is_cut && !size.is_dense && sketch.is_fast && size.momentum_dtype == kFloat32 &&
+  return !tile.is_cut && !size.is_dense && size.moments == 1 && sketch.is_fast && size.momentum_dtype == kFloat32 &&
          size.rank == sketch.padded && size.num_columns % size.block == 0 &&
          tile.momentum_stride == size.num_columns / size.block * size.rank;
 }
@@ -141,8 +142,9 @@ struct Room {
   float* compressed;
   float* numbers;
   float* moved;
-  float* fresh;
   float* difference;
+  float* second;
+  float* fresh;       // of two moments where the rule keeps them
   float* weights;
   Rotation rotation;  // of a gradient in records, and room for a block's numbers
   float* record;
@@ -160,9 +162,10 @@ struct Room {
     room.compressed = room.old + elements;
     room.numbers = room.compressed + numbers;
     room.moved = room.numbers + numbers;
-    room.fresh = room.moved + numbers;
-    room.difference = room.fresh + numbers;
-    room.weights = room.difference + numbers;
+    room.difference = room.moved + numbers;
+    room.second = room.difference + numbers;
+    room.fresh = room.second + numbers;
+    room.weights = room.fresh + 2 * numbers;
     return room;
   }
 };

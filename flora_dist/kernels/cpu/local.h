@@ -78,7 +78,7 @@ class MatrixStep {
   }
 
   // Whether |U|^2 has to be summed before anything is written.
-  bool asks_update() const { return job_.plan.header->rule == kStrict && bounds(*job_.plan.header); }
+  bool asks_update() const { return sums_update(*job_.plan.header); }
 
   void tally(int64_t tile, float* scratch) const {
     run(tile, scratch, {nullptr, nullptr, squares_ - own_.first_tile});

@@ -12,8 +12,8 @@ namespace flora {
 // Raised with every change of a struct in this file, of an operator's arguments or of their meaning.
 constexpr int64_t kTableVersion = 5;
 
-enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3, kMix = 4 };
-enum Normalise : int64_t { kFactored = 0, kRows = 1, kColumns = 2 };
+enum Rule : int64_t { kNone = 0, kBlend = 1, kFlora = 2, kStrict = 3, kMix = 4, kSubspace = 5, kApollo = 6 };
+enum Normalise : int64_t { kFactored = 0, kRows = 1, kColumns = 2, kRaw = 3 };
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kOctets = 5 };  // octets: records
 
 struct Header {
@@ -46,6 +46,7 @@ struct Header {
   int64_t normalise;
   int64_t limits_growth;   // of updates of matrices, in place of a clip
   int64_t side;            // of tiles of an update whose singular values are made alike; 0: it stays as it is
+  int64_t moments;         // numbers that are kept of each one of a sketch
 };
 
 struct Matrix {
@@ -100,18 +101,23 @@ struct Now {
   float keep;              // 1 - lr * weight_decay
   float eps;
   float beta1;
-  float gain;              // of the momentum in `blend` and `ademamix`, times R / B
+  float gain;              // of the momentum in `blend`, `ademamix` and `subspace_adam`, times R / B
   float clip;
   float sign;              // -1 to maximize
   float growth;            // largest quotient of a matrix's update's norm and the last one's
+  float sketch_eps;        // of second moments of sketched numbers
 };
-constexpr int64_t kNowNumbers = 10;
+constexpr int64_t kNowNumbers = 11;
 
 // Whether updates of matrices are bounded, so that their norms must be known.
 static inline bool bounds(const Header& size) { return size.clips || size.limits_growth; }
+// Whether that follows from U alone: it is summed before anything is written.
+static inline bool sums_update(const Header& size) {
+  return bounds(size) && (size.rule == kStrict || size.rule == kApollo);
+}
 // What a row is multiplied by, from its new R.
 static inline float row_scale(const Header& size, float row) {
-  return size.normalise == kColumns ? 1.0f : 1 / __builtin_sqrtf(row);
+  return size.normalise == kColumns || size.normalise == kRaw ? 1.0f : 1 / __builtin_sqrtf(row);
 }
 
 // How the numbers of a block are written: a record of bytes, see flora_dist/core/sketch/quantise.py.
@@ -316,7 +322,7 @@ static inline int64_t squares_floats(const Header& size, int64_t width) {
 // Floats that one thread needs for a tile: rows in fp32, and the buffers of a chunk.
 static inline int64_t scratch_floats(int64_t width, int64_t block, int64_t gradient_block, int64_t padded) {
   const int64_t blocks = chunk_blocks(block);
-  return kLineRows * up(width + 2 * gradient_block, 16) + 2 * up(blocks * block, kChunk) + 5 * blocks * padded +
+  return kLineRows * up(width + 2 * gradient_block, 16) + 2 * up(blocks * block, kChunk) + 7 * blocks * padded +
          2 * kChunk;
 }
 

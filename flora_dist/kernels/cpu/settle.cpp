@@ -36,7 +36,7 @@ float square_sum(int64_t count, const float* x) {
 // What columns are multiplied by, from the new C.
 void scale_columns(const Header& size, const float* column, float* factor) {
   const int64_t columns = size.num_columns;
-  if (size.normalise == kRows) {
+  if (size.normalise == kRows || size.normalise == kRaw) {
     std::fill(factor, factor + columns, 1.0f);
     return;
   }
