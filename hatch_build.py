@@ -2,12 +2,14 @@
 """Compiles the kernels into the wheel, where a compiler and torch's headers are at hand.
 
 Without them the wheel is pure: the optimizer then steps with torch's operators and says how to
-compile. An editable install has the library beside its sources.
+compile. An editable install has the library beside its sources. ``FLORA_DIST_KERNELS=torch`` leaves
+the kernels out of a wheel, as it does of a run.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import site
 import sys
 import sysconfig
@@ -30,6 +32,8 @@ class KernelsHook(BuildHookInterface[Any]):
         del version
         source = Path(self.root) / _PACKAGE / "compiler.py"
         if not source.is_file():  # an image installs what we need before our sources are there
+            return
+        if os.environ.get("FLORA_DIST_KERNELS") == "torch":
             return
         compiler = _compiler(source)
         torch = next(filter(None, map(compiler.torch_at, _site_packages())), None)

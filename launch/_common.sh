@@ -101,9 +101,14 @@ install_extra() {
     local options=(--disable-pip-version-check --no-warn-script-location --no-compile -c "$CONSTRAINTS")
     # A person waits for gigabytes and wants the bar; a log wants what went wrong.
     [[ -t 1 ]] || options+=(--quiet)
-    # torch before us: our kernels are compiled against its headers while we are installed.
+    # torch first: our kernels are compiled against its headers, beside pip, which keeps one core busy at most.
     "$VENV_PYTHON" -m pip install "${options[@]}" torch
-    "$VENV_PYTHON" -m pip install "${options[@]}" -e ".[$extra]"
+    local kernels
+    # torch misses numpy, which comes now, and would say so.
+    "$VENV_PYTHON" -W 'ignore:Failed to initialize NumPy' -m flora_dist.kernels.build >/dev/null &
+    kernels=$!
+    FLORA_DIST_KERNELS=torch "$VENV_PYTHON" -m pip install "${options[@]}" -e ".[$extra]"
+    wait "$kernels" || say "the kernels were not compiled (why is said above): steps take torch's operators" >&2
     printf '%s %s\n' "$extra" "$now" >"$STAMP"
 }
 

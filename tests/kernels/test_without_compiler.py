@@ -62,6 +62,12 @@ def test_a_wheel_made_without_a_compiler_is_pure_and_the_build_says_why(
     assert cause in said
 
 
+def test_a_wheel_whose_maker_wants_none_is_pure_and_no_compiler_is_asked(tmp_path: Path) -> None:
+    wheel, said = _made_without(tmp_path, {"CXX": "false", "FLORA_DIST_KERNELS": "torch"})
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "kernels" not in said
+
+
 def test_such_a_wheel_steps_with_torch_and_says_once_how_to_compile(tmp_path: Path) -> None:
     wheel, _ = _made_without(tmp_path, {"CXX": "false"})
     installed = tmp_path / "installed"
