@@ -334,10 +334,10 @@ class Reference:
             # W <- (1 - lr wd) W - lr scale U
             scale = rms(w).clamp(min=1e-3) if s.scale_parameter is True else 1.0
             if "start" in state:
-                # RMS(W) / RMS(W at the first step); a matrix that started below 1e-3 keeps lr
+                # RMS(W) / RMS(W at the first step), 2 at most; one that started below 1e-3 keeps lr
                 size, start = rms(w).clamp(min=1e-3), state["start"][e]
                 start.copy_(torch.where(start > 0, start, size))
-                scale = torch.where(start > 1e-3, size / start, 1.0)
+                scale = torch.where(start > 1e-3, (size / start).clamp(0.5, 2.0), 1.0)
             w.copy_((1 - s.lr * s.weight_decay) * w - s.lr * scale * update)
         self._write_(name, "weight", self.weights[name], weights.reshape(gradient.shape))
         if momenta is not None:

@@ -190,20 +190,19 @@ def test_scale_parameter_multiplies_the_step_by_the_rms_of_the_weight(
 def test_a_relative_lr_grows_with_a_matrix_and_not_with_a_vector() -> None:
     start, gradients = start_of(4, 8), gradients_of((4, 8), 2)
     knobs = {"lr": 0.1, "momentum": "none", "scale_parameter": "relative"}
-    for first, scale in ((start, 3.0), (1e-4 * start, 1.0)):
+    cases = ((start, 1.5, 1.5), (start, 3.0, 2.0), (start, 0.1, 0.5), (1e-4 * start, 9.0, 1.0))
+    for first, growth, scale in cases:
         grown = trained(first, gradients[:1], hadamard_bases(8, 2), **knobs)
         plain = trained(first, gradients[:1], hadamard_bases(8, 2), lr=0.1, momentum="none")
         assert_equal(grown.weights["w"], plain.weights["w"])
         size = max(1e-3, float(first.square().mean().sqrt()))
         assert_close(grown.state("w")["start"], torch.tensor([size], dtype=start.dtype))
+        later = start * growth * size / start.square().mean().sqrt()
         for each in (grown, plain):
-            each.weights["w"].copy_(start * 3 * (size / start.square().mean().sqrt()))
+            each.weights["w"].copy_(later)
             each.step({"w": gradients[1]})
-        change = [
-            each.weights["w"] - start * 3 * (size / start.square().mean().sqrt())
-            for each in (grown, plain)
-        ]
-        assert_close(change[0], scale * change[1])
+        change, expected = (each.weights["w"] - later for each in (grown, plain))
+        assert_close(change, scale * expected)
     assert "start" not in trained(start_of(9), [], hadamard_bases(8, 2), **knobs).state("w")
 
 

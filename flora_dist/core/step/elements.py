@@ -30,6 +30,8 @@ from flora_dist.core.tiles import Interval, Tile
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Floor of RMS(weight) under scale_parameter (Adafactor, arXiv 1804.04235, section 8).
 SMALLEST_SCALE = 1e-3
+# Largest and one over the least factor of a relative lr; row "default, lr relative".
+MOST_GROWN = 2.0
 LEAST_NORM = 1e-4
 """Of an update, below which it was zero but for rounding: from it none could ever grow again."""
 
@@ -127,14 +129,16 @@ def rate_of(now: Moment, weight_square_sum_H: Tensor | None, batch: Batch) -> fl
 def relative_rate_of(
     now: Moment, weight_square_sum_H: Tensor, start_H: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """Lr RMS(weight) / RMS(weight at the first step) (H,), and the latter; at least 1e-3 are both.
+    """The step size lr RMS(weight) / RMS(weight at the first step) (H,), and the latter.
 
-    A matrix that started at zero, or below 1e-3, keeps lr: its size says nothing. ``start_H`` is 0
-    before the first step.
+    The quotient stays between 1/2 and 2: without a bound weights and steps would make each other
+    larger. Sizes are at least 1e-3, and a matrix that started below keeps lr: its size says
+    nothing. ``start_H`` is 0 before the first step.
     """
     size_H = _size_of(weight_square_sum_H, batch)
     start_H = torch.where(start_H > 0, start_H, size_H)
-    return now.lr * torch.where(start_H > SMALLEST_SCALE, size_H / start_H, 1.0), start_H
+    grown_H = (size_H / start_H).clamp(1 / MOST_GROWN, MOST_GROWN)
+    return now.lr * torch.where(start_H > SMALLEST_SCALE, grown_H, 1.0), start_H
 
 
 def _size_of(weight_square_sum_H: Tensor, batch: Batch) -> Tensor:

@@ -11,6 +11,8 @@ namespace {
 
 // Floor of RMS(weight) under scale_parameter; SMALLEST_SCALE in Python.
 constexpr double kSmallestScale = 1e-3;
+// Bounds of a relative lr; MOST_GROWN in Python.
+constexpr float kMostGrown = 2;
 
 // S <- b2 S + (1-b2) (sum / count + eps)
 float moving_mean(float old, float sum, float count, const Now& now) {
@@ -174,7 +176,8 @@ float take_rate(const Plan& plan, int64_t index, const Now& now, const Clipping&
   if (start == nullptr) return now.lr * own;
   if (!(*start > 0)) *start = own;
   // A matrix that has started below the floor keeps lr: its size says nothing.
-  return *start > static_cast<float>(kSmallestScale) ? now.lr * (own / *start) : now.lr;
+  if (!(*start > static_cast<float>(kSmallestScale))) return now.lr;
+  return now.lr * std::min(kMostGrown, std::max(1 / kMostGrown, own / *start));
 }
 
 }  // namespace flora
