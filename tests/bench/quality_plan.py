@@ -66,7 +66,8 @@ class Row:
     @property
     def scales_by_weight(self) -> bool:
         """The optimizer multiplies lr by RMS(weight): its lr is relative."""
-        return self.optimizer in {"adafactor", "paper"} or "scale_parameter" in self.options
+        own = self.options.get("scale_parameter", False)
+        return self.optimizer in {"adafactor", "paper"} or own is True
 
 
 class Run(NamedTuple):

@@ -62,6 +62,13 @@ def sceptic_rows() -> tuple[Row, ...]:
             {"betas": (0.9, 0.999)},
         ),
         *_flora("default", {}, {"beta2": 0.95}, {"beta1": 0.95}),
+        *_flora("default in 8 bits", {"state_bits": 8}, {"beta2": 0.95}, {"beta1": 0.95}),
+        *_flora(
+            "default, lr relative",
+            {"scale_parameter": "relative"},
+            {"beta2": 0.95},
+            {"state_bits": 8},
+        ),
         *_flora(
             "orthogonal tiles",
             TILES,
