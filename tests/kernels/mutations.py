@@ -273,6 +273,13 @@ MUTATIONS = {
         test=STEP_ON_RECORDS,
         select="fixed",
     ),
+    "records of a momentum, whole blocks": Mutation(
+        file="whole.h",
+        old="p.counter + before / kIntegersPerCounter",
+        new="p.counter",
+        test=STEP_ON_RECORDS,
+        select="few_bits",
+    ),
 }
 
 

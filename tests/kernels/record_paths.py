@@ -61,18 +61,19 @@ def run(case: Case, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights before and after, and the state's tensors among the latter."""
     torch.manual_seed(case.seed)
     settings = dict(case.settings)
-    bits, rank, norm = (settings.pop(key) for key in ("gradient_bits", "gradient_rank", "max_norm"))
+    keys = ("gradient_bits", "gradient_rank", "max_norm")
+    bits, rank, norm = (settings.pop(key, None) for key in keys)
     model = nn.ParameterDict(
         {f"p{i}": (0.02 * torch.randn(shape)).to(case.dtype) for i, shape in enumerate(case.shapes)}
     )
     weights = dict(model.named_parameters())
     start = {key: weight.detach().clone() for key, weight in weights.items()}
     optimizer = Flora(weights.items(), **settings)
-    flora_dist.attach(model, optimizer, "compressed", gradient_bits=bits, gradient_rank=rank)
-    assert isinstance(optimizer.gradients, Gradients)
+    if bits is not None:
+        flora_dist.attach(model, optimizer, "compressed", gradient_bits=bits, gradient_rank=rank)
     for _ in range(STEPS):
         with path("torch"):
-            _add(optimizer.gradients, weights)
+            _add(optimizer, weights)
         with path(name):
             if norm is not None:
                 optimizer.clip_grad_norm_(norm)
@@ -85,11 +86,14 @@ def run(case: Case, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return start, found
 
 
-def _add(gradients: Gradients, weights: dict[str, nn.Parameter]) -> None:
+def _add(optimizer: Flora, weights: dict[str, nn.Parameter]) -> None:
+    gradients = optimizer.gradients
+    flows = gradients.flows if isinstance(gradients, Gradients) else {}
     for _ in range(MICRO_BATCHES):
         for key, weight in weights.items():
             gradient = torch.randn_like(weight)
-            if (flow := gradients.flows.get(key)) is not None:
+            if (flow := flows.get(key)) is not None:
+                assert isinstance(gradients, Gradients)
                 gradients.take(flow, gradient)
             else:
                 weight.grad = gradient

@@ -271,12 +271,14 @@ void finish_rule(const Plan& plan, int64_t index, const Gradients& given, const 
   }
   if constexpr (kRule != kSubspace && kRule != kApollo) {  // which keep two moments
     if (options.squares == nullptr && steps_whole(size, tile, given, basis, fresh)) {
-      const int64_t key = options.weight_keys == nullptr ? 0 : options.weight_keys[tile.member];
+      const auto key_of = [&](const int64_t* keys) {
+        return keys == nullptr ? 0 : static_cast<uint64_t>(keys[tile.member]);
+      };
       const char* own = reinterpret_cast<const char*>(given.addresses[tile.member]);
       own += (size.weight_dtype == kFloat32 ? 4 : 2) * tile.gradient;
       return finish_tile<kRule>({size, tile, now, fresh.fast, own, settled.rows + tile.new_row,
                                  settled.factor + tile.matrix * size.num_columns, factor, rate,
-                                 static_cast<uint64_t>(key), room});
+                                 key_of(options.weight_keys), key_of(options.momentum_keys), room});
     }
   }
   const Update update = {size, tile, basis, now, settled, options, room, old, fresh, factor};

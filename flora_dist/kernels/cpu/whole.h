@@ -75,7 +75,50 @@ struct Whole {
   float input;                 // what X is scaled by
   float rate;
   uint64_t key;                // of the rounding bits
+  uint64_t momentum_key;
   const Room& room;
+};
+
+// The momentum of some blocks of a tile as fp32: where it lies, or from records and back, a chunk of numbers at a
+// time.
+struct Page {
+  float* numbers;
+  int64_t first, stop;         // blocks of the tile
+  int64_t last, together;
+  uint8_t* records;            // of the tile; null where it is fp32
+  Code code;
+  uint64_t key, counter;       // of the rounding bits of the tile's first number
+  RecordRoom room;
+
+  FLORA_INLINE Page of(const Whole& w, int64_t blocks) {
+    Page page = {reinterpret_cast<float*>(w.tile.momentum), 0, blocks, blocks, blocks, nullptr, {}, 0, 0, {}};
+    if (w.size.momentum_dtype == kFloat32) return page;
+    page.code = momentum_code(w.size);
+    page.room = RecordRoom::in(w.room.rounding, page.code);
+    page.numbers = page.room.numbers;
+    page.stop = 0;
+    page.together = blocks_together(page.code.room);
+    page.records = reinterpret_cast<uint8_t*>(w.tile.momentum);
+    page.key = w.momentum_key;
+    page.counter = static_cast<uint64_t>(w.tile.line) * (w.size.num_columns / w.size.block) * w.size.rank / kIntegersPerCounter;
+    return page;
+  }
+
+  // Rounds what has been advanced, with the bits of its place in the whole parameter.
+  FLORA_CALLED void write(const Page& p) {
+    const int64_t blocks = p.stop - p.first, before = p.first * p.code.numbers;
+    if (p.records == nullptr || blocks == 0) return;
+    philox(p.key, p.counter + before / kIntegersPerCounter, blocks * p.code.numbers / kIntegersPerCounter, 0,
+           reinterpret_cast<uint32_t*>(p.room.bits));
+    round_records(p.code, p.records + p.first * p.code.bytes, p.numbers, blocks, p.room.bits, p.room);
+  }
+
+  FLORA_CALLED void turn(Page& p) {
+    write(p);
+    p.first = p.stop;
+    p.stop = smaller(p.first + p.together, p.last);
+    read_records(p.code, p.numbers, p.records + p.first * p.code.bytes, p.stop - p.first, p.code.numbers);
+  }
 };
 
 // Reads one block and advances its momentum; x is left with signs.
@@ -125,7 +168,7 @@ FLORA_CALLED void finish_whole(const Whole& given) {
   const float keep = kept_of(kRule, w.now);
   const auto* gradient = static_cast<const Element*>(w.gradient);
   auto* weights = reinterpret_cast<Element*>(tile.weight);
-  auto* momentum = reinterpret_cast<float*>(tile.momentum);
+  Page page = Page::of(w, blocks);
   auto* state = reinterpret_cast<float*>(tile.row);
   float* signed_factor = w.room.lines[0];
   alignas(64) float signed_rate[kBlock];
@@ -137,6 +180,8 @@ FLORA_CALLED void finish_whole(const Whole& given) {
   float row = 0;
   for (int64_t start = 0; start < blocks; start += kGroup) {
     const int64_t count = smaller(kGroup, blocks - start);
+    if (start == page.stop) Page::turn(page);
+    float* momentum = page.numbers + (start - page.first) * rank;
     const Element* g = gradient + start * kBlock;
     Element* own = weights + start * kBlock;
     for (int64_t b = 0; b < count; b++, k++) {
@@ -148,7 +193,7 @@ FLORA_CALLED void finish_whole(const Whole& given) {
       }
       prefetch<kBlock * sizeof(Element)>(own + b * kBlock);
       take_block<kBlock, kRule, Kind>(w, g + b * kBlock, signed_factor + k * kBlock, row,
-                                      momentum + (start + b) * rank, w.room.x + b * kBlock,
+                                      momentum + b * rank, w.room.x + b * kBlock,
                                       w.room.difference + b * rank);
     }
     if (Kind::kHasBits)
@@ -160,6 +205,7 @@ FLORA_CALLED void finish_whole(const Whole& given) {
                                signed_rate, bits + b * kBlock);
     }
   }
+  Page::write(page);
 }
 
 // W <- (1 - lr wd) W - rate X, without a momentum.
@@ -200,7 +246,7 @@ FLORA_INLINE bool steps_whole(const Header& size, const Tile& tile, const Gradie
                               const Sketch& fresh) {
   if (tile.is_cut || size.side != 0 || given.kind != size.weight_dtype || size.weight_dtype == kFloat16) return false;
   if (size.rule == kNone) return size.num_columns % 16 == 0;
-  return basis.move == kStays && is_plain(size, tile, fresh);
+  return basis.move == kStays && (is_plain(size, tile, fresh) || has_plain_records(size, tile, fresh));
 }
 
 template <int kRule, class Kind>
