@@ -76,7 +76,7 @@ def attach(  # noqa: PLR0913 - it names every setting: users and their editors r
         bucket_cap_mb: MiB of a message in few bits under "compressed". A bucket of parameters is
             sent when its last gradient of the last micro-batch is in, while backward goes on; all
             other micro-batches must then be in DDP's ``no_sync()`` or FSDP2's
-            ``set_requires_gradient_sync(False)``. None, or HSDP: one message, at the step.
+            ``set_requires_gradient_sync(False)``. None: one message, at the step.
 
     Returns:
         A handle: ``report()``, ``remove()``. The same one for a second call with the same

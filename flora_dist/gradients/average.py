@@ -137,9 +137,7 @@ def _cut(
     ahead: Ahead,
 ) -> list[list[int]]:
     """The parameters of one route in buckets; every rank finds the same."""
-    route = routes[indices[0]]
-    # HSDP's records go over a group of all ranks, which nobody has tried beside its reductions.
-    if not route.travels or (route.scatter is not None and route.sums):
+    if not routes[indices[0]].travels:
         return []
     mine = set(indices)
     sizes = []

@@ -23,7 +23,7 @@ def train(layout: Layout, case: SketchedCase) -> tuple[Weights, list[float]]:
     model = zoo.build(case.dtype)
     wrapped = layout.wrap(model)
     optimizer = Flora(wrapped.named_parameters(), **case.flora)
-    flora_dist.attach(
+    handle = flora_dist.attach(
         wrapped,
         optimizer,
         case.level,
@@ -37,6 +37,7 @@ def train(layout: Layout, case: SketchedCase) -> tuple[Weights, list[float]]:
     for step in range(STEPS):
         tokens = layout.share(zoo.batch(step, case.samples))
         accumulate(wrapped, tokens, case.micro_batches, case.bucket_cap_mb)
+        assert handle.gradients._is_under_way == case.is_cut
         if case.max_norm is None:
             norms.append(float(optimizer.grad_norm()))
         else:

@@ -37,6 +37,11 @@ class SketchedCase(Case):
     samples: int = SAMPLES
     max_norm: float | None = None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the model's sketches, which are less than a MiB, take several messages."""
+        return self.bucket_cap_mb is not None and self.bucket_cap_mb < 1
+
     def __str__(self) -> str:
         words = [super().__str__(), self.level, f"x{self.micro_batches} of {self.samples}"]
         if self.gradient_rank is not None:
