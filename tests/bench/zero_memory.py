@@ -8,7 +8,8 @@ Bytes of live tensors (tests/bench/memory.py) on rank 0 of 2 beyond parameters a
 matrices of 512 x 1024 in fp32 and 4 micro-batches of 4 samples, so that activations do not count;
 ratio 16, buckets of 500,000 elements. With ``--model``: what a model of configs/model holds for
 gradients after any of 4 micro-batches, on the rank that has most, sketched as by default, all 64
-numbers of a block in 4 bits, and as 4 in fp32 (tests/planner/measured.py).
+numbers of a block in 4 bits, with fewer numbers, with 2 bits, and as 4 in fp32
+(tests/planner/measured.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ from tests.planner.runs import MODELS, Case, build
 
 COLUMNS, ROWS, PAIRS, MICRO_BATCHES = 512, 1024, 4, 4
 LEVELS = ("dense", "compressed", "fused")
+KEPT = {
+    "64 x 4 bits": {"gradient_bits": 4},
+    "56 x 4 bits": {"gradient_bits": 4, "gradient_rank": 56},
+    "64 x 2 bits": {"gradient_bits": 2},
+    "4 in fp32": {"gradient_bits": 32},
+}
+"""Of a block's 64 numbers."""
 
 
 class Deep(nn.Module):
@@ -110,21 +118,20 @@ def main() -> None:
     print(f"| {asked.model} | sketched gradients and the rest | of {dense:,} bytes in fp32 |")
     print("|---|---|---|")
     for stage in stages:
-        for bits in (4, 32):
-            found = of_model(asked.model, stage, bits)
-            how = "64 x 4 bits" if bits == 4 else "4 in fp32"
+        for how, kept in KEPT.items():
+            found = of_model(asked.model, stage, kept)
             print(f"| zero-{stage}, {how} | {found:,} | {found / dense:.4f} |", flush=True)
     launched_pool_of(2).close()
 
 
-def of_model(name: str, stage: int, bits: int) -> int:
+def of_model(name: str, stage: int, kept: dict[str, int]) -> int:
     """Sketches, their matrices, what is dense, and DeepSpeed's own buffers."""
     case = Case(
         model=name,
         backend=f"zero{stage}",
         ratio=16,
         gradients="compressed",
-        gradient_bits=bits,
+        **kept,
         accumulate=MICRO_BATCHES,
     )
     found = measured(case)

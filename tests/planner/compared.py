@@ -32,7 +32,7 @@ def request_of(case: Case) -> Request:
         backend=BACKENDS[case.backend],
         flora=FloraConfig(rank=case.rank, block=BLOCK, momentum=case.momentum),
         gradients=case.gradients,
-        gradient_bits=case.gradient_bits,
+        **case.sketching(),
         micro_batch=case.micro_batch,
         sequence_length=case.sequence_length,
         accumulate=case.accumulate,

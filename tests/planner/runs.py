@@ -40,6 +40,8 @@ class Case:
     gradients: str = "dense"
     gradient_bits: int = 32
     """Below 32: of all numbers of a block, whatever the ratio."""
+    gradient_rank: int | None = None
+    """Numbers of a block that are kept of gradients, where not as above."""
     accumulate: int = 1
     micro_batch: int = 2
     sequence_length: int = 32
@@ -67,6 +69,11 @@ class Case:
     def rank(self) -> int:
         """Numbers per block."""
         return BLOCK // self.ratio
+
+    def sketching(self) -> dict[str, Any]:
+        """How many numbers of a block's gradient are kept, in how many bits."""
+        kept = {"gradient_rank": self.gradient_rank, "gradient_bits": self.gradient_bits}
+        return {name: value for name, value in kept.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
         """Of the optimizer."""
@@ -137,7 +144,7 @@ def _ddp(case: Case) -> Run:
 def _own_loop(case: Case, model: nn.Module, wrapped: nn.Module) -> Run:
     optimizer = Flora(wrapped.named_parameters(), **case.settings())
     if case.gradients != "dense":
-        flora_dist.attach(wrapped, optimizer, case.gradients, gradient_bits=case.gradient_bits)
+        flora_dist.attach(wrapped, optimizer, case.gradients, **case.sketching())
 
     def loss(tokens: Tensor, is_last: bool) -> Tensor:
         if isinstance(wrapped, FSDPModule):
@@ -177,7 +184,7 @@ def _engine(case: Case, stage: int) -> Run:
         "steps_per_print": 10**9,
     }
     if case.gradients != "dense":
-        config["flora"] = {"gradients": case.gradients, "gradient_bits": case.gradient_bits}
+        config["flora"] = {"gradients": case.gradients, **case.sketching()}
     model = case.build()
     engine, *_ = flora_dist.deepspeed.initialize(model=model, config=config)
     flora = flora_dist.deepspeed.attach(engine)
