@@ -24,7 +24,7 @@ TINY = 1e-6
         (2, 1, 4, 1, None),
         (2, 2, 4, 1, TINY),
         (3, 2, 8, 2, None),
-        (3, 3, 4, 4, None),
+        (3, 3, 4, 4, TINY),
     ],
 )
 def test_an_engine_has_the_records_of_ddp(

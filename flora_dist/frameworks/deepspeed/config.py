@@ -170,10 +170,6 @@ def check_flora_block(config: Mapping[str, Any]) -> None:
             would compute something wrong of sketched gradients.
     """
     request = gradient_request(config)
-    if request.bucket_cap_mb is not None and _value(config, "zero_optimization.stage") == 3:
-        raise refusal(
-            "bucket_cap_mb at stage 3", "nobody has tried it there. Leave it out, or use stage 2"
-        )
     if request.gradients != LEVELS[0]:
         _refuse_on(config, _REFUSED_WITH_SKETCHES)
         _check_precision(config)
