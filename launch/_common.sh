@@ -10,6 +10,10 @@ readonly STAMP=$VENV/.flora_stamp
 readonly CONSTRAINTS=launch/constraints.txt
 readonly BASE_PYTHON=${PYTHON:-python3}
 
+# We install without compiled modules, for each process to keep what it compiles: where that is forbidden, as in
+# many containers, every process compiles torch anew, ten seconds each.
+unset PYTHONDONTWRITEBYTECODE
+
 say() {
     printf '%s: %s\n' "${0##*/}" "$*"
 }
