@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,6 +170,10 @@ def _naming_the_file(
     Raises:
         ValueError: naming both; of parquet, whose bytes are no text, the column.
     """
+    log = logging.getLogger("datasets")
+    level = log.level
+    # It would tell the same mistake first, in words of its own; the exception has all that it says.
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:
@@ -182,6 +187,8 @@ def _naming_the_file(
         if bad is None:
             raise
         raise ValueError(bad) from error
+    finally:
+        log.setLevel(level)
 
 
 def _first_broken(files: Sequence[Path], kind: str) -> str | None:
@@ -191,8 +198,8 @@ def _first_broken(files: Sequence[Path], kind: str) -> str | None:
         fault = check(file) if check is not None else None
         if fault is not None:
             return (
-                f"a {kind} file must be whole; '{file}' is broken: {' '.join(fault.split())}. "
-                "Write it anew, or leave it out."
+                f"a {kind} file must be whole; '{file}' is broken: "
+                f"{' '.join(fault.split()).rstrip('.')}. Write it anew, or leave it out."
             )
     return None
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +190,12 @@ def test_a_table_that_is_not_read_by_columns_is_refused_unless_it_is_called_text
     assert len(read_corpus(DataConfig(corpus=str(path), format="text"), BYTES).train)
 
 
-def test_a_broken_file_of_several_is_named_in_one_line(tmp_path: Path) -> None:
+def test_a_broken_file_of_several_is_named_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library that reads them said it first, in a line of its own."""
+    log = logging.getLogger("datasets")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
     folder = tmp_path / "folder"
     folder.mkdir()
     jsonl(folder / "a.jsonl", [{"text": "whole"}])
@@ -203,3 +209,6 @@ def test_a_broken_file_of_several_is_named_in_one_line(tmp_path: Path) -> None:
             read_corpus(DataConfig(corpus=str(place)), BYTES)
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+        assert ".." not in str(caught.value)
+    assert caplog.records == []
+    assert log.level <= logging.WARNING
