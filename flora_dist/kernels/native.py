@@ -3,13 +3,11 @@
 
 Terms have the names, shapes and meaning that they have there: ranks may run either.
 
-Shape suffixes: H matrices that are here, S those that are summed, P parameters, N rows, M columns,
-R rank.
+Shape suffixes: H matrices that are here, S those that are summed, P parameters, M columns, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +18,7 @@ from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.kernels.inputs import Bases, Given, gradients_of, keys_of, move_of, numbers_of
 from flora_dist.kernels.tables import floats, make_table
+from flora_dist.kernels.terms import first_terms, make_terms, second_terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +70,9 @@ class NativePhases:
         self._cuts = batch.members[0].cuts
         rule, bounds = self.table.rule, batch.config.bounds_matrices
         self._asks_update = bounds and rule is not None and rule.asks_update
-        self._asks_squares = self.table.num_sums > 1
-        self._asks_cross = self.table.num_sums > 2
         self._has_sketch = batch.geometry.rank is not None and rule is not None
-        self._first_terms = list(self._terms_of_measure())
-        self._second_terms = list(self._terms_of_couple())
+        self._first_terms = list(first_terms(batch, self.table.num_sums))
+        self._second_terms = list(second_terms(batch, self.table.num_sums))
 
     @property
     def is_settled_by_one_message(self) -> bool:
@@ -84,41 +81,7 @@ class NativePhases:
 
     def make_terms(self) -> tuple[Tensor, Terms]:
         """Message 1, of zeros: a buffer, and its terms."""
-        return make_terms(self._first_terms)
-
-    def _terms_of_measure(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of message 1, in the order that the kernels write them in."""
-        batch, members = self.batch, len(self.batch.members)
-        summed, columns = members * batch.matrices_summed, batch.geometry.num_columns
-        yield "presence", (members,)
-        yield "columns", (summed, columns)
-        if self._asks_squares:
-            yield "squares", (summed, columns)
-        if self._asks_cross:
-            yield "cross", (summed, columns)
-            yield "history", (summed,)
-        if batch.config.scales_matrices:
-            yield "weight", (summed,)
-        cuts = self._cuts
-        if cuts.rows_anywhere and cuts.are_few:
-            yield "elements", (members, len(cuts.rows), columns)
-            if self._asks_cross:
-                yield "products", (members, len(cuts.rows), columns)
-        elif cuts.rows_anywhere:
-            yield "rows", (members, len(cuts.rows))
-
-    def _terms_of_couple(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        batch, members = self.batch, len(self.batch.members)
-        cuts = self._cuts
-        if cuts.are_few:
-            return
-        if cuts.rows_anywhere and self._asks_squares:
-            yield "squares", (members * batch.matrices_summed,)
-            if self._asks_cross:
-                yield "cross", (members * batch.matrices_summed,)
-        if cuts.blocks_anywhere and self._has_sketch:
-            assert batch.geometry.rank is not None
-            yield "blocks", (members, len(cuts.blocks), batch.geometry.rank)
+        return make_terms(self._first_terms, self.batch.device)
 
     def measure(self, now: Moment) -> Measured:
         """Sums of squares by column, what RMS follows from, and elements or squares of cut rows."""
@@ -200,7 +163,7 @@ class NativePhases:
     def _couple_cuts(self, now: Moment, measured: Measured, factor_HM: Tensor) -> Terms:
         if not self._second_terms:
             return {}
-        buffer, terms = make_terms(self._second_terms)
+        buffer, terms = make_terms(self._second_terms, self.batch.device)
         self._ops.couple(
             self.table.numbers,
             measured.given.numbers,
@@ -257,13 +220,3 @@ class NativePhases:
             *move_of(now.basis),
             measured.rows,
         )
-
-
-def make_terms(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Tensor, Terms]:
-    """Zeros in one buffer, and terms that lie in it one after the other."""
-    sizes = [torch.Size(shape).numel() for _, shape in shapes]
-    buffer = floats(sum(sizes)).zero_()
-    parts = torch.split(buffer, sizes)
-    return buffer, {
-        name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)
-    }

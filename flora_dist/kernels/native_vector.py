@@ -15,8 +15,8 @@ from torch import Tensor
 from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.kernels.inputs import Bases, Given, gradients_of, keys_of, numbers_of
-from flora_dist.kernels.native import make_terms
 from flora_dist.kernels.tables import make_vector_table
+from flora_dist.kernels.terms import make_terms
 
 _SUMS = 4
 """``kVectorSums``: what is clipped squared, |W|^2, and the sums of V and of |G|, by tile."""
@@ -57,7 +57,7 @@ class NativeVectorPhases:
 
     def make_terms(self) -> tuple[Tensor, Terms]:
         """Message 1, of zeros: a buffer, and its terms."""
-        return make_terms(self._terms)
+        return make_terms(self._terms, self.batch.device)
 
     def measure(self, now: Moment) -> Measured:
         """The squared norms of what is clipped, and of the weight where lr scales with it."""

@@ -55,7 +55,7 @@ RULES: dict[type[Rule] | None, int] = {
     SubspaceAdamRule: 5,
     ApolloRule: 6,
 }
-_NORMALISATIONS = {"factored": 0, "rows": 1, "columns": 2, "raw": 3}
+NORMALISATIONS = {"factored": 0, "rows": 1, "columns": 2, "raw": 3}
 
 
 def floats(*shape: int) -> Tensor:
@@ -174,7 +174,7 @@ def _joined(
         int(config.scales_vectors if is_vector else config.scales_matrices),
         int(config.clip is not None),
         *_momentum_code(size, momentum),
-        _NORMALISATIONS[kind_of(batch)],
+        NORMALISATIONS[kind_of(batch)],
         int(config.growth is not None),
         config.orthogonalise or 0,
         1 if size.rank is None else size.moments,

@@ -14,10 +14,10 @@ from torch import nn
 
 from flora_dist import Flora
 from flora_dist.core.records import Code
-from flora_dist.kernels.gpu.graph import CapturedStep
+from flora_dist.kernels.gpu.graph import CapturedStep, record_graph
 from flora_dist.kernels.gpu.recorded import add_by_torch_, add_records_by_triton_
 from flora_dist.kernels.gpu.sketches import add_sketch_
-from tests.kernels.gpu.runs import DEVICE, again, by_kernels, by_torch, record_graph, stepped
+from tests.kernels.gpu.runs import DEVICE, again, by_kernels, by_torch, stepped
 
 Shapes = Sequence[tuple[int, ...]]
 # A decoder of 22 layers of 2048 columns and an embedding of 32,000 rows: 1.1 billion elements.

@@ -18,7 +18,13 @@ STRIP_ROWS = tl.constexpr(7)
 STRIP_STRIDE = tl.constexpr(8)
 STRIP_SCRATCH = tl.constexpr(9)
 STRIP_TILE = tl.constexpr(10)
-STRIP_NUMBERS = tl.constexpr(11)
+STRIP_GIVEN = tl.constexpr(11)
+STRIP_FIRST = tl.constexpr(12)
+STRIP_WIDTH = tl.constexpr(13)
+STRIP_SLOT = tl.constexpr(14)
+STRIP_HEAD = tl.constexpr(15)
+STRIP_TAIL = tl.constexpr(16)
+STRIP_NUMBERS = tl.constexpr(17)
 
 # Of a step's scalars.
 BETA2 = tl.constexpr(0)
@@ -32,16 +38,29 @@ GAIN = tl.constexpr(7)
 CLIP = tl.constexpr(8)
 SIGN = tl.constexpr(9)
 ENTRY = tl.constexpr(10)
-DRAWN_ENTRY = tl.constexpr(11)
+GROWTH = tl.constexpr(11)
+DRAWN_ENTRY = tl.constexpr(12)
 
 # Momentum rules, and what a window does to a momentum.
 NONE = tl.constexpr(0)
 BLEND = tl.constexpr(1)
 FLORA = tl.constexpr(2)
 STRICT = tl.constexpr(3)
+ADEMAMIX = tl.constexpr(4)
 STAYS = tl.constexpr(0)
 MOVES = tl.constexpr(1)
 RESETS = tl.constexpr(2)
+
+# What a gradient is divided by, and what bounds an update.
+FACTORED = tl.constexpr(0)
+BY_ROWS = tl.constexpr(1)
+BY_COLUMNS = tl.constexpr(2)
+UNBOUNDED = tl.constexpr(0)
+CLIPPED = tl.constexpr(1)
+GROWING = tl.constexpr(2)
+UNSCALED = tl.constexpr(0)
+BY_SIZE = tl.constexpr(1)
+BY_GROWTH = tl.constexpr(2)
 
 # Triton's interpreter takes the patterns of bfloat16 for integers where it multiplies matrices.
 OPERAND = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
@@ -59,7 +78,7 @@ def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def gradient_of(strip, given, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Where a strip's rows of the gradient begin."""
-    start = pointer(tl.load(given + tl.load(strip + STRIP_MEMBER)), DTYPE, ALIGNED)
+    start = pointer(tl.load(given + tl.load(strip + STRIP_GIVEN)), DTYPE, ALIGNED)
     before = tl.load(strip + STRIP_GRADIENT)
     if ALIGNED:
         before = tl.multiple_of(before, 8)
@@ -67,9 +86,36 @@ def gradient_of(strip, given, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def columns_of(strip, ALIGNED: tl.constexpr):
+    """First column and width of a strip of cut rows."""
+    first = tl.load(strip + STRIP_FIRST).to(tl.int32)
+    width = tl.load(strip + STRIP_WIDTH).to(tl.int32)
+    if ALIGNED:
+        first, width = tl.multiple_of(first, 16), tl.multiple_of(width, 16)
+    return first, width
+
+
+@triton.jit
+def slot_of(strip, block, blocks):
+    """Place of a block's first row among the cut blocks; below 0 where the block is whole.
+
+    ``block``: of the ``blocks`` that the strip touches.
+    """
+    slot = tl.where(block == 0, tl.load(strip + STRIP_HEAD), -1)
+    is_tail = (block > 0) & (block == blocks - 1)
+    return tl.where(is_tail, tl.load(strip + STRIP_TAIL), slot)
+
+
+@triton.jit
 def loaded(places, inside):
     """Elements as float32, zeros outside."""
     return tl.load(places, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_scale(row, NORMALISE: tl.constexpr):
+    """What rows are multiplied by, from their R."""
+    return tl.full(row.shape, 1.0, tl.float32) if NORMALISE == BY_COLUMNS else tl.rsqrt(row)
 
 
 @triton.jit

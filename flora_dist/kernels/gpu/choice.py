@@ -17,7 +17,6 @@ from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.batch import Batch, Phases
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.kernels.gpu.cover import (
-    CUT_ROWS,
     LARGEST_RANK,
     are_sizes_covered,
     why_not,
@@ -43,7 +42,6 @@ def gpu_phases_of(batch: Batch, gradient: Gradient) -> Phases | None:
         raise RuntimeError(f"{VARIABLE}=triton asks for kernels on CUDA tensors: {reason}")
     if why_not(batch, gradient):
         return None
-    assert gradient is not None
     # Here, since torch's operators need no trial.
     from flora_dist.kernels.gpu.self_check import is_sound
 
@@ -108,7 +106,4 @@ def _why_not_slot(slot: Trainable) -> str:
     # How many numbers stand for a block of a gradient, a slot does not know: as many at the most.
     if slot.level != LEVELS[0] and not are_sizes_covered(size.block, size.block):
         return f"sketched gradients where over {LARGEST_RANK} of {size.block} numbers are kept"
-    reason = why_not_of(size, slot.config, slot.tensor.dtype)
-    if not reason and not size.is_vector and slot.part.cuts(size.block).rows_anywhere:
-        reason = CUT_ROWS
-    return reason
+    return why_not_of(size, slot.config, slot.tensor.dtype)

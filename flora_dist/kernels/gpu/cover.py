@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from flora_dist.core.state.settings import RELATIVE, FloraConfig
+from flora_dist.core.state.settings import TWO_MOMENTS, FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
-from flora_dist.core.step.momentum_rules import BlendRule, FloraRule, FloraStrictRule, rule_of
-from flora_dist.kernels.tables import DTYPES
+from flora_dist.core.step.momentum_rules import rule_of
+from flora_dist.kernels.tables import DTYPES, RULES
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 """Below, products have no instruction; above, a block does not fit in a program's registers."""
@@ -23,14 +21,9 @@ MOST_MATRICES = 65535
 
 def why_not(batch: Batch, gradient: Gradient) -> str:
     """Why a batch takes torch's operators; empty where the kernels step it."""
-    if gradient is None:
-        return "no gradient here"
     if isinstance(gradient, SketchedGradient) and (what := _why_not_sketched(batch, gradient)):
         return what
-    first = batch.members[0]
-    reason = why_not_of(batch.geometry, batch.config, first.weight.dtype)
-    if not reason and not batch.geometry.is_vector and first.cuts.rows_anywhere:
-        reason = CUT_ROWS
+    reason = why_not_of(batch.geometry, batch.config, batch.members[0].weight.dtype)
     if len(batch.members) * max(1, batch.matrices_here) > MOST_MATRICES:
         reason = f"more than {MOST_MATRICES:,} matrices of one shape"
     return reason or _why_not_there(batch)
@@ -38,9 +31,8 @@ def why_not(batch: Batch, gradient: Gradient) -> str:
 
 def _why_not_sketched(batch: Batch, gradient: SketchedGradient) -> str:
     rank, block = gradient.sketch_ERB.shape[1:]
-    if len(gradient.tiles) != 1:
-        return "sketched gradients of several stretches of rows"
-    if gradient.sketch_ERB.dtype != torch.float32 or gradient.tiles[0].dtype != torch.float32:
+    dtypes = {gradient.sketch_ERB.dtype, *(tile.dtype for tile in gradient.tiles)}
+    if dtypes != {torch.float32}:
         return f"sketched gradients in {gradient.sketch_ERB.dtype}"
     if batch.sketches is not None and block != batch.geometry.block:
         return f"sketched gradients in blocks of {block}"
@@ -55,33 +47,18 @@ def are_sizes_covered(rank: int, block: int) -> bool:
     return is_block and rank <= LARGEST_RANK
 
 
-CUT_ROWS = "rows that several ranks hold pieces of"
-
-
 def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
     """The same of a parameter's shape and settings."""
     rule = rule_of(config, size)
-    if rule is not None and not isinstance(rule, BlendRule | FloraRule | FloraStrictRule):
+    if rule is not None and (type(rule) not in RULES or config.momentum in TWO_MOMENTS):
         return f"momentum={config.momentum!r}"
-    if not size.is_vector and (beyond := next(_beyond(config), "")):
-        return beyond
+    if not size.is_vector and config.orthogonalise is not None:
+        return f"orthogonalise={config.orthogonalise}"
     if arithmetic_dtype(dtype) != torch.float32 or dtype not in DTYPES:
         return str(dtype)
     if rule is None or size.rank is None or are_sizes_covered(size.rank, size.block):
         return ""
     return f"rank {size.rank} per block of {size.block}"
-
-
-def _beyond(config: FloraConfig) -> Iterator[str]:
-    """Settings that step matrices by torch's operators, as they are written."""
-    if config.orthogonalise is not None:
-        yield f"orthogonalise={config.orthogonalise}"
-    if config.growth is not None:
-        yield f"growth={config.growth}"
-    if config.scale_parameter == RELATIVE:
-        yield f"scale_parameter={RELATIVE!r}"
-    if config.normalise != "factored":
-        yield f"normalise={config.normalise!r}"
 
 
 def _why_not_there(batch: Batch) -> str:

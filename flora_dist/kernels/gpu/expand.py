@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How kernels read a block of a gradient that is known by its sketches: G = C A, in registers.
 
-C is kept in few bits, in bfloat16 or in float32; A is that of the step. Rows are whole, and blocks
-are those of the kernel's tiles.
+C is kept in few bits, in bfloat16 or in float32; A is that of the step. Blocks are those of the
+kernel's tiles, and whole also where rows are cut.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import triton.language as tl
 
 from flora_dist.kernels.gpu.access import (
     DRAWN_ENTRY,
+    STRIP_GIVEN,
     STRIP_GRADIENT,
     STRIP_MATRIX,
-    STRIP_MEMBER,
     loaded,
     pointer,
     product,
@@ -37,69 +37,39 @@ def drawn_of(
 
 @triton.jit
 def block_of(
-    strip,
-    given,
-    multipliers,
-    numbers,
-    table,
+    source,
     places,
-    a,
-    rows,
     inside,
     block,
-    num_columns,
     BITS: tl.constexpr,
     DRAWN: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Elements (rows, WIDTH) of a block of a gradient, zeros outside: dense ones at ``places``."""
-    if BITS == 0:
-        g = loaded(places, inside)
-    else:
-        g = _expanded(
-            strip,
-            given,
-            multipliers,
-            numbers,
-            table,
-            a,
-            rows,
-            inside,
-            block,
-            num_columns,
-            BITS,
-            DRAWN,
-            PADDED,
-        )
-    return g
+    """Elements (rows, WIDTH) of a block of a gradient, zeros outside: dense ones at ``places``.
+
+    ``source``: strip, given, multipliers, numbers, table, A (``drawn_of``), rows, columns and
+    blocks of a row that are here. ``block``: of these.
+    """
+    return (
+        loaded(places, inside)
+        if BITS == 0
+        else _expanded(source, inside, block, BITS, DRAWN, PADDED)
+    )
 
 
 @triton.jit
-def _expanded(
-    strip,
-    given,
-    multipliers,
-    numbers,
-    table,
-    a,
-    rows,
-    inside,
-    block,
-    num_columns,
-    BITS: tl.constexpr,
-    DRAWN: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+def _expanded(source, inside, block, BITS: tl.constexpr, DRAWN: tl.constexpr, PADDED: tl.constexpr):
     """Elements (rows, WIDTH) of a block, zeros outside of the matrix.
 
-    ``multipliers``: by member, addresses of what C is multiplied by; 0: nothing is.
+    ``multipliers``: addresses of what C is multiplied by; 0: nothing is.
     """
-    member = tl.load(strip + STRIP_MEMBER)
+    strip, given, multipliers, numbers, table, a, rows, width, blocks = source
+    which = tl.load(strip + STRIP_GIVEN)
     is_row = tl.max(inside.to(tl.int32), 1) > 0
-    line = tl.load(strip + STRIP_GRADIENT) // num_columns + rows
+    line = tl.load(strip + STRIP_GRADIENT) // width + rows
     ranks = tl.arange(0, PADDED)
-    address = tl.load(given + member)
-    place = line * tl.cdiv(num_columns, inside.shape[1]) + block
+    address = tl.load(given + which)
+    place = line * blocks + block
     if BITS < 16:
         start = pointer(address, tl.uint8, False)
         octets: tl.constexpr = (DRAWN * BITS + 7) // 8 + 2
@@ -111,7 +81,7 @@ def _expanded(
             start = pointer(address, tl.float32, False)
         is_kept = is_row[:, None] & (ranks < DRAWN)[None, :]
         c = loaded(start + place[:, None] * DRAWN + ranks[None, :], is_kept)
-    other = tl.load(multipliers + member)
+    other = tl.load(multipliers + which)
     factor = tl.load(pointer(other, tl.float32, False), mask=other != 0, other=1.0)
     scale = factor * tl.load(numbers + DRAWN_ENTRY)
     return tl.where(inside, product(c, a) * scale, 0.0)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from flora_dist.kernels.gpu.access import (
+    ADEMAMIX,
     BETA1,
     BLEND,
     ENTRY,
@@ -33,11 +34,14 @@ from flora_dist.kernels.gpu.access import (
     STRIP_SCRATCH,
     STRIP_STRIDE,
     STRIP_WEIGHT,
+    columns_of,
     gradient_of,
     loaded,
     pointer,
     product,
+    row_scale,
     sketch_of,
+    slot_of,
 )
 from flora_dist.kernels.gpu.codes import decoded, record_of, rounded_codes, stored
 from flora_dist.kernels.gpu.expand import block_of, drawn_of
@@ -52,6 +56,7 @@ FINISH_TALLIES = 1
 def finish(
     strips,
     given,
+    keys,
     numbers,
     old,
     new,
@@ -62,6 +67,7 @@ def finish(
     values,
     rows_in,
     factors,
+    cut_blocks,
     scales,
     singles,
     members,
@@ -76,10 +82,12 @@ def finish(
     WINDOW: tl.constexpr,
     TALLIES: tl.constexpr,
     ROUNDS: tl.constexpr,
+    CUT: tl.constexpr,
     BITS: tl.constexpr,
     DRAWN: tl.constexpr,
     DRAWN_PADDED: tl.constexpr,
     KEPT: tl.constexpr,
+    NORMALISE: tl.constexpr,
     GRADIENT: tl.constexpr,
     WEIGHT: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -89,8 +97,9 @@ def finish(
 
     ``old``, ``new``: A (matrices, RANK, WIDTH) before and after the step. ``move``: (matrices,
     RANK, RANK), s A_old A_new^T. ``scales``: (matrices, 2), of X and of the step. ``singles``:
-    (rows, groups of blocks). ``members``: how many, for the places of the keys in ``given``. BITS:
-    of a gradient's sketches, in ``drawn``; 0: it is dense. KEPT: of a momentum in few bits, else 0.
+    (rows, groups of blocks). ``members``: how many, for the places of the ``keys``. CUT: rows are,
+    and ``cut_blocks`` has whole sketches of cut blocks. BITS: of a gradient's sketches, in
+    ``drawn``; 0: it is dense. KEPT: of a momentum in few bits, else 0.
     """
     strip = strips + tl.program_id(2) * STRIP_NUMBERS
     count = tl.load(strip + STRIP_ROWS).to(tl.int32)
@@ -100,60 +109,65 @@ def finish(
         rows = first + tl.arange(0, ROWS)
         is_row = rows < count
         row = tl.load(rows_in + tl.load(strip + STRIP_SCRATCH) + rows, mask=is_row, other=1.0)
-        x_scale = tl.load(scales + 2 * matrix) * tl.load(numbers + SIGN) * tl.rsqrt(row)
+        x_scale = tl.load(scales + 2 * matrix) * tl.load(numbers + SIGN)
+        x_scale = x_scale * row_scale(row, NORMALISE)
         rate, keep = tl.load(scales + 2 * matrix + 1), tl.load(numbers + KEEP)
         gradient = gradient_of(strip, given, GRADIENT, ALIGNED)
         weight = pointer(tl.load(strip + STRIP_WEIGHT), WEIGHT, ALIGNED)
         lines = tl.load(strip + STRIP_LINE) + rows
-        keys = given + members + tl.load(strip + STRIP_MEMBER)
-        down = tl.arange(0, ROWS)[:, None] * num_columns + tl.arange(0, WIDTH)[None, :]
-        before = first.to(tl.int64) * num_columns
+        keys += tl.load(strip + STRIP_MEMBER)
+        # Of a row that is here: its columns, and the blocks that they touch, the first of a row's.
+        left, width, touched, blocks = 0, num_columns, 0, num_blocks
+        if CUT:
+            left, width = columns_of(strip, ALIGNED)
+            touched = left // WIDTH
+            blocks = tl.cdiv(left + width, WIDTH) - touched
+        down = tl.arange(0, ROWS)[:, None] * width + tl.arange(0, WIDTH)[None, :]
+        before = first.to(tl.int64) * width + (touched * WIDTH - left)
         new_a, old_a, step = _matrices(old, new, move, matrix, RULE, RANK, PADDED, WIDTH, WINDOW)
         gradient_a = drawn_of(strip, drawn, BITS, DRAWN, DRAWN_PADDED, WIDTH)
+        source = (strip, given, multipliers, numbers, table, gradient_a, rows, width, blocks)
         size = tl.zeros((ROWS,), tl.float32)
         start = tl.program_id(1) * GROUP
-        for block in range(start, min(start + GROUP, num_blocks)):
-            columns = block * WIDTH + tl.arange(0, WIDTH)
+        for block in range(start, min(start + GROUP, blocks)):
+            columns = (touched + block) * WIDTH + tl.arange(0, WIDTH)
             is_column = columns < num_columns
+            if CUT:
+                is_column = (columns >= left) & (columns < left + width)
             inside = is_row[:, None] & is_column[None, :]
             places = before + (block * WIDTH + down)
             # X = G / sqrt(R C / mean(R)), times the clip where X is what is clipped
             factor = tl.load(factors + matrix * num_columns + columns, mask=is_column, other=0.0)
-            g = block_of(
-                strip,
-                given,
-                multipliers,
-                numbers,
-                table,
-                gradient + places,
-                gradient_a,
-                rows,
-                inside,
-                block,
-                num_columns,
-                BITS,
-                DRAWN,
-                DRAWN_PADDED,
-            )
+            g = block_of(source, gradient + places, inside, block, BITS, DRAWN, DRAWN_PADDED)
             u = g * x_scale[:, None] * factor[None, :]
             if RULE != NONE and RANK == 0:
                 momentum, inside_m = (
-                    _momentum_places(strip, rows, columns, MOMENTUM, ALIGNED),
+                    _momentum_places(strip, rows, columns - left, MOMENTUM, ALIGNED),
                     inside,
                 )
-                # A = I: U = M <- b M + (1-b) X
+                # A = I: M <- b M + (1-b) X, and U = M, or X + gain M
                 made = _advanced(numbers, loaded(momentum, inside), u)
-                u, kept, per_row = made, columns, num_columns
+                if RULE == ADEMAMIX:
+                    u += tl.load(numbers + GAIN) * made
+                else:
+                    u = made
+                kept, per_row = columns, num_columns
             elif RULE != NONE:
-                kept, per_row = block * RANK + tl.arange(0, PADDED), num_blocks * RANK
+                own = block * RANK + tl.arange(0, PADDED)
+                kept, per_row = touched * RANK + own, num_blocks * RANK
                 inside_m = is_row[:, None] & (tl.arange(0, PADDED) < RANK)[None, :]
                 if KEPT == 0:
-                    momentum = _momentum_places(strip, rows, kept, MOMENTUM, ALIGNED)
+                    momentum = _momentum_places(strip, rows, own, MOMENTUM, ALIGNED)
                     m = loaded(momentum, inside_m)
                 else:
                     momentum = record_of(strip, rows, block, KEPT, RANK)
                     m = decoded(momentum, is_row, values, KEPT, RANK, PADDED)
-                u, made = _sketched(numbers, u, m, new_a, old_a, step, RULE, WINDOW)
+                c = tl.load(numbers + ENTRY) * product(u, tl.trans(new_a))
+                if CUT:
+                    x_factor = tl.load(scales + 2 * matrix)
+                    slot = slot_of(strip, block, blocks)
+                    c = _whole(cut_blocks, slot, c, rows, inside_m, x_factor, RANK, PADDED)
+                u, made = _sketched(numbers, u, c, m, new_a, old_a, step, RULE, WINDOW)
             if TALLIES:
                 size += tl.sum(tl.where(inside, u * u, 0.0), 1)
             else:
@@ -180,7 +194,7 @@ def finish(
                     w,
                     inside,
                     lines,
-                    block * WIDTH,
+                    (touched + block) * WIDTH,
                     keys,
                     num_columns,
                     WIDTH,
@@ -241,10 +255,17 @@ def _advanced(numbers, m, x):
 
 
 @triton.jit
-def _sketched(numbers, x, m, new_a, old_a, step, RULE: tl.constexpr, WINDOW: tl.constexpr):
-    """U of a block from X and the stored M, and the new M."""
+def _whole(cut_blocks, slot, c, rows, inside, x_factor, RANK: tl.constexpr, PADDED: tl.constexpr):
+    """C of a block; of a cut one what all ranks together have of it, times the factor of X."""
+    places = (slot + rows)[:, None] * RANK + tl.arange(0, PADDED)[None, :]
+    found = loaded(cut_blocks + places, inside & (slot >= 0))
+    return tl.where(slot >= 0, found * x_factor, c)
+
+
+@triton.jit
+def _sketched(numbers, x, c, m, new_a, old_a, step, RULE: tl.constexpr, WINDOW: tl.constexpr):
+    """U of a block from X, its sketch and the stored M, and the new M."""
     entry = tl.load(numbers + ENTRY)
-    c = entry * product(x, tl.trans(new_a))
     moved = m
     if WINDOW == MOVES:
         moved = tl.dot(m, step, input_precision="tf32x3")
@@ -255,6 +276,9 @@ def _sketched(numbers, x, m, new_a, old_a, step, RULE: tl.constexpr, WINDOW: tl.
     if RULE == BLEND:
         # U = X + gain (rank/block) (M - c) A_new
         u = x + product(tl.load(numbers + GAIN) * entry * (made - c), new_a)
+    elif RULE == ADEMAMIX:
+        # U = X + gain (rank/block) M A_new
+        u = x + product(tl.load(numbers + GAIN) * entry * made, new_a)
     elif RULE == FLORA:
         # U = (1-b) X + b M A_old
         u = _advanced(numbers, entry * product(m, old_a), x)

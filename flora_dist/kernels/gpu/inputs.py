@@ -24,7 +24,7 @@ from flora_dist.kernels.gpu.access import KEEP, LR
 from flora_dist.kernels.gpu.tables import is_aligned
 from flora_dist.kernels.inputs import keys_of
 
-_SCALARS = 12
+_SCALARS = 14
 _RESETS, _MOVES, _STAYS = 2, 1, 0
 
 
@@ -36,6 +36,8 @@ class Given:
     """Of the gradients."""
     is_aligned: bool
     """Whether each begins at a multiple of 16 bytes."""
+    addresses: Sequence[int]
+    """By member and tile."""
     kept: Sequence[Tensor]
     """What must outlive the addresses."""
     drawn: Drawn
@@ -54,7 +56,7 @@ class Drawn:
     rank: int
     entry: float
     multipliers: Sequence[Tensor | None]
-    """Of each member's numbers, (); None: nothing."""
+    """Of each tile's numbers, (), by member; none of dense gradients. None: nothing."""
 
 
 class Inputs:
@@ -62,40 +64,42 @@ class Inputs:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
-        self._members = len(batch.members)
-        count = 4 * self._members + _SCALARS // 2
-        self.addresses = torch.zeros(count, dtype=torch.int64, device=batch.device)
-        """By member: of gradients; keys of a weight's rounding bits; keys of a momentum's; of what
-        sketches of gradients are multiplied by."""
-        self.multipliers = self.addresses[3 * self._members : 4 * self._members]
-        self.scalars = self.addresses[4 * self._members :].view(torch.float32)
+        members = len(batch.members)
+        tiles = members * len(_offsets(batch))
+        self._all = torch.zeros(
+            2 * tiles + 2 * members + _SCALARS // 2, dtype=torch.int64, device=batch.device
+        )
+        self.addresses, self.multipliers, self.keys, scalars = torch.split(
+            self._all, [tiles, tiles, 2 * members, _SCALARS // 2]
+        )
+        """Of gradients, and of what their sketches are multiplied by, by member and tile; keys of
+        the rounding bits of each member's weight, then of its momentum."""
+        self.scalars = scalars.view(torch.float32)
         """As ``access.py`` numbers them."""
 
     def write(self, now: Moment) -> Given:
         """Send a step's numbers, behind what the device still does with the last ones."""
         given = self._gradients(now)
-        keys = keys_of(self._batch, now) or [0] * (2 * self._members)
         host = torch.empty(
-            self.addresses.shape, dtype=torch.int64, pin_memory=self._batch.device.type == "cuda"
+            self._all.shape, dtype=torch.int64, pin_memory=self._batch.device.type == "cuda"
         )
-        factors = given.drawn.multipliers
-        whole = [*(each.data_ptr() for each in given.kept), *keys]
-        whole += [0 if each is None else each.data_ptr() for each in factors]
+        factors = given.drawn.multipliers or [None for _ in given.addresses]
+        whole = [*given.addresses, *(0 if each is None else each.data_ptr() for each in factors)]
+        whole += keys_of(self._batch, now) or [0 for _ in range(len(self.keys))]
         host[: len(whole)] = torch.tensor(whole, dtype=torch.int64)
         host[len(whole) :].view(torch.float32).copy_(
-            torch.tensor([*self._scalars(now), given.drawn.entry])
+            torch.tensor([*self._scalars(now), given.drawn.entry, 0.0])  # up to an even number
         )
-        self.addresses.copy_(host, non_blocking=True)
+        self._all.copy_(host, non_blocking=True)
         self._write_rates(now)
         return given
 
     def _scalars(self, now: Moment) -> list[float]:
         config, size = self._batch.config, self._batch.geometry
         eps = max(config.eps, VECTOR_EPS) if size.is_vector else config.eps
-        gain, entry = 1.0, 1.0
+        entry = 1.0
         if size.rank is not None:
             entry = entry_scale(config.sketch, rank=size.rank)
-            gain = config.gain_at(size.block / size.rank) * now.basis.gain
         lr, keep = 0.0, 1.0
         if not isinstance(now.lr, Tensor) and not isinstance(now.weight_decay, Tensor):
             lr, keep = now.lr, 1 - now.lr * now.weight_decay
@@ -107,10 +111,11 @@ class Inputs:
             eps,
             config.beta1,
             1 - config.beta1,
-            gain,
+            self._batch.gain * now.basis.gain,
             config.clip or 1.0,
             self._batch.sign,
             entry,
+            config.growth or 1.0,
         ]
 
     def _write_rates(self, now: Moment) -> None:
@@ -122,13 +127,19 @@ class Inputs:
 
     def _gradients(self, now: Moment) -> Given:
         sketched = [each for each in now.gradients if isinstance(each, SketchedGradient)]
-        return _sketched(self._batch, sketched) if sketched else _dense(now)
+        return _sketched(self._batch, sketched) if sketched else _dense(self._batch, now)
 
 
-def _dense(now: Moment) -> Given:
-    """What kernels cannot read as it is becomes fp32 and contiguous."""
+def _offsets(batch: Batch) -> list[int]:
+    """Where each tile of a member begins among its elements; vectors have one, if only empty."""
+    return [offset for offset, _ in batch.sources] or [0]
+
+
+def _dense(batch: Batch, now: Moment) -> Given:
+    """What kernels cannot read as it is becomes fp32 and contiguous; a missing one counts as 0."""
     found = [each for each in now.gradients if isinstance(each, Tensor)]
-    assert len(found) == len(now.gradients), "the choice leaves other gradients to torch"
+    if now.is_missing:
+        found = [torch.zeros_like(member.weight) for member in batch.members]
     dtype = found[0].dtype
     if any(each.dtype != dtype for each in found) or dtype == torch.float64:
         dtype = torch.float32
@@ -139,20 +150,30 @@ def _dense(now: Moment) -> Given:
         bits=0,
         rank=0,
         entry=1.0,
-        multipliers=[None for _ in kept],
+        multipliers=(),
     )
-    aligned = is_aligned([each.data_ptr() for each in kept])
-    return Given(dtype=dtype, is_aligned=aligned, kept=kept, drawn=drawn)
+    addresses = [
+        each.data_ptr() + offset * each.element_size()
+        for each in kept
+        for offset in _offsets(batch)
+    ]
+    return Given(
+        dtype=dtype,
+        is_aligned=is_aligned(addresses),
+        addresses=addresses,
+        kept=kept,
+        drawn=drawn,
+    )
 
 
 def _sketched(batch: Batch, found: Sequence[SketchedGradient]) -> Given:
     """Sketches as they are kept, and their matrices in the order of the batch's."""
     assert len(found) == len(batch.members), "a step's gradients are all sketched, or none is"
-    tiles = [each.tiles[0] for each in found]
+    tiles = [tile for each in found for tile in each.tiles]
     records = [each for each in tiles if isinstance(each, Records)]
     bits = records[0].code.bits if records else FULL_BITS
     kept = [(each.octets if isinstance(each, Records) else each).contiguous() for each in tiles]
-    rank, device = found[0].sketch_ERB.shape[1], kept[0].device
+    rank = found[0].sketch_ERB.shape[1]
     entry = entry_scale(batch.config.sketch, rank=rank)
     first, last = batch.members[0].matrices
     units = [
@@ -160,13 +181,19 @@ def _sketched(batch: Batch, found: Sequence[SketchedGradient]) -> Given:
     ]
     drawn = Drawn(
         units=(torch.cat(units) / entry).to(torch.bfloat16),
-        table=value_table(bits if bits in FEW_BITS else 1, torch.float32, device),
+        table=value_table(bits if bits in FEW_BITS else 1, torch.float32, batch.device),
         bits=bits,
         rank=rank,
         entry=entry,
         multipliers=[each.factor if isinstance(each, Records) else None for each in tiles],
     )
-    return Given(dtype=torch.float32, is_aligned=False, kept=kept, drawn=drawn)
+    return Given(
+        dtype=torch.float32,
+        is_aligned=False,
+        addresses=[each.data_ptr() for each in kept],
+        kept=kept,
+        drawn=drawn,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

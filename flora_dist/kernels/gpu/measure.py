@@ -15,6 +15,7 @@ import triton.language as tl
 
 from flora_dist.kernels.gpu.access import (
     BETA2,
+    BY_COLUMNS,
     ENTRY,
     EPS,
     FRESH,
@@ -32,6 +33,7 @@ from flora_dist.kernels.gpu.access import (
     loaded,
     pointer,
     product,
+    row_scale,
     sketch_of,
 )
 from flora_dist.kernels.gpu.codes import decoded, record_of
@@ -50,6 +52,7 @@ def measure_rows(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
+    NORMALISE: tl.constexpr,
     GRADIENT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -74,7 +77,7 @@ def measure_rows(
             row = _new_row(strip, numbers, rows_out, rows, is_row, tl.sum(square, 1) / num_columns)
             plain += tl.sum(square, 0)
             if SUMS > 1:
-                weighted += tl.sum(square * tl.where(is_row, 1.0 / row, 0.0)[:, None], 0)
+                weighted += tl.sum(square * _weights(row, is_row, NORMALISE)[:, None], 0)
         tile = tl.load(strip + STRIP_TILE) + tl.program_id(0)
         out = partials + tile * SUMS * num_columns + columns
         tl.store(out, plain, mask=is_column)
@@ -91,6 +94,16 @@ def _new_row(strip, numbers, rows_out, rows, is_row, mean):
     row = tl.load(numbers + BETA2) * before + tl.load(numbers + FRESH) * mean
     tl.store(rows_out + tl.load(strip + STRIP_SCRATCH) + rows, row, mask=is_row)
     return row
+
+
+@triton.jit
+def _weights(row, is_row, NORMALISE: tl.constexpr):
+    """What squares are multiplied by, the square of what rows are; 0 outside of the matrix."""
+    if NORMALISE == BY_COLUMNS:
+        weight = tl.where(is_row, 1.0, 0.0)
+    else:
+        weight = tl.where(is_row, 1.0 / row, 0.0)
+    return weight
 
 
 @triton.jit
@@ -118,6 +131,7 @@ def measure(
     DRAWN: tl.constexpr,
     DRAWN_PADDED: tl.constexpr,
     KEPT: tl.constexpr,
+    NORMALISE: tl.constexpr,
     GRADIENT: tl.constexpr,
     WEIGHT: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -141,50 +155,35 @@ def measure(
         )
         gradient = gradient_of(strip, given, GRADIENT, ALIGNED)
         gradient_a = drawn_of(strip, drawn, BITS, DRAWN, DRAWN_PADDED, WIDTH)
+        blocks = tl.cdiv(num_columns, WIDTH)
+        source = (
+            strip,
+            given,
+            multipliers,
+            numbers,
+            table,
+            gradient_a,
+            rows,
+            num_columns,
+            blocks,
+        )
+        keeping = (strip, numbers, old, rows, is_row, values)
         sums = tl.zeros((ROWS,), tl.float32)
         for start in range(0, num_columns, WIDTH):
             inside = is_row[:, None] & (start + tl.arange(0, WIDTH) < num_columns)[None, :]
-            g = block_of(
-                strip,
-                given,
-                multipliers,
-                numbers,
-                table,
-                gradient + start + places,
-                gradient_a,
-                rows,
-                inside,
-                start // WIDTH,
-                num_columns,
-                BITS,
-                DRAWN,
-                DRAWN_PADDED,
-            )
+            here, block = gradient + start + places, start // WIDTH
+            g = block_of(source, here, inside, block, BITS, DRAWN, DRAWN_PADDED)
             sums += tl.sum(g * g, 1)
         row = _new_row(strip, numbers, rows_out, rows, is_row, sums / num_columns)
-        inverse = tl.where(is_row, 1.0 / row, 0.0)
+        inverse = _weights(row, is_row, NORMALISE)
         history = tl.zeros((ROWS,), tl.float32)
         size = tl.zeros((ROWS,), tl.float32)
         for start in range(0, num_columns, WIDTH):
             columns = start + tl.arange(0, WIDTH)
             is_column = columns < num_columns
             inside = is_row[:, None] & is_column[None, :]
-            g = block_of(
-                strip,
-                given,
-                multipliers,
-                numbers,
-                table,
-                gradient + start + places,
-                gradient_a,
-                rows,
-                inside,
-                start // WIDTH,
-                num_columns,
-                BITS,
-                DRAWN,
-                DRAWN_PADDED,
-            )
+            here, block = gradient + start + places, start // WIDTH
+            g = block_of(source, here, inside, block, BITS, DRAWN, DRAWN_PADDED)
             square = g * g
             out = partials + tile * SUMS * num_columns + columns
             tl.store(out, tl.sum(square, 0), mask=is_column)
@@ -192,15 +191,11 @@ def measure(
                 weighted = tl.sum(square * inverse[:, None], 0)
                 tl.store(out + num_columns, weighted, mask=is_column)
             if HISTORY:
-                past = _past(
-                    strip,
-                    numbers,
-                    old,
-                    rows,
-                    is_row,
-                    start,
+                past = past_of(
+                    keeping,
+                    columns,
                     inside,
-                    values,
+                    block,
                     WIDTH,
                     RANK,
                     PADDED,
@@ -209,7 +204,7 @@ def measure(
                     ALIGNED,
                 )
                 history += tl.sum(past * past, 1)
-                root = tl.where(is_row, tl.rsqrt(row), 0.0) * tl.load(numbers + SIGN)
+                root = tl.where(is_row, row_scale(row, NORMALISE), 0.0) * tl.load(numbers + SIGN)
                 cross = tl.sum(g * past * root[:, None], 0)
                 tl.store(out + 2 * num_columns, cross, mask=is_column)
             if SCALED:
@@ -223,15 +218,11 @@ def measure(
 
 
 @triton.jit
-def _past(
-    strip,
-    numbers,
-    old,
-    rows,
-    is_row,
-    start,
+def past_of(
+    keeping,
+    columns,
     inside,
-    values,
+    block,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
@@ -239,25 +230,24 @@ def _past(
     MOMENTUM: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """M A_old of one block (rows, WIDTH), zero outside of the matrix."""
+    """M A_old of one block (rows, WIDTH), zero outside of the matrix.
+
+    ``keeping``: strip, numbers, A_old, rows, which are rows, values of codes. ``columns`` and
+    ``block``: of those that are here.
+    """
+    strip, numbers, old, rows, is_row, values = keeping
     momentum = pointer(tl.load(strip + STRIP_MOMENTUM), MOMENTUM, ALIGNED)
     down = rows[:, None].to(tl.int64) * tl.load(strip + STRIP_STRIDE)
     if RANK == 0:
-        past = loaded(momentum + down + (start + tl.arange(0, WIDTH))[None, :], inside)
+        past = loaded(momentum + down + columns[None, :], inside)
     else:
         if KEPT == 0:
             ranks = tl.arange(0, PADDED)
-            kept = start // WIDTH * RANK + ranks
+            kept = block * RANK + ranks
             m = loaded(momentum + down + kept[None, :], is_row[:, None] & (ranks < RANK)[None, :])
         else:
-            m = decoded(
-                record_of(strip, rows, start // WIDTH, KEPT, RANK),
-                is_row,
-                values,
-                KEPT,
-                RANK,
-                PADDED,
-            )
+            at = record_of(strip, rows, block, KEPT, RANK)
+            m = decoded(at, is_row, values, KEPT, RANK, PADDED)
         a = sketch_of(old, tl.load(strip + STRIP_MATRIX), RANK, PADDED, WIDTH)
         past = tl.where(inside, product(m, a) * tl.load(numbers + ENTRY), 0.0)
     return past

@@ -9,19 +9,19 @@ Shape suffixes: H matrices that are here, M columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Batch, Moment
+from flora_dist.core.step.cut_rows import cut_rows_of
 from flora_dist.core.step.elements import copy_to_
-from flora_dist.core.step.momentum_rules import rule_of
+from flora_dist.kernels.gpu.context import Look, make_context
 from flora_dist.kernels.gpu.inputs import Given, Inputs, KernelBases, KernelBasis
-from flora_dist.kernels.gpu.launches import Launches, Look, Needs
-from flora_dist.kernels.native import make_terms
+from flora_dist.kernels.gpu.launches import Launches
+from flora_dist.kernels.terms import first_terms, make_terms, second_terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,30 +58,21 @@ class Tallied:
 
 
 class GpuPhases:
-    """``Phases`` of a batch of whole rows on a GPU; see the module's docstring."""
+    """``Phases`` of a batch of matrices on a GPU; see the module's docstring."""
 
     def __init__(self, batch: Batch, gradient_block: int = 0) -> None:
         """``gradient_block``: of gradients that are known by sketches; 0 of dense ones."""
-        self._batch, self._needs = batch, _needs_of(batch)
+        self._batch = batch
         self._inputs, self._bases = Inputs(batch), KernelBases(batch)
-        self._launches = Launches(batch, self._inputs, self._needs, gradient_block)
+        of = make_context(batch, self._inputs, gradient_block)
+        self._launches, self._is_empty = Launches(of), of.table.is_empty
+        self._asks_update = of.needs.update
+        self._cut_rows = cut_rows_of(batch)
         self._columns = [
             member.local["column"].view(-1, batch.geometry.num_columns) for member in batch.members
         ]
-        self._first_terms = list(self._terms_of_measure())
-
-    def _terms_of_measure(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        batch, members = self._batch, len(self._batch.members)
-        summed, columns = members * batch.matrices_summed, batch.geometry.num_columns
-        yield "presence", (members,)
-        yield "columns", (summed, columns)
-        if self._needs.num_sums > 1:
-            yield "squares", (summed, columns)
-        if self._needs.history:
-            yield "cross", (summed, columns)
-            yield "history", (summed,)
-        if self._needs.weight:
-            yield "weight", (summed,)
+        self._first_terms = list(first_terms(batch, of.needs.num_sums))
+        self._second_terms = list(second_terms(batch, of.needs.num_sums))
 
     # ---- message 1
 
@@ -95,19 +86,18 @@ class GpuPhases:
 
     def measure_sent(self, now: Moment, given: Given) -> Measured:
         """``measure``, by numbers that were sent."""
-        with self._batch.device:
-            _, terms = make_terms(self._first_terms)
-        terms["presence"].fill_(1.0)
+        _, terms = make_terms(self._first_terms, self._batch.device)
+        terms["presence"].fill_(float(not now.is_missing))
         basis = self._bases.of(now.basis)
         rows = torch.empty(0, device=self._batch.device)
-        if not self._launches.is_empty:
+        if not self._is_empty:
             rows = self._launches.measure(given, basis, terms)
         return Measured(terms=terms, given=given, basis=basis, rows=rows)
 
     def take_rows(self, now: Moment, measured: Measured) -> None:
-        """Never asked: rows are whole here."""
-        del now, measured
-        raise AssertionError("torch's operators step cut rows")
+        """Add the norms of cut rows that begin here to the terms, once peers gave the rows."""
+        if self._cut_rows is not None:
+            self._cut_rows.add_begun_(measured.terms, now)
 
     def is_finite(self, measured: Measured) -> Tensor:
         """Whether this rank's gradients are (): NaN, inf and overflow reach their squares."""
@@ -120,24 +110,42 @@ class GpuPhases:
     # ---- between the messages
 
     def couple(self, now: Moment, measured: Measured, totals: Terms) -> Coupled:
-        """Normalisation is known now; rows and blocks are whole, and need no second message."""
-        del now
-        column_HM, factor_HM, sums_H2 = self._launches.settle(totals)
+        """Normalisation is known now; what cut rows and cut blocks still need."""
+        if self._cut_rows is not None:
+            self._cut_rows.complete_(totals, now)
+        column_HM, factor_HM, sums_H2 = self._launches.settle(totals, measured.rows)
         look = Look(
-            given=measured.given, basis=measured.basis, rows=measured.rows, factor_HM=factor_HM
+            given=measured.given,
+            basis=measured.basis,
+            rows=measured.rows,
+            factor_HM=factor_HM,
+            blocks=totals.get("blocks"),
         )
-        return Coupled(terms={}, look=look, totals=totals, column_HM=column_HM, sums_H2=sums_H2)
+        terms: Terms = {}
+        if self._second_terms:
+            _, terms = make_terms(self._second_terms, self._batch.device)
+            self._launches.couple(look, terms)
+        return Coupled(terms=terms, look=look, totals=totals, column_HM=column_HM, sums_H2=sums_H2)
 
     def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
-        """|U|^2 of the strict rule, which reads the new momentum."""
-        del now, totals
-        terms: Terms = {}
-        if self._needs.update:
+        """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
+        del now
+        coupled, terms = self._completed(coupled, totals), {}
+        if self._asks_update:
             summed = len(self._batch.members) * self._batch.matrices_summed
             terms["update"] = torch.zeros(summed, device=self._batch.device)
-            if not self._launches.is_empty:
+            if not self._is_empty:
                 self._launches.sum_update(coupled.look, terms["update"])
         return Tallied(terms=terms, coupled=coupled)
+
+    def _completed(self, coupled: Coupled, totals: Terms) -> Coupled:
+        """The same with the sums of message 2."""
+        sums_H2, held = coupled.sums_H2, self._batch.held
+        for place, name in enumerate(("squares", "cross")):
+            if name in totals:
+                sums_H2[:, place] += totals[name][held]
+        look = replace(coupled.look, blocks=totals.get("blocks", coupled.look.blocks))
+        return replace(coupled, look=look, sums_H2=sums_H2)
 
     # ---- the step itself
 
@@ -145,19 +153,7 @@ class GpuPhases:
         """Clip, update weights and state."""
         del now
         coupled = tallied.coupled
-        if not self._launches.is_empty:
+        if not self._is_empty:
             scales_H2 = self._launches.scale(coupled.sums_H2, {**coupled.totals, **totals})
             self._launches.finish(coupled.look, scales_H2)
         copy_to_(self._columns, coupled.column_HM)
-
-
-def _needs_of(batch: Batch) -> Needs:
-    rule, clips = rule_of(batch.config, batch.geometry), batch.config.clip is not None
-    update = clips and rule is not None and rule.asks_update
-    history = clips and rule is not None and rule.asks_history
-    num_sums = 1
-    if clips and not update:
-        num_sums = 3 if history else 2
-    return Needs(
-        num_sums=num_sums, history=history, weight=batch.config.scales_matrices, update=update
-    )

@@ -16,20 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_dist.core.layouts.replicated import ReplicatedLayout
 from flora_dist.core.parameters.trainable import make_trainables
 from flora_dist.core.records import FULL_BITS, Code
 from flora_dist.core.sketch import ops
 from flora_dist.core.sketch.matrices import sketch_matrices
 from flora_dist.core.sketch.quantise import read_by_torch, round_records
 from flora_dist.core.state.settings import FloraConfig
-from flora_dist.core.state.spec import LEVELS
+from flora_dist.core.state.spec import LEVELS, matrix_sizes
 from flora_dist.core.step.batch import Batch, Phases
 from flora_dist.core.step.gradient import Gradient, Records, SketchedGradient
 from flora_dist.core.step.matrix import MatrixPhases
 from flora_dist.core.step.phases import run_step
 from flora_dist.core.step.plan import PhasesOf, make_plan
 from flora_dist.core.step.vector import VectorPhases
+from flora_dist.kernels.gpu.trial_layouts import (
+    COLUMNS,
+    NAME,
+    SPAN,
+    WHOLE,
+    held,
+    layout_of,
+    local_shape,
+    tiles_held,
+)
 
 MOST_ROWS = 40
 """Of the parameter that is tried: more than a program of any kernel takes at once."""
@@ -44,6 +53,8 @@ LARGEST_ROUNDED = 2.0**-4
 KERNELS = {
     "row": "measure",
     "column": "settle",
+    "norm": "scale",
+    "start": "scale",
     "second": "vector",
     "momentum": "finish",
     "weight": "finish",
@@ -56,6 +67,9 @@ class Trial:
     """What is tried."""
 
     shape: tuple[int, ...]
+    """Of the whole parameter."""
+    cut: str
+    """What of it is here, as ``trial_layouts.py`` names it."""
     config: FloraConfig
     maximize: bool
     dtype: torch.dtype
@@ -66,7 +80,7 @@ class Trial:
     device: torch.device
 
 
-def is_sound(batch: Batch, gradient: Tensor | SketchedGradient, make: PhasesOf) -> bool:
+def is_sound(batch: Batch, gradient: Gradient, make: PhasesOf) -> bool:
     """Whether kernels may step a batch; a warning names the one that may not, and why.
 
     ``make``: the kernels of a batch.
@@ -128,7 +142,7 @@ def _largest(trial: Trial) -> float:
     return LARGEST_ROUNDED if is_rounded else LARGEST_DISTANCE
 
 
-def _trial_of(batch: Batch, gradient: Tensor | SketchedGradient) -> Trial:
+def _trial_of(batch: Batch, gradient: Gradient) -> Trial:
     first, size = batch.members[0], batch.geometry
     shape: tuple[int, ...] = (min(size.num_columns, MOST_ROWS),)
     if not size.is_vector:
@@ -139,14 +153,16 @@ def _trial_of(batch: Batch, gradient: Tensor | SketchedGradient) -> Trial:
     if size.rank is not None:
         cut["block"] = size.block
     code: Code | None = None
-    block, dtype = 0, torch.float32
+    block, dtype = 0, first.weight.dtype if gradient is None else torch.float32
     if isinstance(gradient, Tensor):
         dtype = gradient.dtype
-    else:
-        (tile,), (rank, block) = gradient.tiles, gradient.sketch_ERB.shape[1:]
-        code = tile.code if isinstance(tile, Records) else Code(bits=FULL_BITS, numbers=rank)
+    elif isinstance(gradient, SketchedGradient):
+        rank, block = gradient.sketch_ERB.shape[1:]
+        records = [tile for tile in gradient.tiles if isinstance(tile, Records)]
+        code = records[0].code if records else Code(bits=FULL_BITS, numbers=rank)
     return Trial(
         shape=shape,
+        cut=_cut_of(batch),
         config=replace(batch.config, kappa=KAPPA, strict=False, **cut),
         maximize=batch.sign < 0,
         dtype=first.weight.dtype,
@@ -155,6 +171,13 @@ def _trial_of(batch: Batch, gradient: Tensor | SketchedGradient) -> Trial:
         sketch_block=block,
         device=batch.device,
     )
+
+
+def _cut_of(batch: Batch) -> str:
+    cuts = batch.members[0].cuts
+    if batch.geometry.is_vector or not cuts.rows_anywhere:
+        return WHOLE
+    return SPAN if cuts.are_few else COLUMNS
 
 
 def _in_float32(trial: Trial) -> Trial:
@@ -168,11 +191,11 @@ def _by_torch(batch: Batch, gradient: Gradient) -> Phases:
 
 
 def given_as(gradient: Tensor, trial: Trial) -> Gradient:
-    """A gradient as it is, or by its sketches, times a factor where these are records."""
-    code = trial.sketch
+    """What is here of a gradient, or of its sketches, times a factor where these are records."""
+    code, shape = trial.sketch, matrix_sizes(trial.shape)
+    tiles = tiles_held(trial.cut, trial.shape)
     if code is None:
-        return gradient
-    shape = trial.shape if len(trial.shape) > 2 else (1, *trial.shape)
+        return held(gradient.view(shape), tiles).view(local_shape(trial.cut, trial.shape))
     sketch_ERB = sketch_matrices(
         trial.config.sketch,
         keys=range(shape[0]),
@@ -181,14 +204,22 @@ def given_as(gradient: Tensor, trial: Trial) -> Gradient:
         dtype=torch.float32,
         device=trial.device,
     )
-    numbers = ops.compress(gradient.view(shape), sketch_ERB)
-    tile: Tensor | Records = numbers
-    if code.bits != FULL_BITS:
-        middle = torch.full(numbers.shape, 1 << 15, dtype=torch.int32, device=trial.device)
-        octets = round_records(numbers, middle, code)
-        factor = torch.full((), 0.5, device=trial.device)
-        tile = Records(octets=octets, code=code, dtype=torch.float32, factor=factor)
-    return SketchedGradient(tiles=(tile,), sketch_ERB=sketch_ERB, first_matrix=0)
+    whole = ops.compress(gradient.view(shape), sketch_ERB)
+    boxes = [(t.matrices, t.rows, t.blocks(trial.sketch_block)) for t in tiles]
+    parts = [whole[slice(*e), slice(*n), slice(*k)].contiguous() for e, n, k in boxes]
+    return SketchedGradient(
+        tiles=tuple(_kept(part, code) for part in parts), sketch_ERB=sketch_ERB, first_matrix=0
+    )
+
+
+def _kept(numbers: Tensor, code: Code) -> Tensor | Records:
+    """Numbers as they are, or records of them, to be multiplied by a half."""
+    if code.bits == FULL_BITS:
+        return numbers
+    middle = torch.full(numbers.shape, 1 << 15, dtype=torch.int32, device=numbers.device)
+    octets = round_records(numbers, middle, code)
+    factor = torch.full((), 0.5, device=numbers.device)
+    return Records(octets=octets, code=code, dtype=torch.float32, factor=factor)
 
 
 def _run(trial: Trial, phases_of: PhasesOf) -> tuple[Tensor, dict[str, Tensor]]:
@@ -198,16 +229,19 @@ def _run(trial: Trial, phases_of: PhasesOf) -> tuple[Tensor, dict[str, Tensor]]:
     def random(dtype: torch.dtype) -> Tensor:
         return torch.randn(trial.shape, generator=draw).to(device=trial.device, dtype=dtype)
 
-    weight = 0.02 * random(trial.dtype)
+    whole = 0.02 * random(trial.dtype).view(matrix_sizes(trial.shape))
+    weight = held(whole, tiles_held(trial.cut, trial.shape))
+    weight = weight.view(local_shape(trial.cut, trial.shape))
     start = weight.clone()
     group = {
         "params": [weight],
-        "param_names": ["self-check"],
+        "param_names": [NAME],
         "lr": LR,
         "weight_decay": DECAY,
         "maximize": trial.maximize,
     }
-    (slot,) = make_trainables([group], {}, [ReplicatedLayout()], LEVELS[0])
+    layout = layout_of(trial.cut, weight, trial.shape)
+    (slot,) = make_trainables([group], {}, [layout], LEVELS[0])
     state: dict[str, Any] = {}
     slot.configure(trial.config, state)
     slot.create_state(state)

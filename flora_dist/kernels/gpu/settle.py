@@ -6,16 +6,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flora_dist.core.step.elements import LEAST_NORM, MOST_GROWN, SMALLEST_SCALE
 from flora_dist.kernels.gpu.access import (
+    ADEMAMIX,
     BETA1,
     BETA2,
     BLEND,
+    BY_COLUMNS,
+    BY_ROWS,
+    BY_SIZE,
     CLIP,
+    CLIPPED,
     EPS,
     FLORA,
     FRESH,
+    GROWTH,
     LR,
     NONE,
+    UNBOUNDED,
+    UNSCALED,
     pointer,
 )
 
@@ -25,9 +34,13 @@ MATRIX_COLUMN = tl.constexpr(2)
 MATRIX_SUMMED = tl.constexpr(3)
 MATRIX_ROW = tl.constexpr(4)
 MATRIX_ROWS = tl.constexpr(5)
-MATRIX_NUMBERS = tl.constexpr(6)
-_SMALLEST_SCALE = tl.constexpr(1e-3)
-"""``SMALLEST_SCALE`` of core/step/elements.py."""
+MATRIX_NORM = tl.constexpr(6)
+MATRIX_START = tl.constexpr(7)
+MATRIX_NUMBERS = tl.constexpr(8)
+# As core/step/elements.py has them.
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+_LEAST_NORM = tl.constexpr(LEAST_NORM)
+_MOST_GROWN = tl.constexpr(MOST_GROWN)
 
 
 @triton.jit
@@ -41,18 +54,23 @@ def gather(
     history_out,
     weight_out,
     num_columns,
+    first_column,
+    width,
     SUMS: tl.constexpr,
     HISTORY: tl.constexpr,
     SCALED: tl.constexpr,
     TILES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The terms of one matrix, of some columns: its tiles' sums, in the order of the tiles."""
+    """The terms of one matrix, of some columns: its tiles' sums, in the order of the tiles.
+
+    The rank has ``width`` columns from ``first_column`` on.
+    """
     matrix = matrices + tl.program_id(1) * MATRIX_NUMBERS
     first, last = tl.load(matrix + MATRIX_FIRST), tl.load(matrix + MATRIX_LAST)
     place = tl.load(matrix + MATRIX_SUMMED)
-    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    is_column = columns < num_columns
+    columns = first_column + tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    is_column = columns < first_column + width
     out = place * num_columns + columns
     for which in tl.static_range(SUMS):
         total = tl.zeros((WIDTH,), tl.float32)
@@ -85,8 +103,8 @@ def _single(singles, first, last, TILES: tl.constexpr):
 
 
 @triton.jit
-def gather_update(matrices, singles, update_out, groups, WIDTH: tl.constexpr):
-    """|U|^2 of one matrix, from those of its rows (rows, groups)."""
+def gather_rows(matrices, singles, sums_out, groups, WIDTH: tl.constexpr):
+    """The sum over one matrix, |U|^2 or another, from those of its rows (rows, groups)."""
     matrix = matrices + tl.program_id(0) * MATRIX_NUMBERS
     first = tl.load(matrix + MATRIX_ROW) * groups
     last = first + tl.load(matrix + MATRIX_ROWS) * groups
@@ -94,7 +112,7 @@ def gather_update(matrices, singles, update_out, groups, WIDTH: tl.constexpr):
     for start in range(first, last, WIDTH):
         places = start + tl.arange(0, WIDTH)
         total += tl.load(singles + places, mask=places < last, other=0.0)
-    tl.store(update_out + tl.load(matrix + MATRIX_SUMMED), tl.sum(total, 0))
+    tl.store(sums_out + tl.load(matrix + MATRIX_SUMMED), tl.sum(total, 0))
 
 
 @triton.jit
@@ -110,9 +128,10 @@ def settle(
     num_rows,
     num_columns,
     SUMS: tl.constexpr,
+    NORMALISE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """New C, sqrt(mean(R) / C), and the sums |X|^2 and <X, M A> of one matrix."""
+    """New C, what columns are multiplied by, and the sums |X|^2 and <X, M A> of one matrix."""
     here = tl.program_id(0)
     matrix = matrices + here * MATRIX_NUMBERS
     state = pointer(tl.load(matrix + MATRIX_COLUMN), tl.float32, False)
@@ -124,19 +143,26 @@ def settle(
         columns = start + tl.arange(0, WIDTH)
         inside = columns < num_columns
         # C <- b2 C + (1-b2) colmean(G^2 + eps)
-        mean = tl.load(columns_in + given + columns, mask=inside, other=0.0) / num_rows + eps
+        fresh_sum = tl.load(columns_in + given + columns, mask=inside, other=0.0)
+        mean = tl.div_rn(fresh_sum, tl.zeros_like(fresh_sum) + num_rows) + eps
         c = beta2 * tl.load(state + columns, mask=inside, other=0.0) + fresh * mean
         tl.store(column_out + made + columns, c, mask=inside)
         total += tl.where(inside, c, 0.0)
     # mean(R) = mean(C). Roots first: their quotient would overflow for a large gradient beside an
     # empty column.
     root = tl.sqrt(tl.sum(total, 0) / num_columns)
+    if NORMALISE == BY_COLUMNS:
+        root = 1.0
     x2 = tl.zeros((WIDTH,), tl.float32)
     cross = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, num_columns, WIDTH):
         columns = start + tl.arange(0, WIDTH)
         inside = columns < num_columns
-        factor = root * tl.rsqrt(tl.load(column_out + made + columns, mask=inside, other=1.0))
+        if NORMALISE == BY_ROWS:
+            factor = tl.full((WIDTH,), 1.0, tl.float32)
+        else:
+            c = tl.load(column_out + made + columns, mask=inside, other=1.0)
+            factor = root * tl.rsqrt(c)
         tl.store(factor_out + made + columns, factor, mask=inside)
         # |X|^2 = mean(R) sum_j S1_j / C_j;  <X, M A> = sqrt(mean(R)) sum_j S2_j / sqrt(C_j)
         if SUMS > 1:
@@ -160,7 +186,7 @@ def scale(
     count,
     elements,
     RULE: tl.constexpr,
-    CLIPS: tl.constexpr,
+    BOUND: tl.constexpr,
     KNOWN: tl.constexpr,
     SCALED: tl.constexpr,
     NUMBERS: tl.constexpr,
@@ -168,14 +194,16 @@ def scale(
 ):
     """Of some matrices: the factor of X, and the step size.
 
-    ``matrices``: a table of NUMBERS each. ``scales_out``: (matrices, 2). KNOWN: |U|^2 stands in
-    ``update``, by summed matrix; otherwise it follows from ``sums`` and ``history``.
+    ``matrices``: a table of NUMBERS each. ``scales_out``: (matrices, 2). BOUND: by clip, or by
+    growth, which keeps a norm of each. SCALED: the step size by RMS(weight), or by what that has
+    grown by since the first step. KNOWN: |U|^2 stands in ``update``, by summed matrix;
+    otherwise it follows from ``sums`` and ``history``.
     """
     here = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     inside = here < count
     place = tl.load(matrices + here * NUMBERS + MATRIX_SUMMED, mask=inside, other=0)
     clip = tl.full((WIDTH,), 1.0, tl.float32)
-    if CLIPS:
+    if BOUND != UNBOUNDED:
         if KNOWN:
             square = tl.load(update + place, mask=inside, other=0.0)
         else:
@@ -187,15 +215,49 @@ def scale(
                 past = tl.load(history + place, mask=inside, other=0.0)
                 square = (1 - b) * (1 - b) * square + 2 * b * (1 - b) * cross + b * b * past
         # Sums over shards can round a true zero to just below it.
-        rms = tl.sqrt(tl.maximum(square, 0.0) / elements)
-        clip = 1.0 / tl.maximum(rms / tl.load(numbers + CLIP), 1.0)
+        square = tl.where(square < 0.0, 0.0, square)
+        if BOUND == CLIPPED:
+            rms = tl.sqrt(square / elements)
+            clip = 1.0 / tl.maximum(rms / tl.load(numbers + CLIP), 1.0)
+        else:
+            address = tl.load(matrices + here * NUMBERS + MATRIX_NORM, mask=inside, other=0)
+            kept = pointer(address, tl.float32, False)
+            clip = _limited(kept, tl.sqrt(square), tl.load(numbers + GROWTH), inside)
     rate = tl.load(numbers + LR) + tl.zeros((WIDTH,), tl.float32)
-    if SCALED:
+    if SCALED != UNSCALED:
         size = tl.sqrt(tl.load(weight + place, mask=inside, other=0.0) / elements)
-        rate = rate * tl.maximum(size, _SMALLEST_SCALE)
+        size = tl.maximum(size, _SMALLEST_SCALE)
+        if SCALED == BY_SIZE:
+            rate = rate * size
+        else:
+            address = tl.load(matrices + here * NUMBERS + MATRIX_START, mask=inside, other=0)
+            rate = rate * _grown(pointer(address, tl.float32, False), size, inside)
     x_factor = clip
-    if RULE != NONE and RULE != BLEND:
+    if RULE != NONE and RULE != BLEND and RULE != ADEMAMIX:
         x_factor = tl.full((WIDTH,), 1.0, tl.float32)
         rate = rate * clip
     tl.store(scales_out + 2 * here, x_factor, mask=inside)
     tl.store(scales_out + 2 * here + 1, rate, mask=inside)
+
+
+@triton.jit
+def _limited(kept, norm, growth, inside):
+    """min(1, growth last / norm), and the norm that this leaves in place of the last one.
+
+    0 / 0 and inf / inf limit nothing, and NaN stays in the norm.
+    """
+    last = tl.load(kept, mask=inside, other=0.0)
+    bound = tl.where(last > _LEAST_NORM, growth * last, norm)
+    factor = bound / norm
+    tl.store(kept, tl.where(bound < norm, bound, norm), mask=inside)
+    return tl.where(factor < 1.0, factor, 1.0)
+
+
+@triton.jit
+def _grown(kept, size, inside):
+    """``size`` over what it was at the first step, which is written then; 1 if that was tiny."""
+    start = tl.load(kept, mask=inside, other=1.0)
+    start = tl.where(start > 0.0, start, size)
+    tl.store(kept, start, mask=inside)
+    grown = tl.minimum(tl.maximum(size / start, 1.0 / _MOST_GROWN), _MOST_GROWN)
+    return tl.where(start > _SMALLEST_SCALE, grown, 1.0)

@@ -14,9 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
+from flora_dist.core.state.settings import RELATIVE, FloraConfig
 from flora_dist.core.step.batch import Batch
 from flora_dist.core.step.momentum_rules import rule_of
-from flora_dist.kernels.tables import RULES
+from flora_dist.kernels.gpu.access import (
+    BY_GROWTH,
+    BY_SIZE,
+    CLIPPED,
+    GROWING,
+    UNBOUNDED,
+    UNSCALED,
+)
+from flora_dist.kernels.tables import NORMALISATIONS, RULES
 
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
@@ -25,6 +34,10 @@ DTYPES: dict[torch.dtype, Any] = {
 }
 TILE_ROWS = 32
 """Rows of a program where it takes few columns at a time."""
+SETTLED_ROWS = 128
+"""Cut rows whose R one program works out."""
+AS_TORCH = {"num_warps": 4, "enable_fp_fusion": False}
+"""Where R and C are made: with the bits of torch's operators, which other ranks may run."""
 MEASURED_ROWS = 64
 """Rows of a program that keeps whole ones: its sums by column are 1/8 byte for each element."""
 LONGEST_ROW = 8192
@@ -77,6 +90,7 @@ class Shapes:
     settle_width: int
     weight: Any
     momentum: Any
+    normalise: int
     kept_bits: int
     """Of a momentum in few bits, else 0."""
 
@@ -94,7 +108,7 @@ def shapes_of(batch: Batch, gradient_block: int = 0) -> Shapes:
     return Shapes(
         rule=RULES[None if rule is None else type(rule)],
         rank=rank,
-        padded_rank=max(SMALLEST_PRODUCT, triton.next_power_of_2(rank)),
+        padded_rank=padded(rank),
         width=width,
         blocks=triton.cdiv(size.num_columns, width),
         row_width=row_width,
@@ -104,19 +118,44 @@ def shapes_of(batch: Batch, gradient_block: int = 0) -> Shapes:
         sum_width=128,
         settle_width=1024,
         weight=DTYPES[batch.members[0].weight.dtype],
+        normalise=NORMALISATIONS[batch.config.normalise],
         momentum=tl.float32 if momentum is None else DTYPES.get(momentum.dtype, tl.uint8),
         kept_bits=0 if size.code is None or not rank else size.code.bits,
     )
 
 
-def finish_of(*, bits: int, kept_bits: int) -> tuple[int, dict[str, Any]]:
-    """Rows of a program of ``finish``, and its options.
+def padded(rank: int) -> int:
+    """Up to a power of two that products can take."""
+    return max(SMALLEST_PRODUCT, 1 << max(0, rank - 1).bit_length())
+
+
+def bound_of(config: FloraConfig) -> Any:
+    """What bounds the updates of matrices."""
+    if config.growth is not None:
+        return GROWING
+    return UNBOUNDED if config.clip is None else CLIPPED
+
+
+def scaled_by(config: FloraConfig) -> Any:
+    """What the step size of matrices depends on."""
+    if config.scale_parameter == RELATIVE:
+        return BY_GROWTH
+    return BY_SIZE if config.scales_matrices else UNSCALED
+
+
+def pass_of(*, bits: int, kept_bits: int) -> tuple[int, dict[str, Any]]:
+    """Rows of a program of the second look, and its options.
 
     ``bits``: of a gradient's sketches; ``kept_bits``: of a momentum in few bits; 0 where not.
     """
     if kept_bits:
         return SKETCHED_ROWS, RECORDING_OPTIONS
     return (SKETCHED_ROWS, SKETCHED_OPTIONS) if bits else (TILE_ROWS, FINISH_OPTIONS)
+
+
+def measure_options(bits: int) -> dict[str, Any]:
+    """Of a program that sums rows piece by piece; ``bits``: of a gradient's sketches, 0: none."""
+    return EXPANDED_OPTIONS if bits else MEASURE_OPTIONS
 
 
 def row_step_of(row_width: int) -> int:

@@ -18,35 +18,56 @@ from torch import Tensor
 from flora_dist.core.step.batch import Batch
 from flora_dist.core.step.pieces import Piece, build_pieces
 from flora_dist.core.step.views import as_batches
+from flora_dist.core.tiles import Interval
+from flora_dist.kernels.gpu.access import STRIP_FIRST, STRIP_SLOT, STRIP_WIDTH
 
 ALIGNMENT = 16
 """Bytes of the widest load."""
+CUT_ROWS = 32
+"""Cut rows that are measured by one program."""
+_FIRST, _WIDTH, _SLOT = STRIP_FIRST.value, STRIP_WIDTH.value, STRIP_SLOT.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strips:
+    """Rows of a batch: those that are whole, or those that are cut."""
+
+    table: Tensor
+    """(strips, STRIP_NUMBERS): the rows of one matrix that lie together."""
+    count: int
+    longest: int
+    """Rows of the longest strip."""
+    are_cut: bool
+    is_aligned: bool
+    """Whether weights, momenta and their rows begin at multiples of 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
     """A batch of matrices."""
 
-    strips: Tensor
-    """(strips, STRIP_NUMBERS): the rows of one matrix that lie together."""
+    whole: Strips
+    cut: Strips
     matrices: Tensor
     """(matrices, MATRIX_NUMBERS): those of the batch that are here."""
-    num_strips: int
     num_matrices: int
-    longest: int
-    """Rows of the longest strip."""
     num_rows: int
     """Of all strips."""
     num_tiles: int
-    """Of ``tile_rows`` rows each, of all strips."""
-    is_aligned: bool
-    """Whether weights, momenta and their rows begin at multiples of 16 bytes."""
+    """Of ``tile_rows`` rows each, or ``CUT_ROWS`` of cut ones, of all strips."""
+    columns: Interval
+    """First column that is here of any row, and how many are."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the batch is here."""
+        return self.whole.count + self.cut.count == 0
 
 
 def make_tables(batch: Batch, tile_rows: int) -> Tables:
     """Write down where the rows of a batch of matrices lie.
 
-    ``tile_rows``: rows that are measured by one program.
+    ``tile_rows``: whole rows that are measured by one program.
     """
     shape = batch.geometry.shape
     weights = [as_batches(each.weight, each.tiles, shape=shape) for each in batch.members]
@@ -54,21 +75,25 @@ def make_tables(batch: Batch, tile_rows: int) -> Tables:
     strips: list[list[int]] = []
     rows, tiles = 0, 0
     for piece in pieces:
-        for strip, count in _strips(batch, piece):
-            strips.append([*strip, rows, tiles])
-            rows += count
-            tiles += -(-count // tile_rows)
-    counts = [strip[7] for strip in strips]
+        together = tile_rows if piece.cut_rows is None else CUT_ROWS
+        for strip, rest in _strips(batch, piece):
+            strips.append([*strip, rows, tiles, *rest])
+            rows += strip[7]
+            tiles += -(-strip[7] // together)
+    whole = [strip for strip in strips if strip[_SLOT] < 0]
+    cut = [strip for strip in strips if strip[_SLOT] >= 0]
     matrices = list(_matrices(batch, strips, tile_rows))
+    first, width = 0, batch.geometry.num_columns
+    if not whole and len(batch.members[0].tiles) == 1:  # a column shard
+        first, width = cut[0][_FIRST], cut[0][_WIDTH]
     return Tables(
-        strips=_as_table(strips, batch.device),
+        whole=_as_strips(batch, whole, are_cut=False),
+        cut=_as_strips(batch, cut, are_cut=True),
         matrices=_as_table(matrices, batch.device),
-        num_strips=len(strips),
         num_matrices=len(matrices),
-        longest=max(counts, default=0),
         num_rows=rows,
         num_tiles=tiles,
-        is_aligned=_is_aligned(batch, strips),
+        columns=(first, width),
     )
 
 
@@ -97,12 +122,22 @@ def _as_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def _strips(batch: Batch, piece: Piece) -> Iterator[tuple[list[int], int]]:
-    """The numbers of each strip that follow from the piece, and its rows."""
+def _as_strips(batch: Batch, strips: Sequence[Sequence[int]], *, are_cut: bool) -> Strips:
+    return Strips(
+        table=_as_table(strips, batch.device),
+        count=len(strips),
+        longest=max((strip[7] for strip in strips), default=0),
+        are_cut=are_cut,
+        is_aligned=_is_aligned(batch, strips),
+    )
+
+
+def _strips(batch: Batch, piece: Piece) -> Iterator[tuple[list[int], list[int]]]:
+    """The numbers of each strip that follow from the piece: before those of places, and behind."""
     tile, size = piece.tile, batch.geometry
     members = range(*piece.members.indices(len(batch.members)))
     each, rows, width = tile.sizes
-    offset, source = batch.sources[piece.source]
+    _, source = batch.sources[piece.source]
     first_matrix, first_row = ((part.start or 0) for part in piece.window)
     for place, member in enumerate(members):
         weight, row = piece.weights[place], piece.rows[place]
@@ -117,18 +152,32 @@ def _strips(batch: Batch, piece: Piece) -> Iterator[tuple[list[int], int]]:
                     0 if momentum is None else momentum[matrix].data_ptr(),
                     row[matrix].data_ptr(),
                     member,
-                    offset + before,
+                    before,
                     piece.place.matrices.start + place * each + matrix,
                     (tile.matrices[0] + matrix) * size.num_rows + tile.rows[0],
                     rows,
                     0 if momentum is None else momentum.stride(1),
                 ],
-                rows,
+                [member * len(batch.sources) + piece.source, *_cuts(batch, piece, member)],
             )
 
 
+def _cuts(batch: Batch, piece: Piece, member: int) -> tuple[int, int, int, int, int]:
+    """First column and width, places of cut rows and of the two blocks that may be; below 0: none.
+
+    Cut rows of a piece are of one matrix of each member.
+    """
+    first, last = piece.tile.columns
+    if piece.cut_rows is None:
+        return first, last - first, -1, -1, -1
+    cuts, slots = batch.members[0].cuts, [-1, -1]
+    for edge in piece.edges if batch.sketches is not None else ():
+        slots[min(edge.place, 1)] = member * len(cuts.blocks) + edge.slots.start
+    return first, last - first, member * len(cuts.rows) + piece.cut_rows.start, *slots
+
+
 def _matrices(batch: Batch, strips: Sequence[Sequence[int]], tile_rows: int) -> Iterator[list[int]]:
-    """First and last tile, C, the place in sums over ranks, and the rows of each matrix."""
+    """Of each: first and last tile, C, the place in sums over ranks, rows, last norm, start."""
     start, width = 0, batch.geometry.num_columns
     for matrix in range(len(batch.members) * batch.matrices_here):
         stop = start
@@ -136,8 +185,12 @@ def _matrices(batch: Batch, strips: Sequence[Sequence[int]], tile_rows: int) -> 
             stop += 1
         own = strips[start:stop]
         member, place = divmod(matrix, batch.matrices_here)
-        column = batch.members[member].local["column"].view(-1, width)
-        last = own[-1][10] - (-own[-1][7] // tile_rows) if own else 0
+        local = batch.members[member].local
+        column, kept = local["column"].view(-1, width), (local.get("norm"), local.get("start"))
+        last = 0
+        if own:
+            together = tile_rows if own[-1][_SLOT] < 0 else CUT_ROWS
+            last = own[-1][10] - (-own[-1][7] // together)
         yield [
             own[0][10] if own else 0,
             last,
@@ -145,6 +198,7 @@ def _matrices(batch: Batch, strips: Sequence[Sequence[int]], tile_rows: int) -> 
             batch.held.start + matrix,
             own[0][9] if own else 0,
             sum(strip[7] for strip in own),
+            *(0 if each is None else each.view(-1)[place].data_ptr() for each in kept),
         ]
         start = stop
     assert start == len(strips), "a matrix's strips must follow each other"
@@ -153,7 +207,9 @@ def _matrices(batch: Batch, strips: Sequence[Sequence[int]], tile_rows: int) -> 
 def _is_aligned(batch: Batch, strips: Sequence[Sequence[int]]) -> bool:
     """Rows are: their first element, and the step from one to the next."""
     first = batch.members[0]
-    steps = [first.weight.element_size() * batch.geometry.num_columns]
+    steps = [first.weight.element_size() * strip[_WIDTH] for strip in strips]
+    # Kernels are told that first columns and widths of cut rows are multiples of 16.
+    steps += [strip[place] for strip in strips for place in (_FIRST, _WIDTH) if strip[_SLOT] >= 0]
     momentum = first.local.get("momentum")
     has_records = momentum is not None and momentum.dtype == torch.uint8
     if momentum is not None and not has_records:

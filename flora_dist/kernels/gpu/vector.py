@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 
 from flora_dist.kernels.gpu.access import (
+    ADEMAMIX,
     BETA1,
     BETA2,
     EPS,
     FRESH,
+    GAIN,
     KEEP,
     NEW,
     NONE,
@@ -67,6 +69,7 @@ def measure_vector(
 def finish_vector(
     vectors,
     given,
+    keys,
     numbers,
     scales,
     members,
@@ -88,15 +91,18 @@ def finish_vector(
     # X = G / sqrt(V), times the clip where X is what is clipped
     u = g * tl.rsqrt(second) * tl.load(scales + 2 * member)
     if RULE != NONE:
-        # A = I: U = M <- b M + (1-b) X
+        # A = I: M <- b M + (1-b) X, and U = M, or X + gain M
         momentum = pointer(tl.load(vector + VECTOR_MOMENTUM), MOMENTUM, False) + places
-        u = tl.load(numbers + NEW) * u + tl.load(numbers + BETA1) * loaded(momentum, inside)
-        _store(
-            momentum, u, inside, given + 2 * members + member, first_column, MOMENTUM, ROUNDS, CHUNK
-        )
+        made = tl.load(numbers + NEW) * u + tl.load(numbers + BETA1) * loaded(momentum, inside)
+        key = keys + members + member
+        _store(momentum, made, inside, key, first_column, MOMENTUM, ROUNDS, CHUNK)
+        if RULE == ADEMAMIX:
+            u += tl.load(numbers + GAIN) * made
+        else:
+            u = made
     weight = pointer(tl.load(vector + VECTOR_WEIGHT), WEIGHT, False) + places
     w = loaded(weight, inside) * tl.load(numbers + KEEP) - tl.load(scales + 2 * member + 1) * u
-    _store(weight, w, inside, given + members + member, first_column, WEIGHT, ROUNDS, CHUNK)
+    _store(weight, w, inside, keys + member, first_column, WEIGHT, ROUNDS, CHUNK)
     state = pointer(tl.load(vector + VECTOR_SECOND), tl.float32, False)
     tl.store(state + places, second, mask=inside)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.momentum_rules import rule_of
+from flora_dist.kernels.gpu.access import CLIPPED, UNBOUNDED
 from flora_dist.kernels.gpu.inputs import Given, Inputs
 from flora_dist.kernels.gpu.place import on
 from flora_dist.kernels.gpu.settle import scale
@@ -72,7 +73,6 @@ class GpuVectorPhases:
 
     def measure_sent(self, now: Moment, given: Given) -> Measured:
         """``measure``, by numbers that were sent."""
-        del now
         members = len(self._batch.members)
         singles = torch.empty((members, self._chunks, SINGLES.value), device=self._batch.device)
         with on(self._batch.device):
@@ -89,7 +89,7 @@ class GpuVectorPhases:
                 )
         sums_P4 = singles.sum(1)
         terms = {
-            "presence": torch.ones(members, device=self._batch.device),
+            "presence": torch.full((members,), float(not now.is_missing), device=singles.device),
             "update": sums_P4[:, 0].contiguous(),
         }
         if self._batch.config.scales_vectors:
@@ -136,7 +136,7 @@ class GpuVectorPhases:
                 members,
                 self._batch.elements_per_matrix,
                 RULE=self._shapes.rule,
-                CLIPS=config.clip is not None,
+                BOUND=(UNBOUNDED if config.clip is None else CLIPPED).value,
                 KNOWN=True,
                 SCALED=config.scales_vectors,
                 NUMBERS=VECTOR_NUMBERS.value,
@@ -145,6 +145,7 @@ class GpuVectorPhases:
             finish_vector[(self._chunks, members)](
                 self._table,
                 self._inputs.addresses,
+                self._inputs.keys,
                 self._inputs.scalars,
                 scales_P2,
                 members,

@@ -21,7 +21,9 @@ from flora_dist.core.records import Code
 from flora_dist.core.state.settings import FloraConfig
 from flora_dist.kernels.gpu.choice import make_phases
 from flora_dist.kernels.gpu.self_check import Trial, fault
+from flora_dist.kernels.gpu.trial_layouts import COLUMNS, SPAN, WHOLE
 from tests.kernels.gpu.record_runs import DEVICE
+from tests.kernels.paths import scaling
 
 
 def trial_of(seed: int, device: str) -> Trial:
@@ -30,16 +32,17 @@ def trial_of(seed: int, device: str) -> Trial:
     block = draw.choice([16, 16, 32])
     config = FloraConfig(
         state_bits=draw.choice([None, None, 8, 4]),
-        momentum=draw.choice(["blend", "flora", "flora_strict", "none"]),
+        momentum=draw.choice(["blend", "ademamix", "flora", "flora_strict", "none"]),
         rank=draw.choice([None, 4]),
         block=block,
         kappa=2,
         clip=draw.choice([None, 0.3]),
-        scale_parameter=draw.random() < 0.3,
+        scale_parameter=scaling(draw.random()),
     )
     matrices = draw.choice([(), (), (2,)])
     return Trial(
         shape=(*matrices, draw.randint(2, 20), draw.randint(block, 2 * block)),
+        cut=draw.choice([WHOLE, SPAN, COLUMNS]),
         config=config,
         maximize=draw.random() < 0.3,
         dtype=draw.choice([torch.float32, torch.bfloat16]),

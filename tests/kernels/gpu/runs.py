@@ -9,7 +9,6 @@ Without the variable it needs a GPU. The exit code is 1 where the two paths part
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -30,12 +29,7 @@ from flora_dist.core.step.vector import VectorPhases
 from flora_dist.kernels.gpu import inputs
 from flora_dist.kernels.gpu.choice import make_phases
 from flora_dist.kernels.gpu.cover import why_not
-from flora_dist.kernels.gpu.graph import CapturedStep, Record, record_graph
-from tests.kernels.gpu import self_checked
-from tests.kernels.gpu.bits import wrong_bits
-from tests.kernels.gpu.drawn_runs import wrong_steps
-from tests.kernels.gpu.record_runs import wrong_records
-from tests.kernels.gpu.sketch_runs import wrong_sketches
+from flora_dist.kernels.gpu.graph import CapturedStep, Record
 from tests.kernels.paths import Case, case_of, parted
 
 STEPS = 3
@@ -212,33 +206,13 @@ def synchronisations() -> list[str]:
     return []
 
 
-def verdict(cases: range) -> dict[str, Any]:
-    """All of it, for a test that has run this in a process of its own."""
-    found = {seed: difference(small_case_of(seed)) for seed in cases}
-    return {
-        "cases": {str(seed): what for seed, what in found.items()},
-        "fixed": difference(FIXED),
-        "unnoticed": unnoticed(),
-        "wrong bits": wrong_bits(DEVICE),
-        "wrong sketches": wrong_sketches(DEVICE),
-        "wrong records": wrong_records(DEVICE, range(2)),
-        "wrong steps on sketches": wrong_steps(DEVICE, range(1)),
-        "self-check": self_checked.verdict(DEVICE),
-        "by graph": by_graph(GRAPHED, record_graph if DEVICE == "cuda" else again),
-    }
-
-
 def main() -> int:
     """Print each case that parts; the exit code is 1 if any does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="everything that a test looks at")
     parsed = parser.parse_args()
     cases = range(parsed.seed, parsed.seed + parsed.cases)
-    if parsed.json:
-        print(json.dumps(verdict(cases)))
-        return 0
     broken = 0
     for seed in cases:
         case = small_case_of(seed)

@@ -17,6 +17,7 @@ from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.step.gradient import SketchedGradient
 from flora_dist.core.step.plan import Plan
 from flora_dist.kernels.gpu import choice
+from flora_dist.kernels.terms import make_terms
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,23 @@ def test_blocks_that_the_kernels_have_no_product_for_are_left_to_torch() -> None
     said = choice.said_on_gpu(slots(block=8, rank=2))
     assert said.endswith("; torch for rank 2 per block of 8 (2 parameters)"), said
     assert ";" not in choice.said_on_gpu(slots(block=8, rank=2, momentum="none"))
+
+
+def test_settings_that_only_torchs_operators_step_are_named() -> None:
+    covered: list[dict[str, object]] = [
+        {"momentum": "ademamix"}, {"growth": 1.01}, {"normalise": "rows"}, {"normalise": "columns"},
+        {"momentum": "flora_strict", "scale_parameter": True}, {"scale_parameter": "relative"},
+    ]  # fmt: skip
+    for settings in covered:
+        assert ";" not in choice.said_on_gpu(slots(**settings)), settings
+    assert "; torch for momentum='apollo' (" in choice.said_on_gpu(slots(momentum="apollo"))
+    assert "; torch for orthogonalise=4 (" in choice.said_on_gpu(slots(orthogonalise=4))
+
+
+def test_what_kernels_add_to_messages_lies_where_the_parameters_do() -> None:
+    buffer, terms = make_terms([("columns", (2, 3)), ("history", (2,))], torch.device("meta"))
+    assert {each.device.type for each in (buffer, *terms.values())} == {"meta"}
+    assert buffer.numel() == 8
 
 
 def test_without_triton_the_report_says_so_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ CASES = 8
 
 @pytest.fixture(scope="module")
 def verdict() -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.kernels.gpu.runs", "--json", "--cases", str(CASES)]
+    command = [sys.executable, "-m", "tests.kernels.gpu.verdict", "--cases", str(CASES)]
     # Interpreted products are small: threads only get in each other's way.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -37,6 +37,12 @@ def test_random_runs_are_the_same_by_triton_and_by_torch(verdict: dict[str, Any]
     assert len(verdict["cases"]) == CASES
     assert {seed: what for seed, what in verdict["cases"].items() if what} == {}
     assert not verdict["fixed"]
+
+
+def test_spans_and_column_shards_are_stepped_the_same_by_triton_and_by_torch(
+    verdict: dict[str, Any],
+) -> None:
+    assert verdict["wrong cuts"] == []
 
 
 def test_a_wrong_scalar_given_to_the_triton_kernels_is_noticed(verdict: dict[str, Any]) -> None:

@@ -10,9 +10,11 @@ import torch
 
 from flora_dist import Flora
 from flora_dist.kernels.gpu.choice import VARIABLE
+from flora_dist.kernels.gpu.graph import record_graph
 from tests.kernels.gpu import runs
 from tests.kernels.gpu.bits import wrong_bits
 from tests.kernels.gpu.cuda_bits import other_bits
+from tests.kernels.gpu.cut_runs import wrong_cuts
 from tests.kernels.gpu.drawn_runs import wrong_steps
 from tests.kernels.gpu.record_runs import wrong_records
 from tests.kernels.gpu.sketch_runs import wrong_sketches
@@ -34,6 +36,10 @@ def test_random_runs_are_the_same_by_triton_and_by_torch(seed: int) -> None:
     assert not runs.difference(runs.small_case_of(seed))
 
 
+def test_spans_and_column_shards_are_the_same_by_triton_and_by_torch() -> None:
+    assert wrong_cuts(range(6)) == []
+
+
 def test_bits_on_a_gpu_are_those_of_the_cpu() -> None:
     assert wrong_bits("cuda") == []
     assert other_bits("cuda") == []
@@ -52,7 +58,7 @@ def test_steps_on_sketches_are_the_same_by_triton_and_by_torch() -> None:
 
 
 def test_a_step_in_a_cuda_graph_equals_the_eager_one() -> None:
-    assert not runs.by_graph(runs.GRAPHED, runs.record_graph)
+    assert not runs.by_graph(runs.GRAPHED, record_graph)
 
 
 def test_a_step_waits_for_nothing_on_the_device() -> None:
