@@ -146,8 +146,8 @@ MUTATIONS = {
     ),
     "by rows": Mutation(
         file="settle.py",
-        old="factor = tl.full((WIDTH,), 1.0, tl.float32)",
-        new="factor = tl.full((WIDTH,), 1.01, tl.float32)",
+        old="            factor = tl.full((WIDTH,), 1.0",
+        new="            factor = tl.full((WIDTH,), 1.01",
         check="by rows",
     ),
     "cut rows, columns": Mutation(
@@ -285,8 +285,8 @@ MUTATIONS = {
     ),
     "steps on sketches, place": Mutation(
         file="expand.py",
-        old="// num_columns + rows",
-        new="// num_columns",
+        old="// width + rows",
+        new="// width",
         check="steps on sketches",
     ),
 }
