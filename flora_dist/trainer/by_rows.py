@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network drawn from the seed of which a process keeps its own rows alone, where FSDP2 shards it.
+"""A network drawn from the seed of which a process keeps its own part alone: FSDP2, HSDP, ZeRO-3.
 
 Weights are those of the whole network, bit for bit: a process makes every draw that `build_model`
-makes, in the same order, into memory for one parameter at a time, keeps its rows of that and frees
+makes, in the same order, into memory for one parameter at a time, keeps its part of that and frees
 the rest. The network itself stands on the meta device until it is sharded.
 """
 
@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from flora_dist.trainer.optional_imports import needs_train_extra
-from flora_dist.trainer.place import Drawn, Place, Rows, Unfit
+from flora_dist.trainer.place import Drawn, Place, Rows, Unfit, kept
 from flora_dist.trainer.replicated import local_part
 
 _OVERWRITES = ("normal_", "uniform_", "fill_", "zero_", "copy_", "random_")
 
 
 def draw_rows(network: Any, place: Place, *, seed: int, dtype: torch.dtype) -> Drawn:
-    """The network of `build_model`, of which only some rows get memory.
+    """The network of `build_model`, of which only what a place keeps gets memory.
 
     Raises:
         RuntimeError: it cannot be initialised parameter after parameter. The seed is used up.
@@ -144,6 +144,6 @@ class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, 
     def _close(self) -> None:
         """Keep the rows of what was drawn, and free the rest."""
         if self._open is not None:
-            rows = self._place.rows(self._whole).to(self._dtype, copy=True)
+            rows = kept(self._place, self._whole).to(self._dtype, copy=True)
             self._kept[self._open] = self._whole.shape, rows
             self._open, self._whole = None, torch.empty(0)

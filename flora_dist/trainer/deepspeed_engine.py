@@ -21,10 +21,12 @@ from flora_dist.checkpoint import Loaded
 from flora_dist.checkpoint.folder import tag_of
 from flora_dist.frameworks.build_lock import telling
 from flora_dist.frameworks.deepspeed.config import check_features, prepared
+from flora_dist.trainer.by_stretches import partition_
 from flora_dist.trainer.config import DENSE, Config, OptimizerConfig
 from flora_dist.trainer.deepspeed_json import engine_settings
 from flora_dist.trainer.optimizers import build_optimizer, schedule_factor
 from flora_dist.trainer.optional_imports import needs_deepspeed_extra
+from flora_dist.trainer.place import Rows
 from flora_dist.trainer.replicated import Learner, Spread, World
 from flora_dist.trainer.storage import Pending, Written
 
@@ -58,24 +60,35 @@ def check_engine(config: Config, world: World) -> None:
 
 
 def build_engine(
-    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World
+    model: nn.Module,
+    optimizer: OptimizerConfig,
+    config: Config,
+    world: World,
+    stretches: Rows | None,
 ) -> Learner:
-    """An engine around the model, with the optimizer and the run's schedule."""
+    """An engine around the model, with the optimizer and the run's schedule.
+
+    ``stretches``: of a model without memory, which ZeRO-3 partitions; None: it has its weights.
+    """
     from flora_dist import Flora
     from flora_dist import deepspeed as flora_deepspeed
 
     deepspeed = _import_deepspeed(world)
     os.environ.setdefault("LOCAL_RANK", "0")  # wanted without a launcher too: one process
+    settings = prepared(engine_settings(config, world.size))
+    # Before parameters are partitioned, which have no shape of their own afterwards.
     built = build_optimizer(optimizer, model.named_parameters(), seed=config.train.seed)
     factor = schedule_factor(config.schedule, config.train.steps)
     initialize: Callable[..., Any] = telling()(deepspeed.initialize)
     if isinstance(built, Flora):
         initialize = flora_deepspeed.initialize
     with _only_process_zero_speaks(world):
+        if stretches is not None:
+            partition_(model, stretches, settings, world.device)
         engine, _, _, scheduler = initialize(
             model=model,
             optimizer=built,
-            config=prepared(engine_settings(config, world.size)),
+            config=settings,
             lr_scheduler=lambda inner: LambdaLR(inner, factor),
         )
     is_sketched = isinstance(built, Flora) and config.gradients.level != DENSE

@@ -82,13 +82,15 @@ def build_learner(
 ) -> Learner:
     """Spread the model and give it the optimizer and the run's schedule.
 
-    ``rows``: this process's, of a model that has no memory yet; None: it has its weights.
+    ``rows``: what this process keeps of a model that has no memory yet; None: it has its weights.
     """
-    if rows is None:
-        builder = {"fsdp1": _fsdp1, "deepspeed": _deepspeed}.get(config.backend.name, _plain)
-        learner = builder(model, optimizer, config, world)
-    else:
+    if config.backend.name == "deepspeed":
+        learner = _deepspeed(model, optimizer, config, world, rows)
+    elif rows is not None:
         learner = _filled(model, optimizer, config, world, rows)
+    else:
+        builder = _fsdp1 if config.backend.name == "fsdp1" else _plain
+        learner = builder(model, optimizer, config, world)
     bound_waits(config.backend)
     return learner
 
@@ -144,8 +146,12 @@ def _fsdp1(model: nn.Module, optimizer: OptimizerConfig, config: Config, world: 
 
 
 def _deepspeed(
-    model: nn.Module, optimizer: OptimizerConfig, config: Config, world: World
+    model: nn.Module,
+    optimizer: OptimizerConfig,
+    config: Config,
+    world: World,
+    stretches: Rows | None,
 ) -> Learner:
     from flora_dist.trainer.deepspeed_engine import build_engine
 
-    return build_engine(model, optimizer, config, world)
+    return build_engine(model, optimizer, config, world, stretches)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network from a transformers folder of which a process reads its own rows alone.
+"""A network from a transformers folder of which a process reads its own part alone.
 
 transformers itself brings names and shapes of the files to the network's, on tensors that are still
 in the files (`promised`), and makes the buffers that no file holds. Then this process's rows of
@@ -26,7 +26,7 @@ _ADAPTERS = "adapter_config.json"
 
 
 def read_rows(folder: Path, network: Any, place: Place, *, seed: int, dtype: torch.dtype) -> Drawn:
-    """The network of `build_model`, of which only some rows get memory.
+    """The network of `build_model`, of which only what a place keeps gets memory.
 
     Raises:
         Unfit: the folder holds something else than the network's parameters in safetensors.

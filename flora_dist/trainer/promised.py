@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from flora_dist.trainer.place import WHOLE, Place, Unfit
+from flora_dist.trainer.place import WHOLE, Place, Unfit, kept
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _Read = Callable[[Place], Tensor]
@@ -85,9 +85,9 @@ def _reader(file: Path, name: str, shape: torch.Size) -> _Read:
         with safe_open(file, framework="pt") as opened:
             if not shape:
                 scalar: Tensor = opened.get_tensor(name)
-                return scalar.clone()
-            rows: Tensor = opened.get_slice(name)[place.cut(shape[0])]
-            return rows.clone()
+                return place.part(scalar, shape).clone()
+            rows: Tensor = opened.get_slice(name)[place.cut(shape)]
+            return place.part(rows, shape).clone()
 
     return read
 
@@ -105,7 +105,7 @@ def _noted(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         def read(place: Place) -> Tensor:
             whole = tree_flatten(func(*_in_memory(args), **_in_memory(kwargs)))[0][number]
             assert isinstance(whole, Tensor)
-            return place.rows(whole).clone()  # else all rows of it would stay
+            return kept(place, whole).clone()  # else all of it would stay
 
         return read
 

@@ -3,10 +3,12 @@
 
     python -m tests.bench.build_memory --model llama_130m --processes 2
     python -m tests.bench.build_memory --model llama_130m --processes 2 --start pretrained
+    python -m tests.bench.build_memory --model llama_130m --processes 2 --backend zero3
 
-Under FSDP2 with gloo, above what a process has once the libraries are loaded: the whole network in
-each process, as the trainer builds it where it must, and rows alone. The most of all processes.
-With `pretrained`, weights come from a folder of bfloat16 safetensors, else they are drawn.
+Under FSDP2 or ZeRO-3 with gloo, above what a process has once the libraries are loaded: the whole
+network in each process, as the trainer builds it where it must, and parts alone. The most of all
+processes. With `pretrained`, weights come from a folder of bfloat16 safetensors, else they are
+drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ from pathlib import Path
 from tests.bench.process_memory import MEBI, TIMEOUT_SECONDS, forget_peak, resident
 from tests.bench.process_plan import MODELS
 
-_WAYS = ("whole", "rows")
+_WAYS = ("whole", "parts")
+_OWN = ("optimizer", "train_micro_batch_size_per_gpu", "bf16", "gradient_clipping")
+_ZERO3 = (
+    f"{{name: deepspeed, config: {MODELS.parent / 'deepspeed' / 'zero3.json'}, "
+    f"changes: {{{', '.join(f'{key}: null' for key in _OWN)}}}}}"
+)
+_BACKENDS = {"fsdp2": "{name: fsdp2}", "zero3": _ZERO3}
 _PORT = 29621
 _SEED = 0
 
@@ -33,17 +41,19 @@ def main() -> None:
     parser.add_argument("--model", default="llama_130m")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--start", choices=("drawn", "pretrained"), default="drawn")
+    parser.add_argument("--backend", choices=tuple(_BACKENDS), default="fsdp2")
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=_WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="float32", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.way is not None:
-        measure(asked.model, asked.precision, asked.way, asked.folder)
+        measure(asked.model, asked.precision, asked.way, asked.folder, asked.backend)
         return
     with tempfile.TemporaryDirectory() as folder:
         if asked.start == "pretrained":
             save(asked.model, folder)
-        _table(asked.model, asked.processes, folder if asked.start == "pretrained" else "")
+        weights = folder if asked.start == "pretrained" else ""
+        _table(asked.model, asked.processes, weights, asked.backend)
 
 
 def save(model: str, folder: str) -> None:
@@ -58,29 +68,32 @@ def save(model: str, folder: str) -> None:
     made.save_pretrained(folder)
 
 
-def _table(model: str, processes: int, folder: str) -> None:
+def _table(model: str, processes: int, folder: str, backend: str) -> None:
     kind = "loaded" if folder else "drawn"
     print(f"| network, processes, weights | parameters | {kind} | peak | left |")
     print("|---|---|---|---|---|")
     for precision in ("float32", "bfloat16-pure"):
         for way in _WAYS:
-            found = run(model, processes, precision, way, folder)
+            found = run(model, processes, precision, way, folder, backend)
             sizes = " | ".join(f"{found[name] / MEBI:,.0f}" for name in ("peak", "left"))
-            name = f"{model}, {processes}, {precision}"
+            name = f"{model}, {backend} x{processes}, {precision}"
             print(f"| {name} | {found['parameters']:,} | {way} | {sizes} |", flush=True)
 
 
-def run(model: str, processes: int, precision: str, way: str, weights: str) -> dict[str, int]:
+def run(
+    model: str, processes: int, precision: str, way: str, weights: str, backend: str
+) -> dict[str, int]:
     """The most of each number over the processes, bytes; ``weights``: their folder, or empty."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.bench.build_memory", "--model", model]
         command += ["--precision", precision, "--way", way, "--folder", weights]
+        command += ["--backend", backend]
         running = []
         for rank in range(processes):
             told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
             told |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
             told |= {"MASTER_PORT": str(_PORT), "OUT": f"{folder}/{rank}.json"}
-            told |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
+            told |= {"MALLOC_MMAP_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu"}
             running.append(subprocess.Popen(command, env={**os.environ, **told}))
         for process in running:
             if process.wait(TIMEOUT_SECONDS):
@@ -89,7 +102,7 @@ def run(model: str, processes: int, precision: str, way: str, weights: str) -> d
     return {name: max(each[name] for each in found) for name in found[0]}
 
 
-def measure(model: str, precision: str, way: str, weights: str) -> None:
+def measure(model: str, precision: str, way: str, weights: str, backend: str) -> None:
     """Build as the trainer does, and write the peak."""
     import torch.distributed as dist
 
@@ -102,16 +115,18 @@ def measure(model: str, precision: str, way: str, weights: str) -> None:
     from flora_dist.trainer.place import WHOLE
 
     dist.init_process_group("gloo")
+    if backend == "zero3":
+        __import__("deepspeed")
     source = f"{{pretrained: {weights}}}" if weights else f"{{config: {MODELS / model}.json}}"
     told = [f"model={source}", f"train.precision={precision}", f"train.seed={_SEED}"]
-    told += ["backend.name=fsdp2", "optimizer={name: flora, lr: 1e-3}"]
+    told += [f"backend={_BACKENDS[backend]}", "optimizer={name: flora, lr: 1e-3}"]
     config = load_config(MODELS.parent / "tiny.yaml", told)
     world, dtype = find_world(config.backend), weight_dtype(config.train)
     small = read_network(MODELS / "llama_tiny.json")
     draw_rows(small, WHOLE, seed=_SEED, dtype=dtype)  # loads the network's code
     network, before = read_network(MODELS / f"{model}.json"), resident("VmRSS")
     forget_peak()
-    if way == "rows":
+    if way == "parts":
         built, rows = new_network(config, network, world, print)
         assert rows is not None
     else:

@@ -12,6 +12,7 @@ import torch
 
 import flora_dist.deepspeed
 from flora_dist import Flora
+from flora_dist.trainer.arrange import arranged
 from flora_dist.trainer.backend import find_world
 from flora_dist.trainer.checkpoint import Checkpoints, Start, find_start, load
 from flora_dist.trainer.config import CheckpointConfig, Config
@@ -22,18 +23,22 @@ from flora_dist.trainer.gradients import totals
 from flora_dist.trainer.interrupt import StopRequest
 from flora_dist.trainer.loop import TrainingRun, accumulate, train
 from flora_dist.trainer.metrics import Metrics
+from flora_dist.trainer.model import read_model_config
+from flora_dist.trainer.new_network import new_network
 from flora_dist.trainer.preflight import check_run
 from flora_dist.trainer.progress import Silence
 from flora_dist.trainer.replicated import Learner, World
 from flora_dist.trainer.tokenizer import ByteTokenizer
-from tests.trainer.ragged import micro_batches, tiny_model, token_count
+from tests.trainer.ragged import micro_batches, token_count
 from tests.trainer.support import TINY, tensor_hashes
 
 
 def _learner(config: Config, world: World) -> tuple[torch.nn.Module, Learner]:
     check_learner(config, world)
-    model = tiny_model(config)
-    return model, build_learner(model, config.optimizer, config, world)
+    network = read_model_config(config.model, ByteTokenizer(), config.data.sequence_length)
+    built, parts = new_network(config, network, world, print)
+    model = arranged(built, config.model)
+    return model, build_learner(model, config.optimizer, config, world, parts)
 
 
 def trained(overrides: list[str]) -> dict[str, Any]:

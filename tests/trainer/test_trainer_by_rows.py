@@ -26,7 +26,7 @@ from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.engine import build_learner
 from flora_dist.trainer.model import build_model, read_model_config
 from flora_dist.trainer.new_network import place_in
-from flora_dist.trainer.place import Place, Unfit
+from flora_dist.trainer.place import Shard, Unfit
 from flora_dist.trainer.replicated import World
 from flora_dist.trainer.run import run
 from flora_dist.trainer.tokenizer import ByteTokenizer
@@ -53,7 +53,7 @@ def test_rows_of_all_processes_are_the_whole_network_bit_for_bit(name: str, coun
     whole = AutoModelForCausalLM.from_config(NETWORKS[name], dtype=torch.float32)
     state, parts = torch.get_rng_state(), []
     for number in range(count):
-        place = Place(number=number, count=count)
+        place = Shard(number=number, count=count)
         drawn = draw_rows(NETWORKS[name], place, seed=7, dtype=torch.float32)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(parameter.is_meta for parameter in drawn.model.parameters())
@@ -130,7 +130,7 @@ def test_a_network_that_is_not_drawn_parameter_after_parameter_is_refused(
 ) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: kind())
     with pytest.raises(RuntimeError, match=said):
-        draw_rows(NETWORKS["llama"], Place(number=0, count=1), seed=0, dtype=torch.float32)
+        draw_rows(NETWORKS["llama"], Shard(number=0, count=1), seed=0, dtype=torch.float32)
 
 
 def test_what_cannot_be_drawn_by_rows_is_drawn_whole_and_said_so(
@@ -148,7 +148,7 @@ def test_what_cannot_be_drawn_by_rows_is_drawn_whole_and_said_so(
 def test_only_shards_of_a_new_network_are_drawn_by_rows(tiny: Tiny) -> None:
     world = World(process_rank=5, size=6, device=torch.device("cpu"))
     hsdp = "backend={name: hsdp, replicate: 2, shard: 3}"
-    assert place_in(tiny("backend.name=fsdp2"), world) == Place(number=5, count=6)
-    assert place_in(tiny(hsdp), world) == Place(number=2, count=3)
+    assert place_in(tiny("backend.name=fsdp2"), world) == Shard(number=5, count=6)
+    assert place_in(tiny(hsdp), world) == Shard(number=2, count=3)
     assert place_in(tiny("backend.name=ddp"), world) is None
     assert place_in(tiny("backend.name=fsdp2", "model.lora={rank: 2}"), world) is None

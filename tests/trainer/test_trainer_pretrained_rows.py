@@ -21,7 +21,7 @@ from flora_dist.trainer.configfile import load_config
 from flora_dist.trainer.engine import build_learner
 from flora_dist.trainer.model import build_model, read_network
 from flora_dist.trainer.new_network import new_network, place_in
-from flora_dist.trainer.place import Place, Unfit
+from flora_dist.trainer.place import Shard, Unfit
 from flora_dist.trainer.pretrained_rows import read_rows
 from flora_dist.trainer.replicated import World
 from flora_dist.trainer.run import run
@@ -62,7 +62,7 @@ def check_parts(folder: Path, dtype: torch.dtype, count: int = 3) -> None:
     whole, parts = whole_of(folder, dtype), []
     state = torch.get_rng_state()
     for number in range(count):
-        place = Place(number=number, count=count)
+        place = Shard(number=number, count=count)
         drawn = read_rows(folder, read_network(folder), place, seed=0, dtype=dtype)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(p.is_meta and p.dtype == dtype for p in drawn.model.parameters())
@@ -169,7 +169,7 @@ def test_a_parameter_that_no_file_fills_is_noticed(
 
     monkeypatch.setattr(kind, "from_pretrained", silent)
     with pytest.raises(Unfit, match=r"model\.norm\.weight gets its values elsewhere"):
-        read_rows(folder, read_network(folder), Place(number=0, count=1), seed=0, dtype=torch.float)
+        read_rows(folder, read_network(folder), Shard(number=0, count=1), seed=0, dtype=torch.float)
 
 
 def test_other_files_than_safetensors_are_loaded_whole_and_that_is_said(tmp_path: Path) -> None:
