@@ -23,6 +23,7 @@ TESTED = "0.19.8"
 _OTHERWISE: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "zero_hpz_partition_size": (lambda size: size > 1, "are kept twice"),
     "mics_shard_size": (lambda size: size > 0, "are those of a few processes"),
+    "offload_param": (lambda block: block.get("device") == "nvme", "are on disk"),
     "zero_quantized_nontrainable_weights": (bool, "are quantized where weights are frozen"),
 }
 

@@ -110,6 +110,11 @@ def test_only_zero_3_starts_from_stretches(tiny: Callable[..., Config]) -> None:
 
 
 def test_settings_whose_partitions_are_no_stretches_are_named() -> None:
-    check_partitions({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}})
-    with pytest.raises(Unfit, match=r"mics_shard_size=2 partitions are those of a few processes"):
-        check_partitions({"zero_optimization": {"stage": 3, "mics_shard_size": 2}})
+    plain = {"stage": 3, "zero_hpz_partition_size": 1, "offload_param": {"device": "cpu"}}
+    check_partitions({"zero_optimization": plain})
+    for change, said in (
+        ({"mics_shard_size": 2}, "mics_shard_size=2 partitions are those of a few processes"),
+        ({"offload_param": {"device": "nvme"}}, "partitions are on disk"),
+    ):
+        with pytest.raises(Unfit, match=said):
+            check_partitions({"zero_optimization": {**plain, **change}})
