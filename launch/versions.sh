@@ -8,6 +8,7 @@
 #     ./launch/versions.sh python3.12:2.12.0      # pairs of an interpreter and a version of torch
 #     CORE='tests/sketch' ./launch/versions.sh    # some of the tests, by folder or file
 #     LIMIT=7200 ./launch/versions.sh             # seconds for each part of the core, 3600 otherwise
+#     PYTEST_TIMEOUT=1500 ./launch/versions.sh    # seconds for each test, on a busy machine
 #
 # It runs to its end whatever fails, and prints a table of Markdown: each file of tests, and how many
 # passed, were skipped and failed. Exit code 1 if any failed or a pair could not be run.
@@ -25,10 +26,11 @@ readonly LIMIT=${LIMIT:-3600}
 readonly MARKERS='not slow and not cluster and not deepspeed and not gpu'
 # Of the trainer and of the launchers, what runs in one process and knows torch or Python well.
 core=(
-    tests/reference tests/sketch tests/test_tiles.py tests/test_packaging.py tests/optimizer tests/kernels
+    tests/reference tests/sketch tests/test_tiles.py tests/test_packaging.py
     tests/planner tests/launch/test_asking.py tests/launch/test_front_door.py
     tests/trainer/test_trainer_{arrange,cache,chunked_loss,config,data,documents,export,fallback}.py
     tests/trainer/test_trainer_{finite,folders,in_backward,metrics}.py
+    tests/kernels tests/optimizer # the longest last
 )
 [[ -z ${CORE:-} ]] || read -ra core <<<"$CORE"
 pairs=("$@")

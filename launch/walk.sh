@@ -61,7 +61,9 @@ walk() {
 
 # torch_of PYTHON: its version, and which file that is and since when.
 torch_of() {
-    "$1" -c 'import os, torch; found = os.stat(torch.__file__); print(torch.__version__, found.st_ino, found.st_mtime_ns)'
+    "$1" -W 'ignore:Failed to initialize NumPy' -c 'import os, torch
+found = os.stat(torch.__file__)
+print(torch.__version__, found.st_ino, found.st_mtime_ns)'
 }
 
 # walk_into_existing: README's lines for an environment that has torch; it is to be kept as it is.

@@ -23,6 +23,8 @@ from typing import Any
 
 # Beyond a body's own timeout: time for its stacks to be printed.
 GRACE_SECONDS = 30.0
+# No part of a body's timeout: on a busy machine torch's import alone may take minutes.
+START_SECONDS = 900.0
 
 
 class RankError(AssertionError):
@@ -42,13 +44,14 @@ class RankPool:
 
         ``body`` must be a module-level function: it is sent to the workers by name.
         """
-        if not self._workers:
-            self._start()
-        self._calls += 1
-        store = Path(self._stores.name) / str(self._calls)
-        for _, pipe in self._workers:
-            pipe.send((body, args, store, timeout))
         try:
+            if not self._workers:
+                self._start()
+                self._collect(START_SECONDS)
+            self._calls += 1
+            store = Path(self._stores.name) / str(self._calls)
+            for _, pipe in self._workers:
+                pipe.send((body, args, store, timeout))
             return self._collect(timeout)
         except BaseException:
             self.close()
@@ -107,6 +110,7 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     # pytest's own filter does not reach spawned workers.
     warnings.filterwarnings("error", module=r"flora_dist\.")
     with suppress(EOFError):
+        pipe.send((True, None))  # ready
         while True:
             body, args, store, timeout = pipe.recv()
             faulthandler.dump_traceback_later(timeout, exit=True)
