@@ -86,13 +86,14 @@ def gradient_of(strip, given, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def columns_of(strip, ALIGNED: tl.constexpr):
-    """First column and width of a strip of cut rows."""
+def stretch_of(strip, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of cut rows: first column, how many, the first block of WIDTH that they touch, how many."""
     first = tl.load(strip + STRIP_FIRST).to(tl.int32)
     width = tl.load(strip + STRIP_WIDTH).to(tl.int32)
     if ALIGNED:
         first, width = tl.multiple_of(first, 16), tl.multiple_of(width, 16)
-    return first, width
+    touched = first // WIDTH
+    return first, width, touched, tl.cdiv(first + width, WIDTH) - touched
 
 
 @triton.jit

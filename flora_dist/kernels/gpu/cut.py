@@ -26,7 +26,6 @@ from flora_dist.kernels.gpu.access import (
     STRIP_SLOT,
     STRIP_TILE,
     STRIP_WEIGHT,
-    columns_of,
     gradient_of,
     loaded,
     pointer,
@@ -34,6 +33,7 @@ from flora_dist.kernels.gpu.access import (
     row_scale,
     sketch_of,
     slot_of,
+    stretch_of,
 )
 from flora_dist.kernels.gpu.expand import block_of, drawn_of
 from flora_dist.kernels.gpu.measure import past_of
@@ -86,9 +86,7 @@ def measure_cut(
         rows = first + tl.arange(0, ROWS)
         is_row = rows < count
         slots = tl.load(strip + STRIP_SLOT) + rows
-        left, width = columns_of(strip, ALIGNED)
-        touched = left // WIDTH
-        blocks = tl.cdiv(left + width, WIDTH) - touched
+        left, width, touched, blocks = stretch_of(strip, WIDTH, ALIGNED)
         down = tl.arange(0, ROWS)[:, None] * width + tl.arange(0, WIDTH)[None, :]
         before = first.to(tl.int64) * width + (touched * WIDTH - left)
         gradient = gradient_of(strip, given, GRADIENT, ALIGNED)
@@ -207,9 +205,7 @@ def couple_cut(
         kept_rows = tl.load(strip + STRIP_SCRATCH) + rows
         row = tl.load(rows_in + kept_rows, mask=is_row, other=1.0)
         x_scale = tl.load(numbers + SIGN) * row_scale(row, NORMALISE)
-        left, width = columns_of(strip, ALIGNED)
-        touched = left // WIDTH
-        blocks = tl.cdiv(left + width, WIDTH) - touched
+        left, width, touched, blocks = stretch_of(strip, WIDTH, ALIGNED)
         down = tl.arange(0, ROWS)[:, None] * width + tl.arange(0, WIDTH)[None, :]
         before = first.to(tl.int64) * width + (touched * WIDTH - left)
         gradient = gradient_of(strip, given, GRADIENT, ALIGNED)

@@ -34,7 +34,6 @@ from flora_dist.kernels.gpu.access import (
     STRIP_SCRATCH,
     STRIP_STRIDE,
     STRIP_WEIGHT,
-    columns_of,
     gradient_of,
     loaded,
     pointer,
@@ -42,6 +41,7 @@ from flora_dist.kernels.gpu.access import (
     row_scale,
     sketch_of,
     slot_of,
+    stretch_of,
 )
 from flora_dist.kernels.gpu.codes import decoded, record_of, rounded_codes, stored
 from flora_dist.kernels.gpu.expand import block_of, drawn_of
@@ -119,9 +119,7 @@ def finish(
         # Of a row that is here: its columns, and the blocks that they touch, the first of a row's.
         left, width, touched, blocks = 0, num_columns, 0, num_blocks
         if CUT:
-            left, width = columns_of(strip, ALIGNED)
-            touched = left // WIDTH
-            blocks = tl.cdiv(left + width, WIDTH) - touched
+            left, width, touched, blocks = stretch_of(strip, WIDTH, ALIGNED)
         down = tl.arange(0, ROWS)[:, None] * width + tl.arange(0, WIDTH)[None, :]
         before = first.to(tl.int64) * width + (touched * WIDTH - left)
         new_a, old_a, step = _matrices(old, new, move, matrix, RULE, RANK, PADDED, WIDTH, WINDOW)

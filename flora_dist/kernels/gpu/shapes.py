@@ -50,8 +50,9 @@ RECORD_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 """A product and a sum are rounded one after the other, as torch does."""
 FINISH_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 """A GPU's SM then holds two such programs."""
-EXPANDED_OPTIONS = {"num_warps": 8, "maxnreg": 168}
-"""Of a program of ``measure`` that expands gradients: with 128 threads it took 255 registers."""
+EXPANDED_OPTIONS = {"num_warps": 8, "maxnreg": 255}
+"""Of a program of ``measure`` that expands gradients, of which an SM holds one: 168 registers leave
+no room for another either, and were too few on sm_100."""
 SKETCHED_ROWS = 16
 """Rows of a program of ``finish`` that expands a gradient, or reads a momentum in few bits."""
 SKETCHED_OPTIONS = {"num_warps": 4, "maxnreg": 168}

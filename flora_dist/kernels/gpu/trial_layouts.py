@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of the parameters that a self-check tries, whose other ranks hold zeros.
+"""Layouts of the parameters that a self-check tries, of which there are no other ranks.
 
 A batch of which several ranks hold pieces is tried as such: a span of a flat tensor that begins and
-ends inside of rows and blocks, or some columns of every row. What other ranks would add is nothing,
-by kernels as by torch's operators.
+ends inside of rows and blocks, or some columns of every row. Other ranks are taken to add a quarter
+of what this one sends, so that what is summed differs from what is here.
 
 Shape suffixes: E matrices, N rows, M columns, S numbers of a message.
 """
@@ -26,21 +26,23 @@ from flora_dist.core.tiles import Cuts, Interval, Tile, find_cuts, tiles_of_span
 WHOLE, SPAN, COLUMNS = "whole", "span", "columns"
 """What of a parameter is here."""
 NAME = "self-check"
+_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class Alone:
-    """A reducer whose other ranks hold zeros."""
+class Echo:
+    """A reducer whose other ranks hold a quarter of what this one sends."""
 
     rank: int
 
     def sum_(self, message_S: Tensor) -> None:
-        """Nothing is added."""
+        """A quarter is added."""
+        message_S *= 1 + _SHARE
 
     def exchange(self, sent_S: Tensor, sizes: Mapping[int, int]) -> Tensor:
-        """Peers give zeros."""
+        """Peers give as much."""
         del sizes
-        return torch.zeros_like(sent_S)
+        return _SHARE * sent_S
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class ColumnsPart:
     shape: tuple[int, ...]
     owned: tuple[Interval, ...]
     """Each rank's columns."""
-    reducer: Alone
+    reducer: Echo
     trains: bool = True
     splits_matrices: bool = True
 
@@ -162,10 +164,10 @@ def layout_of(cut: str, weight: Tensor, shape: tuple[int, ...]) -> Layout:
     if cut == WHOLE:
         return ReplicatedLayout()
     if cut == COLUMNS:
-        return ColumnsLayout([ColumnsPart(weight, NAME, shape, _shards(shape), Alone(0))])
+        return ColumnsLayout([ColumnsPart(weight, NAME, shape, _shards(shape), Echo(0))])
     layout = FlatLayout()
     span = Span(name=NAME, shape=shape, owned=_spans(shape), offset=0)
-    layout.add_view(weight, span, rank=1, reducer=Alone(1))
+    layout.add_view(weight, span, rank=1, reducer=Echo(1))
     return layout
 
 

@@ -3,7 +3,8 @@
 
     TRITON_INTERPRET=1 python -m tests.kernels.gpu.cut_runs --cases 100 --seed 0
 
-Spans as of ZeRO and FSDP1, and shards of columns; the other ranks' sums are zeros, for both ways.
+Spans as of ZeRO and FSDP1, and shards of columns; what other ranks would send follows from what
+this one does, for both ways.
 The exit code is 1 where they part.
 """
 
@@ -25,7 +26,7 @@ from flora_dist.core.step.batch import Batch, Phases
 from flora_dist.core.step.gradient import Gradient
 from flora_dist.kernels.gpu.choice import make_phases
 from flora_dist.kernels.gpu.cover import why_not
-from flora_dist.kernels.gpu.trial_layouts import Alone, ColumnsLayout, ColumnsPart
+from flora_dist.kernels.gpu.trial_layouts import ColumnsLayout, ColumnsPart, Echo
 from tests.kernels.gpu import runs
 from tests.kernels.paths import Case, case_of, parted
 
@@ -113,7 +114,7 @@ def _span(cut: CutCase, draw: torch.Generator) -> tuple[nn.Parameter, Flora]:
     )
     flat = _weight((size,), cut, draw)
     layout = FlatLayout()
-    layout.add(flat, spans, rank=cut.rank, reducer=Alone(cut.rank))
+    layout.add(flat, spans, rank=cut.rank, reducer=Echo(cut.rank))
     optimizer = Flora([flat], **cut.case.settings)
     optimizer.attach_layout(layout, [[flat]])
     return flat, optimizer
@@ -125,7 +126,7 @@ def _shard(cut: CutCase, draw: torch.Generator) -> tuple[nn.Parameter, Flora]:
     owned = tuple((rank * each, min(columns, (rank + 1) * each)) for rank in range(cut.ranks))
     first, last = owned[cut.rank]
     weight = _weight((rows, last - first), cut, draw)
-    part = ColumnsPart(weight, "w", (rows, columns), owned, Alone(cut.rank))
+    part = ColumnsPart(weight, "w", (rows, columns), owned, Echo(cut.rank))
     optimizer = Flora([("w", weight)], **cut.case.settings)
     optimizer.attach_layout(ColumnsLayout([part]), [[weight]])
     return weight, optimizer

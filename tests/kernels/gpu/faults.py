@@ -14,10 +14,12 @@ CHECKS = {
     "sketches": "sketch_runs.wrong_sketches('cpu')",
     "records": "record_runs.wrong_records('cpu', range(4))",
     "steps on sketches": "drawn_runs.wrong_steps('cpu', range(2))",
-    "ademamix": "runs.difference(runs.with_rule('ademamix'))",
+    "ademamix": "runs.difference(runs.with_rule('ademamix', blend_gain=3.0))",
     "growth": "runs.difference(runs.with_rule('blend', growth=1.01, clip=None))",
     "by columns": "runs.difference(runs.with_rule('blend', normalise='columns'))",
-    "by rows": "runs.difference(runs.with_rule('blend', normalise='rows'))",
+    # A clip would undo a factor of all of X.
+    "by columns, no clip": "runs.difference(runs.unclipped(normalise='columns'))",
+    "by rows": "runs.difference(runs.unclipped(normalise='rows'))",
     "spans": "cut_runs.difference(cut_runs.SPANNED)",
     "spans blend": "cut_runs.difference(cut_runs.with_rule(cut_runs.SPANNED, 'blend'))",
     "columns": "cut_runs.difference(cut_runs.SHARDED)",
@@ -142,7 +144,10 @@ MUTATIONS = {
         check="by columns",
     ),
     "by columns, factor": Mutation(
-        file="settle.py", old="        root = 1.0", new="        root *= 1.0", check="by columns"
+        file="settle.py",
+        old="        root = 1.0",
+        new="        root *= 1.0",
+        check="by columns, no clip",
     ),
     "by rows": Mutation(
         file="settle.py",
@@ -211,7 +216,7 @@ MUTATIONS = {
         file="access.py",
         old="is_tail = (block > 0) & (block == blocks - 1)",
         new="is_tail = (block > 0) & (block == blocks)",
-        check="spans",
+        check="columns",
     ),
     "vectors, measure": Mutation(
         file="vector.py",

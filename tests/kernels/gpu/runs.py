@@ -68,6 +68,11 @@ def with_rule(rule: str, **settings: object) -> Case:
     return replace(FIXED, settings={**FIXED.settings, "momentum": rule, **settings})
 
 
+def unclipped(**settings: object) -> Case:
+    """``FIXED`` without what bounds its updates."""
+    return with_rule("blend", clip=None, **settings)
+
+
 def small_case_of(seed: int) -> Case:
     """A random case that the interpreter runs in about a second; the same for a seed."""
     draw = random.Random(seed)

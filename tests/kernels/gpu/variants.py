@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -148,6 +148,17 @@ def others() -> Iterator[Variant]:
     )  # fmt: skip
 
 
+def of_one_block() -> Iterator[Variant]:
+    """A launch over one parameter of one block: Triton makes constants of arguments that are 1."""
+    drawn = list(variants(rules=(1,), dtypes=(tl.bfloat16,), drawn=RECORDS))
+    for each in drawn:
+        if each.kernel is finish:
+            ones = {"members": 1, "num_blocks": 1}
+            yield replace(
+                each, name="finish_sketches one block", constants={**each.constants, **ones}
+            )
+
+
 def of_cut_rows(*, rules: tuple[int, ...], dtypes: tuple[Any, ...]) -> Iterator[Variant]:
     """Kernels over cut rows, as of column shards whose columns are multiples of 16."""
     for dtype, rule in itertools.product(dtypes, rules):
@@ -197,7 +208,12 @@ def quick() -> Iterator[tuple[int, Variant]]:
     chosen = [v for v in variants(rules=(1,), dtypes=(tl.bfloat16,)) if v.kernel is finish]
     chosen += [each for each in _of_rows(tl.bfloat16) if each.constants["WIDTH"] == 4096]
     yield from itertools.product(CAPABILITIES, chosen)
-    small = [*others(), *of_records(), *of_cut_rows(rules=(1,), dtypes=(tl.bfloat16,))]
+    small = [
+        *others(),
+        *of_one_block(),
+        *of_records(),
+        *of_cut_rows(rules=(1,), dtypes=(tl.bfloat16,)),
+    ]
     yield from ((90, each) for each in small)
 
 
@@ -207,4 +223,5 @@ def everything() -> Iterator[tuple[int, Variant]]:
     for drawn in (RECORDS, SKETCHES, FEW_BITS):
         chosen += variants(rules=RULES, dtypes=(tl.bfloat16,), drawn=drawn)
     chosen += of_cut_rows(rules=RULES, dtypes=(tl.bfloat16, tl.float32))
-    yield from itertools.product(CAPABILITIES, [*chosen, *others(), *of_records()])
+    chosen += [*others(), *of_one_block(), *of_records()]
+    yield from itertools.product(CAPABILITIES, chosen)
