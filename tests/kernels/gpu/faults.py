@@ -291,7 +291,7 @@ MUTATIONS = {
     "steps on sketches, place": Mutation(
         file="expand.py",
         old="// width + rows",
-        new="// width",
+        new="// width + 0 * rows",
         check="steps on sketches",
     ),
 }
