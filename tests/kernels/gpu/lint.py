@@ -46,7 +46,7 @@ LARGEST_PER_ELEMENT = {
     "add_records": 170,
 }
 # What sm_100's code takes beyond the limits: bytes of spilled registers, and registers.
-SPILLED_ON_100 = {"settle": 8, "measure_rows": 8, "finish": 8, "finish_sketches": 24}
+SPILLED_ON_100 = {"settle": 8, "measure_rows": 8, "finish": 24, "finish_sketches": 24}
 REGISTERS_ON_100 = {"add_records": 132}
 READ_ELEMENTS = {
     "measure",
