@@ -94,7 +94,9 @@ def run(
             told |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
             told |= {"MASTER_PORT": str(_PORT), "OUT": f"{folder}/{rank}.json"}
             told |= {"MALLOC_MMAP_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu"}
-            running.append(subprocess.Popen(command, env={**os.environ, **told}))
+            running.append(  # DeepSpeed prints that it has compiled its helper
+                subprocess.Popen(command, env={**os.environ, **told}, stdout=subprocess.DEVNULL)
+            )
         for process in running:
             if process.wait(TIMEOUT_SECONDS):
                 raise RuntimeError(f"{way} must end with 0; it ended with {process.returncode}.")
