@@ -122,6 +122,7 @@ def measure(model: str, precision: str, way: str, weights: str, backend: str) ->
     source = f"{{pretrained: {weights}}}" if weights else f"{{config: {MODELS / model}.json}}"
     told = [f"model={source}", f"train.precision={precision}", f"train.seed={_SEED}"]
     told += [f"backend={_BACKENDS[backend]}", "optimizer={name: flora, lr: 1e-3}"]
+    told += ["train.micro_batch=1"]  # up to 8 processes share the global batch
     config = load_config(MODELS.parent / "tiny.yaml", told)
     world, dtype = find_world(config.backend), weight_dtype(config.train)
     small = read_network(MODELS / "llama_tiny.json")
