@@ -58,33 +58,52 @@ FLORA_INLINE void look_up(float* to, const uint8_t* octets, int64_t count, const
 // error far below what a rounding of the sum could notice: it is the quotient as float32.
 FLORA_INLINE void read_octets(float* to, const uint8_t* octets, int64_t count, float size) {
   constexpr float kCoarse = 0x1.01p-8f, kFine = static_cast<float>(1.0 / 255 - 0x1.01p-8);
+#pragma GCC unroll 1
   for (int64_t i = 0; i < count; i++) {
     const float odd = static_cast<float>(2 * octets[i] - 255);
     to[i] = (odd * kCoarse + odd * kFine) * size;
   }
 }
 
-// What a record stands for; writes up to eight numbers more.
-FLORA_INLINE void read_record(const Code& code, float* to, const uint8_t* from) {
-  if (code.bits == 16) {
+// What records of so many octets stand for, blocks so far apart; 0: as many as the code says.
+template <int kPerOctet, int kOctets>
+FLORA_INLINE void read_some(const Code& given, float* to, const uint8_t* from, int64_t blocks, int64_t apart) {
+  const Code code = given;  // a copy that no store can reach
+  const int64_t octets = kOctets == 0 ? code.octets : kOctets;
+  for (int64_t k = 0; k < blocks; k++, to += apart, from += code.bytes) {
+    uint16_t half;
+    memcpy(&half, from + octets, 2);
+    const float scale = from_bf16(half), size = __builtin_fabsf(scale);
+    // Levels stand in the second half of the table.
+    if constexpr (kPerOctet == 1)
+      read_octets(to, from, octets, size);
+    else
+      look_up<kPerOctet>(to, from, octets, code.table + (scale < 0 ? 256 * code.per_octet : 0), size);
+  }
+}
+
+// Numbers that most blocks have are constants to the compiler.
+template <int kPerOctet>
+FLORA_INLINE void read_blocks(const Code& code, float* to, const uint8_t* from, int64_t blocks, int64_t apart) {
+  if (code.numbers == 64) return read_some<kPerOctet, 64 / kPerOctet>(code, to, from, blocks, apart);
+  if (code.numbers == 16) return read_some<kPerOctet, 16 / kPerOctet>(code, to, from, blocks, apart);
+  return read_some<kPerOctet, 0>(code, to, from, blocks, apart);
+}
+
+// What records stand for, blocks so far apart; writes up to eight numbers more.
+FLORA_CALLED void read_records(const Code& code, float* to, const uint8_t* from, int64_t blocks, int64_t apart) {
+  switch (code.bits) {
+    case 8: return read_blocks<1>(code, to, from, blocks, apart);
+    case 4: return read_blocks<2>(code, to, from, blocks, apart);
+    case 2: return read_blocks<4>(code, to, from, blocks, apart);
+    case 1: return read_blocks<8>(code, to, from, blocks, apart);
+  }
+  for (int64_t k = 0; k < blocks; k++)
     for (int64_t i = 0; i < code.numbers; i++) {
       uint16_t half;
-      memcpy(&half, from + 2 * i, 2);
-      to[i] = from_bf16(half);
+      memcpy(&half, from + k * code.bytes + 2 * i, 2);
+      to[k * apart + i] = from_bf16(half);
     }
-    return;
-  }
-  uint16_t half;
-  memcpy(&half, from + code.octets, 2);
-  const float scale = from_bf16(half), size = __builtin_fabsf(scale);
-  // Levels stand in the second half of the table.
-  const float* table = code.table + (scale < 0 ? 256 * code.per_octet : 0);
-  switch (code.bits) {
-    case 8: return read_octets(to, from, code.octets, size);
-    case 4: return look_up<2>(to, from, code.octets, table, size);
-    case 2: return look_up<4>(to, from, code.octets, table, size);
-    default: return look_up<8>(to, from, code.octets, table, size);
-  }
 }
 
 // Codes as octets.

@@ -4,6 +4,7 @@
 // numbers stand a room apart. Every product that a sum follows is rounded by itself, and a block is summed in
 // halves: the bits are torch's.
 #pragma once
+#include "hadamard.h"
 #include "octets.h"
 #include "philox.h"
 #include "plan.h"
@@ -41,11 +42,6 @@ struct RecordRoom {
   }
 };
 
-// What records stand for, blocks a room apart.
-FLORA_CALLED void read_records(const Code& code, float* to, const uint8_t* from, int64_t blocks, int64_t apart) {
-  for (int64_t k = 0; k < blocks; k++) read_record(code, to + k * apart, from + k * code.bytes);
-}
-
 // Zeros after blocks' numbers, up to the room: blocks before may have left NaN there.
 FLORA_INLINE void clear_beyond(const Code& code, float* x, int64_t blocks) {
   if (code.numbers == code.room) return;
@@ -53,17 +49,28 @@ FLORA_INLINE void clear_beyond(const Code& code, float* x, int64_t blocks) {
     for (int64_t i = code.numbers; i < code.room; i++) x[k * code.room + i] = 0;
 }
 
+// body(room) with the room of a block as a constant, where it is one of those that most have; else 0.
+template <class Body>
+FLORA_INLINE void by_room(int64_t room, const Body& body) {
+  if (room == 64) return body(Count<64>{});
+  if (room == 16) return body(Count<16>{});
+  return body(Count<0>{});
+}
+
 // |x| of the largest of each block: bits of NaN are above those of infinity.
-FLORA_INLINE void find_largest(float* largest, const float* x, int64_t blocks, int64_t room, float* parts) {
-  for (int64_t k = 0; k < blocks; k++, x += room)
-    for (int64_t h = 0; h < 8; h += kLanes) {
-      VecLanes most = lanes_of(load(x + h)) & 0x7FFFFFFF;
-      for (int64_t i = 8 + h; i < room; i += 8) {
-        const VecLanes own = lanes_of(load(x + i)) & 0x7FFFFFFF;
-        most = own > most ? own : most;
+FLORA_INLINE void find_largest(float* largest, const float* x, int64_t blocks, int64_t given, float* parts) {
+  by_room(given, [&](auto constant) {
+    const int64_t room = constant.value == 0 ? given : constant.value;
+    for (int64_t k = 0; k < blocks; k++)
+      for (int64_t h = 0; h < 8; h += kLanes) {
+        VecLanes most = lanes_of(load(x + k * room + h)) & 0x7FFFFFFF;
+        for (int64_t i = 8 + h; i < room; i += 8) {
+          const VecLanes own = lanes_of(load(x + k * room + i)) & 0x7FFFFFFF;
+          most = own > most ? own : most;
+        }
+        store(parts + 8 * k + h, (Vec)most);
       }
-      store(parts + 8 * k + h, (Vec)most);
-    }
+  });
   for (int64_t k = 0; k < blocks; k += 8)
     store8(largest + k, fold_eights(parts + 8 * k, [](Eight a, Eight b) {
              const EightLanes m = (EightLanes)a, n = (EightLanes)b;
@@ -141,15 +148,18 @@ FLORA_CALLED void round_records(const Code& given, uint8_t* to, float* x, int64_
   }
   for (int64_t i = 0; i < blocks * code.numbers; i++) uniform[i] = (bits[i] + 0.5f) * (1.0f / 65536);
   const Vec top = spread(static_cast<float>((1 << code.bits) - 1)), half = top * 0.5f, zero = {};
-  for (int64_t k = 0; k < blocks; k++, x += code.room, uniform += code.numbers) {
-    const Vec divisor = spread(divisors[k]);
-    uint8_t* codes = room.codes + k * code.room;
-    for (int64_t i = 0; i < code.numbers; i += kLanes) {
-      const Vec y = rounded((load(x + i) / divisor + 1.0f) * half) + load(uniform + i);
-      const Vec above = y > zero ? y : zero;  // NaN: 0
-      store_codes(codes + i, __builtin_convertvector(above < top ? above : top, VecLanes));
+  by_room(code.numbers, [&](auto constant) {
+    const int64_t numbers = constant.value == 0 ? code.numbers : constant.value;
+    const int64_t apart = constant.value == 0 ? code.room : constant.value;
+    for (int64_t k = 0; k < blocks; k++) {
+      const Vec divisor = spread(divisors[k]);
+      for (int64_t i = 0; i < numbers; i += kLanes) {
+        const Vec y = rounded((load(x + k * apart + i) / divisor + 1.0f) * half) + load(uniform + k * numbers + i);
+        const Vec above = y > zero ? y : zero;  // NaN: 0
+        store_codes(room.codes + k * apart + i, __builtin_convertvector(above < top ? above : top, VecLanes));
+      }
     }
-  }
+  });
   write_records(code, to, blocks, room);
 }
 

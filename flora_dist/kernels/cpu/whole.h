@@ -100,7 +100,8 @@ struct Page {
     page.together = blocks_together(page.code.room);
     page.records = reinterpret_cast<uint8_t*>(w.tile.momentum);
     page.key = w.momentum_key;
-    page.counter = static_cast<uint64_t>(w.tile.line) * (w.size.num_columns / w.size.block) * w.size.rank / kIntegersPerCounter;
+    const int64_t per_line = w.size.num_columns / w.size.block * w.size.rank;
+    page.counter = static_cast<uint64_t>(w.tile.line * per_line / kIntegersPerCounter);
     return page;
   }
 
