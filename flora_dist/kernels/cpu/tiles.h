@@ -27,7 +27,7 @@ struct Polynomial {
 // POLYNOMIALS in orthogonal.py.
 constexpr Polynomial kPolynomials[] = {
     {8.3837f, -24.7659f, 18.3571f}, {4.0434f, -3.0114f, 0.5695f}, {3.5056f, -2.6267f, 0.5257f}};
-constexpr float kTiny = 1.17549435e-38f;  // least normal number: what nothing is divided by less than
+constexpr float kTiny = 1.17549435e-38f;  // the least normal number, and the least that anything is divided by
 
 // A tile at work.
 struct Square {
