@@ -83,7 +83,7 @@ class Flora(torch.optim.Optimizer):
             arXiv 2502.07752), "apollo" (the gradient, scaled block by block as Adam scales its
             sketch: arXiv 2412.05270), "flora" (the authors' code), "flora_strict" (Algorithm 2),
             "vectors" (for 1-D parameters alone) or "none". "subspace_adam" and "apollo" keep twice
-            as many numbers; no compiled kernels exist for them and "ademamix".
+            as many numbers.
         blend_gain: weight of the sketched momentum under "blend", "ademamix" and "subspace_adam";
             of "blend" above 1 only where noise hides the limit on lr that it brings
             (core/step/momentum_rules.py); None: min(2, block / (2 rank)), as in older runs.
@@ -93,12 +93,12 @@ class Flora(torch.optim.Optimizer):
         beta2: decay of the second moment, bias-corrected as in Adam; None: 1 - t^-0.8.
         normalise: what a matrix is divided by: "factored" (the root of Adafactor's second moment),
             "rows" or "columns" (the root of their mean squares in this gradient alone, as in
-            SCALE); compiled kernels know the first.
+            SCALE).
         eps: added to squared gradients; 1-D parameters use at least 1e-12, and sketched numbers
             of ``subspace_adam`` 1e-8.
         clip: largest root mean square of an update, per matrix; None: no clipping.
         growth: largest growth of a matrix's update from step to step, as a factor of its norm, in
-            place of ``clip``: 1.01 in Fira and APOLLO; no compiled kernels exist for it.
+            place of ``clip``: 1.01 in Fira and APOLLO.
         orthogonalise: side of the square tiles of a matrix's update whose singular values are made
             alike, as Muon does with whole matrices; each keeps its size. Needs tiles that are whole
             on a rank. Not for head and embedding: pass None for them in ``roles``.
