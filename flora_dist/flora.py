@@ -104,9 +104,9 @@ class Flora(torch.optim.Optimizer):
             on a rank. Not for head and embedding: pass None for them in ``roles``.
         weight_decay: decoupled, times lr.
         scale_parameter: True: multiply lr by max(1e-3, RMS(weight)), as Adafactor does. "relative":
-            multiply a matrix's lr by RMS(weight) over what that was at its first step, so that it
-            starts as AdamW's and grows with the matrix, up to twice that; one that starts at zero
-            keeps its lr.
+            multiply a matrix's lr by RMS(weight) over what that was at its first step, within 1/2
+            and 2, so that it starts as AdamW's and grows with the matrix; one that starts with an
+            RMS of at most 1e-3 keeps its lr.
         state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
         state_bits: of each number of a sketched momentum: 32, 16, or 8 or 4 with a scale per block;
             None: as ``state_dtype``, which dense momenta keep. With rank as large as block a dense

@@ -107,12 +107,23 @@ install_extra() {
     [[ -t 1 ]] || options+=(--quiet)
     # torch first: our kernels are compiled against its headers, beside pip, which keeps one core busy at most.
     "$VENV_PYTHON" -m pip install "${options[@]}" torch
-    local kernels
-    # torch misses numpy, which comes now, and would say so.
-    "$VENV_PYTHON" -W 'ignore:Failed to initialize NumPy' -m flora_dist.kernels.build >/dev/null &
-    kernels=$!
-    FLORA_DIST_KERNELS=torch "$VENV_PYTHON" -m pip install "${options[@]}" -e ".[$extra]"
-    wait "$kernels" || say "the kernels were not compiled (why is said above): steps take torch's operators" >&2
+    local kernels=''
+    if [[ ${FLORA_DIST_KERNELS:-} != torch ]]; then
+        # torch misses numpy, which comes now, and would say so.
+        "$VENV_PYTHON" -W 'ignore:Failed to initialize NumPy' -m flora_dist.kernels.build >/dev/null &
+        kernels=$!
+        # A compiler in the background hears no Ctrl-C.
+        trap 'kill "$kernels" 2>/dev/null; exit 130' INT TERM
+    fi
+    if ! FLORA_DIST_KERNELS=torch "$VENV_PYTHON" -m pip install "${options[@]}" -e ".[$extra]"; then
+        [[ -z $kernels ]] || kill "$kernels" 2>/dev/null || true
+        wait
+        exit 1
+    fi
+    if [[ -n $kernels ]] && ! wait "$kernels"; then
+        say "the kernels were not compiled (why is said above): steps take torch's operators" >&2
+    fi
+    trap - INT TERM
     printf '%s %s\n' "$extra" "$now" >"$STAMP"
 }
 

@@ -68,16 +68,18 @@ print(torch.__version__, found.st_ino, found.st_mtime_ns)'
 
 # walk_into_existing: README's lines for an environment that has torch; it is to be kept as it is.
 walk_into_existing() {
-    local python=$work/existing/bin/python before after
+    local python=$work/existing/bin/python before=$work/torch_before after
     environment=$work/existing
     [[ -x $python ]] || "$BASE_PYTHON" -m venv "$work/existing"
-    "$python" -m pip install --quiet --no-compile --disable-pip-version-check -c "$CONSTRAINTS" torch
-    before=$(torch_of "$python")
+    [[ -f $before ]] ||
+        "$python" -m pip install --quiet --no-compile --disable-pip-version-check -c "$CONSTRAINTS" torch
+    # A walk that goes on does not repeat what it has walked: what was there before it stays written.
+    [[ -f $before ]] || torch_of "$python" >"$before"
     walk README.md Install pip
     timed 'cd / && flora-dist --version'
     after=$(torch_of "$python")
-    [[ $before == "$after" ]] ||
-        refuse "pip must keep the torch that is there ('$before'); afterwards it was '$after'."
+    [[ $(<"$before") == "$after" ]] ||
+        refuse "pip must keep the torch that is there ('$(<"$before")'); afterwards it was '$after'."
     environment=$work/clone/.venv
 }
 

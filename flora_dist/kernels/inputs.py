@@ -46,8 +46,9 @@ def numbers_of(batch: Batch, now: Moment) -> list[float]:
     lr, decay = float(now.lr), float(now.weight_decay)
     eps = max(config.eps, VECTOR_EPS) if size.is_vector else config.eps
     beta1, sketch_eps = config.beta1, 0.0
-    rule = rule_of(config, size)
-    if isinstance(rule, SubspaceAdamRule | ApolloRule):
+    if size.rank is not None and size.moments > 1:
+        rule = rule_of(config, size)
+        assert isinstance(rule, SubspaceAdamRule | ApolloRule), "who else keeps two"
         beta1, sketch_eps = corrected(beta1, now.step), rule.eps
     clip = 0.0 if config.clip is None else config.clip
     return [

@@ -176,7 +176,7 @@ def _joined(
         *_momentum_code(size, momentum),
         NORMALISATIONS[kind_of(batch)],
         int(config.growth is not None),
-        config.orthogonalise or 0,
+        0 if is_vector else config.orthogonalise or 0,
         1 if size.rank is None else size.moments,
     ]
     matrices = _matrices(batch, [tile[3] for tile in tiles], each)

@@ -58,8 +58,7 @@ def partition_(
 
     deepspeed.init_distributed()  # without it Init takes this process for the only one
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # Init takes all modules below the one that it is given: those must be done before.
-    for module in reversed(list(model.modules())):
+    for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
         own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_meta]
@@ -68,10 +67,13 @@ def partition_(
             filled = nn.Parameter(zeros, parameter.requires_grad)
             torch.utils.swap_tensors(parameter, filled)  # type: ignore[no-untyped-call]
         if own:
-            deepspeed.zero.Init(module=module, config_dict_or_path=dict(settings))
+            # Of the module itself Init would take all that is below it too.
+            alone = nn.ParameterList(own)
+            deepspeed.zero.Init(module=alone, config_dict_or_path=dict(settings))
         for parameter in own:
             name = names[id(parameter)]
             _put(name, parameter, stretches.pop(name))
+    assert not stretches, "every parameter has its module"
 
 
 @torch.no_grad()

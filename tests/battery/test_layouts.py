@@ -57,7 +57,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "flora", "normalise": "columns"},
     {"momentum": "flora_strict", "sketch": "gaussian", "state_bits": 8},
     {"momentum": "blend", "rank": 8, "state_bits": 4, "weight_decay": 0.1},
-    {"momentum": "none", "growth": 1.01, "scale_parameter": "relative"},
+    {"momentum": "none", "growth": 1.01},
     {"momentum": "flora_strict", "growth": 1.0},
 ]
 SIDE = {"orthogonalise": 2}

@@ -17,7 +17,7 @@ from flora_dist.core.records import Code
 from flora_dist.kernels.gpu.graph import CapturedStep, record_graph
 from flora_dist.kernels.gpu.recorded import add_by_torch_, add_records_by_triton_
 from flora_dist.kernels.gpu.sketches import add_sketch_
-from tests.kernels.gpu.runs import DEVICE, again, by_kernels, by_torch, stepped
+from tests.kernels.gpu.runs import DEVICE, again, by_torch, stepped, where_covered
 
 Shapes = Sequence[tuple[int, ...]]
 # A decoder of 22 layers of 2048 columns and an embedding of 32,000 rows: 1.1 billion elements.
@@ -79,7 +79,7 @@ def _steps(shapes: Shapes, dtype: torch.dtype, rounds: int) -> Mapping[str, Any]
         rows["AdamW, fused" if fused else "AdamW, foreach"] = _row(adamw.step, rounds)
         del adamw
     for rule in RULES:
-        with stepped(by_kernels):
+        with stepped(where_covered):
             optimizer = Flora(named, lr=1e-5, momentum=rule)
         rows[f"Flora, {rule}"] = _row(optimizer.step, rounds)
         captured = CapturedStep(optimizer, record_graph if DEVICE == "cuda" else again)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flora_dist import Flora
-from tests.kernels.gpu.runs import DEVICE, by_kernels, by_torch, stepped
+from tests.kernels.gpu.runs import DEVICE, by_torch, stepped, where_covered
 
 # After some steps two paths that round differently part; their losses do not part by this much.
 LARGEST_DIFFERENCE = 0.05
@@ -30,7 +30,7 @@ def training(is_rehearsal: bool) -> dict[str, Any]:
         return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     for name, make, phases in (
-        ("Flora", flora, by_kernels),
+        ("Flora", flora, where_covered),
         ("Flora, torch's operators", flora, by_torch),
         ("AdamW, fused", adamw, by_torch),
     ):

@@ -23,7 +23,8 @@ from typing import Any
 
 # Beyond a body's own timeout: time for its stacks to be printed.
 GRACE_SECONDS = 30.0
-# No part of a body's timeout: on a busy machine torch's import alone may take minutes.
+# No part of a body's timeout: on a busy machine torch's import alone may take minutes. It counts
+# towards pytest's limit for the test, which PYTEST_TIMEOUT raises.
 START_SECONDS = 900.0
 
 

@@ -6,6 +6,20 @@ from __future__ import annotations
 from tests.kernels.mutation import FIXED, Mutation
 
 OF_UPDATES = {
+    "relative lr, start": Mutation(
+        file="settle.cpp",
+        old="if (!(*start > 0)) *start = own;",
+        new="*start = own;",
+        test=FIXED,
+        select="relative",
+    ),
+    "relative lr, bound": Mutation(
+        file="settle.cpp",
+        old="constexpr float kMostGrown = 2;",
+        new="constexpr float kMostGrown = 1;",
+        test=FIXED,
+        select="relative",
+    ),
     "tiles, a step's polynomial": Mutation(
         file="tiles.h",
         old="p.b * own + p.c * sum",

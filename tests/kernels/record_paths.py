@@ -34,8 +34,12 @@ step, in each of 64 numbers and steps."""
 def case_of(seed: int) -> Case:
     """A random case; the same for a seed."""
     case, draw = paths.case_of(seed), random.Random(-1 - seed)
+    rule = case.settings["momentum"]
     settings = case.settings | {
         "sketch": "hadamard",
+        # Two moments share no scale, and gradients in few bits no whole tiles.
+        "momentum": {"subspace_adam": "blend", "apollo": "flora"}.get(rule, rule),
+        "orthogonalise": None,
         "gradient_bits": draw.choice([16, 8, 4, 2, 1]),
         "gradient_rank": draw.choice([None, None, case.settings["block"] // 2]),
         "max_norm": draw.choice([None, 0.5]),
@@ -58,7 +62,7 @@ def case_of(seed: int) -> Case:
 
 
 def run(case: Case, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights before and after, and the state's tensors among the latter."""
+    """Weights before and after, and the state's tensors among the latter, records of every step."""
     torch.manual_seed(case.seed)
     settings = dict(case.settings)
     keys = ("gradient_bits", "gradient_rank", "max_norm")
@@ -71,7 +75,8 @@ def run(case: Case, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     optimizer = Flora(weights.items(), **settings)
     if bits is not None:
         flora_dist.attach(model, optimizer, "compressed", gradient_bits=bits, gradient_rank=rank)
-    for _ in range(STEPS):
+    records: dict[str, Tensor] = {}
+    for step in range(STEPS):
         with path("torch"):
             _add(optimizer, weights)
         with path(name):
@@ -79,11 +84,16 @@ def run(case: Case, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 optimizer.clip_grad_norm_(norm)
             optimizer.step()
         optimizer.zero_grad()
+        for key, weight in weights.items():
+            kept = optimizer.state[weight].get("momentum")
+            if kept is not None and kept.dtype == torch.uint8:
+                records[f"{key}.momentum.{step}"] = kept.clone()
     found = {key: weight.detach() for key, weight in weights.items()}
     for key, weight in weights.items():
         own = optimizer.state[weight]
-        found |= {f"{key}.{k}": v for k, v in own.items() if isinstance(v, Tensor)}
-    return start, found
+        tensors = {k: v for k, v in own.items() if isinstance(v, Tensor)}
+        found |= {f"{key}.{k}": v for k, v in tensors.items() if v.dtype != torch.uint8}
+    return start, found | records
 
 
 def _add(optimizer: Flora, weights: dict[str, nn.Parameter]) -> None:
@@ -111,8 +121,9 @@ def difference(case: Case) -> str:
         blocks = ((own - other).abs() > LARGEST_DISTANCE * other.square().mean().sqrt()).any(-1)
         if blocks.sum() > MOST_TIES * blocks.numel() + LEAST_TIES:
             return f"{key}: {int(blocks.sum())} of {blocks.numel()} blocks differ"
-        # Elements follow a momentum that was rounded to the other side.
-        weight = key.removesuffix(".momentum")
+        # Elements follow a momentum that was rounded to the other side, and keep what it moved them
+        # by where the next rounding takes that back.
+        weight = key.partition(".momentum")[0]
         follows = fed_by_ties(blocks.unsqueeze(-1))(expected[weight])
         found[weight][follows] = expected[weight][follows]
     return parted(case, start, expected, found)

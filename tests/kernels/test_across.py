@@ -35,6 +35,7 @@ SETTINGS = {
     "old momentum": {"momentum": "flora", "kappa": 2},
     "no clip": {"momentum": "blend", "clip": None},
     "rates by weights": {"momentum": "none", "scale_parameter": True, "maximize": True},
+    "relative rates": {"momentum": "blend", "scale_parameter": "relative"},
     "two moments": {"momentum": "subspace_adam", "kappa": 2},
     "bfloat16": {"momentum": "flora", "state_dtype": "bfloat16"},
 }

@@ -29,6 +29,7 @@ TILES = {"momentum": "blend", "orthogonalise": 16}
 RULES: dict[str, dict[str, Any]] = {
     **{rule: {"momentum": rule} for rule in MOMENTA if rule != "vectors"},
     "tiles": TILES,
+    "relative": {"momentum": "blend", "scale_parameter": "relative", "lr": 0.1},
 }
 BOUNDS = [
     *({"momentum": rule, "growth": 1.01} for rule in ("ademamix", "flora", "flora_strict")),

@@ -114,7 +114,7 @@ def test_a_checkpoint_keeps_the_norms(tmp_path: Path) -> None:
     [
         ({"growth": GROWTH}, "NativePhases"),
         ({"normalise": "rows"}, "NativePhases"),
-        ({"orthogonalise": 4}, "MatrixPhases"),
+        ({"orthogonalise": 300}, "MatrixPhases"),
     ],
     ids=str,
 )

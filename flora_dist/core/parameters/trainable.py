@@ -273,8 +273,9 @@ def _check_tensors(slot: Trainable, own: dict[str, Any]) -> None:
     if kept != set(expected):
         raise ValueError(
             f"the state of {slot.part.name!r} must hold {sorted(expected)}, for a weight of "
-            f"{slot.part.shape}; it holds {sorted(kept)}. momentum= cannot change once there is "
-            "state, nor can a matrix become a vector."
+            f"{slot.part.shape}; it holds {sorted(kept)}. momentum, growth and "
+            "scale_parameter='relative' cannot change once there is state, nor can a matrix become "
+            "a vector."
         )
     for name, entry in expected.items():
         shape = tuple(slot.part.local(own[name]).shape)

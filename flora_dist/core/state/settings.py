@@ -89,8 +89,8 @@ class FloraConfig:
     by itself and at its size, by Muon's Newton-Schulz iteration; None: as the rule made it."""
     scale_parameter: bool | str = False
     """True: multiply lr by max(1e-3, RMS(weight)), as Adafactor does. "relative": multiply the lr
-    of a matrix by RMS(weight) over what that was at its first step, where this was above 1e-3, and
-    by 2 at most."""
+    of a matrix by RMS(weight) over what that was at its first step, within 1/2 and 2, where this
+    was above 1e-3."""
     state_dtype: str = "float32"
     """Momentum's dtype: float32 (float64 for float64 parameters) or bfloat16."""
     state_bits: int | None = None

@@ -171,7 +171,7 @@ float take_rate(const Plan& plan, int64_t index, const Now& now, const Clipping&
   const Header& size = *plan.header;
   if (given.weight == nullptr) return now.lr;
   const double rms = std::sqrt(given.weight[size.first_summed + index] / elements(size));
-  const float own = static_cast<float>(rms > kSmallestScale ? rms : kSmallestScale);
+  const float own = static_cast<float>(rms < kSmallestScale ? kSmallestScale : rms);
   auto* start = reinterpret_cast<float*>(plan.matrices[index].start);
   if (start == nullptr) return now.lr * own;
   if (!(*start > 0)) *start = own;

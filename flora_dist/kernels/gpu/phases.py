@@ -153,7 +153,8 @@ class GpuPhases:
         """Clip, update weights and state."""
         del now
         coupled = tallied.coupled
-        if not self._is_empty:
+        if coupled.sums_H2.numel():  # norms and sizes are kept where no element is, too
             scales_H2 = self._launches.scale(coupled.sums_H2, {**coupled.totals, **totals})
-            self._launches.finish(coupled.look, scales_H2)
+            if not self._is_empty:
+                self._launches.finish(coupled.look, scales_H2)
         copy_to_(self._columns, coupled.column_HM)

@@ -70,7 +70,8 @@ def cut_case_of(seed: int) -> CutCase:
     draw = random.Random(seed)
     ranks, by_columns = draw.randint(2, 3), draw.random() < 0.5
     block = draw.choice([16, 16, 32])
-    settings = {**case_of(seed).settings, "block": block, "rank": draw.choice([None, 2, 4])}
+    settings = runs.covered(case_of(seed).settings)
+    settings |= {"block": block, "rank": draw.choice([None, 2, 4])}
     settings |= {"state_dtype": draw.choice(["float32", "float32", "bfloat16"])}
     dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16])
     shapes: tuple[tuple[int, ...], ...] = ((draw.randint(2, 40), draw.randint(48, 100)),)

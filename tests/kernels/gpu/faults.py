@@ -20,6 +20,7 @@ CHECKS = {
     # A clip would undo a factor of all of X.
     "by columns, no clip": "runs.difference(runs.unclipped(normalise='columns'))",
     "by rows": "runs.difference(runs.unclipped(normalise='rows'))",
+    "relative": "runs.difference(runs.with_rule('blend', scale_parameter='relative', lr=0.1))",
     "spans": "cut_runs.difference(cut_runs.SPANNED)",
     "spans blend": "cut_runs.difference(cut_runs.with_rule(cut_runs.SPANNED, 'blend'))",
     "columns": "cut_runs.difference(cut_runs.SHARDED)",
@@ -38,6 +39,18 @@ class Mutation:
 
 
 MUTATIONS = {
+    "scale, start": Mutation(
+        file="settle.py",
+        old="start = tl.where(start > 0.0, start, size)",
+        new="start = size",
+        check="relative",
+    ),
+    "scale, bound of a relative lr": Mutation(
+        file="settle.py",
+        old="tl.maximum(size / start, 1.0 / _MOST_GROWN), _MOST_GROWN)",
+        new="tl.maximum(size / start, 1.0), 1.0)",
+        check="relative",
+    ),
     "measure, whole rows": Mutation(
         file="measure.py",
         old="plain += tl.sum(square, 0)",

@@ -28,7 +28,7 @@ from flora_dist.core.step.matrix import MatrixPhases
 from flora_dist.core.step.vector import VectorPhases
 from flora_dist.kernels.gpu import inputs
 from flora_dist.kernels.gpu.choice import make_phases
-from flora_dist.kernels.gpu.cover import why_not
+from flora_dist.kernels.gpu.cover import SMALLEST_BLOCK, why_not
 from flora_dist.kernels.gpu.graph import CapturedStep, Record
 from tests.kernels.paths import Case, case_of, parted
 
@@ -77,7 +77,16 @@ def small_case_of(seed: int) -> Case:
     """A random case that the interpreter runs in about a second; the same for a seed."""
     draw = random.Random(seed)
     shapes = tuple(_shape(draw) for _ in range(draw.randint(1, 2)))
-    return replace(case_of(seed), shapes=shapes)
+    case = case_of(seed)
+    return replace(case, shapes=shapes, settings=covered(case.settings))
+
+
+def covered(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with what the kernels step: other rules and blocks, and no tiles."""
+    rule = settings["momentum"]
+    rule = {"subspace_adam": "blend", "apollo": "flora"}.get(rule, rule)
+    block = max(SMALLEST_BLOCK, settings["block"])
+    return {**settings, "momentum": rule, "block": block, "orthogonalise": None}
 
 
 def _shape(draw: random.Random) -> tuple[int, ...]:
@@ -97,7 +106,13 @@ def by_torch(batch: Batch, gradient: Gradient) -> Phases:
 
 
 def by_kernels(batch: Batch, gradient: Gradient) -> Phases:
-    """Kernels wherever they cover a batch, on any device."""
+    """Kernels for every batch, on any device."""
+    assert not why_not(batch, gradient)
+    return make_phases(batch, gradient)
+
+
+def where_covered(batch: Batch, gradient: Gradient) -> Phases:
+    """Kernels wherever they cover a batch."""
     return by_torch(batch, gradient) if why_not(batch, gradient) else make_phases(batch, gradient)
 
 

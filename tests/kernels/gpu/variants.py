@@ -11,11 +11,12 @@ from typing import Any
 
 import triton.language as tl
 
+from flora_dist.kernels.gpu.access import BY_GROWTH, BY_SIZE
 from flora_dist.kernels.gpu.cut import couple_cut, measure_cut, settle_cut
 from flora_dist.kernels.gpu.finish import finish
 from flora_dist.kernels.gpu.measure import measure, measure_rows
 from flora_dist.kernels.gpu.records import add_records
-from flora_dist.kernels.gpu.settle import gather, gather_rows, scale, settle
+from flora_dist.kernels.gpu.settle import MATRIX_NUMBERS, gather, gather_rows, scale, settle
 from flora_dist.kernels.gpu.shapes import (
     AS_TORCH,
     MEASURE_OPTIONS,
@@ -113,12 +114,13 @@ def others() -> Iterator[Variant]:
     """Kernels over sums and over vectors, and the sketches of gradients."""
     options = {"num_warps": 4}
     sums = {"SUMS": 2, "HISTORY": False, "SCALED": False, "TILES": 16, "WIDTH": 128}
-    scaling = {"RULE": 1, "KNOWN": False, "SCALED": True, "NUMBERS": 7, "WIDTH": 128}
+    scaling = {"RULE": 1, "KNOWN": False, "NUMBERS": MATRIX_NUMBERS.value, "WIDTH": 128}
     for name, kernel, constants in (
         ("gather", gather, sums),
         ("gather_rows", gather_rows, {"WIDTH": 128}),
-        ("scale", scale, {**scaling, "BOUND": 1}),
-        ("scale growth", scale, {**scaling, "BOUND": 2}),
+        ("scale", scale, {**scaling, "BOUND": 1, "SCALED": BY_SIZE.value}),
+        ("scale growth", scale, {**scaling, "BOUND": 2, "SCALED": BY_SIZE.value}),
+        ("scale relative", scale, {**scaling, "BOUND": 1, "SCALED": BY_GROWTH.value}),
     ):
         yield Variant(name=name, kernel=kernel, constants=constants, options=options, elements=0)
     for name, kernel, constants in (
