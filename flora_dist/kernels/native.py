@@ -179,7 +179,7 @@ class NativePhases:
         return terms
 
     def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
-        """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
+        """|U|^2 of ``flora_strict`` and ``apollo``, which read what cut blocks have only now."""
         terms: Terms = {}
         coupled = replace(coupled, blocks=totals.get("blocks", coupled.blocks))
         if self._asks_update:

@@ -153,7 +153,10 @@ def test_a_group_may_carry_tags_of_its_own() -> None:
         ({"rank": 0}, ["rank", "got 0"]),
         ({"rank": 1}, ["momentum", "'wide'", "local shape", "Use the rank, block"]),
         ({"block": 16}, ["momentum", "'wide'", "local shape", "Use the rank, block"]),
-        ({"momentum": "none"}, ["'wide'", "must hold", "momentum= cannot change"]),
+        (
+            {"momentum": "none"},
+            ["'wide'", "must hold", "momentum, growth and a relative lr cannot change"],
+        ),
         ({"sketch": "gaussian"}, ["'wide'", "sketch='gaussian'", "'hadamard'", "settings"]),
         ({"seed": 5}, ["'wide'", "seed=5", "it has 0", "settings of the run"]),
         ({"transfer": "papr"}, ["transfer", "Did you mean 'paper'"]),

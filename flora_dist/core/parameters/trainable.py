@@ -274,8 +274,7 @@ def _check_tensors(slot: Trainable, own: dict[str, Any]) -> None:
         raise ValueError(
             f"the state of {slot.part.name!r} must hold {sorted(expected)}, for a weight of "
             f"{slot.part.shape}; it holds {sorted(kept)}. momentum, growth and "
-            "scale_parameter='relative' cannot change once there is state, nor can a matrix become "
-            "a vector."
+            "a relative lr cannot change once there is state, nor can a matrix become a vector."
         )
     for name, entry in expected.items():
         shape = tuple(slot.part.local(own[name]).shape)

@@ -116,7 +116,7 @@ void couple(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Ma
 
 // ---- the step itself
 
-// |U|^2 of the strict rule, which reads what is to become the momentum; changes nothing.
+// |U|^2 of flora_strict and apollo, which read what is to become the momentum; changes nothing.
 void tally(Tensor table, Integers gradients, Numbers numbers, Maybe old_HRB, Maybe new_HRB, Maybe columns_HBP,
            Maybe move_HRP, int64_t move, Tensor rows, Tensor factor, Maybe blocks, Tensor update) {
   const Plan plan = read_plan(table);

@@ -19,7 +19,6 @@ constexpr int kBlockRows = 8, kBlockVectors = 2;
 constexpr int kBlockRows = 4, kBlockVectors = 2;
 #endif
 constexpr int64_t kSquare = 8;  // rows and columns that are mirrored at a time
-typedef int32_t EightLanes __attribute__((vector_size(32)));
 
 struct Polynomial {
   float a, b, c;
