@@ -35,14 +35,17 @@ def _pair(**settings: Any) -> tuple[runs.Parameters, Flora]:
 
 @pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
 def test_steps_are_the_reference(momentum: str) -> None:
-    weights, optimizer = _pair(momentum=momentum)
+    # Weights grow to more than twice their size, where lr stops growing with them.
+    settings = {**runs.SETTINGS, "lr": 5.0, **RELATIVE, "momentum": momentum}
+    weights, optimizer = _pair(**settings)
     start = runs.values(weights)
-    settings = {**runs.SETTINGS, "lr": LR, **RELATIVE, "momentum": momentum}
     oracle = reference_of(Case(settings=settings), start)
     for step in range(STEPS):
         _step(optimizer, weights, step)
         oracle.step({name: weight.grad for name, weight in weights.items()})
     assert distances(start, dict(oracle.weights), runs.values(weights))[1] < 1e-11
+    wide = weights["wide"].detach()
+    assert wide.square().mean() > (2 * 2) * start["wide"].square().mean()
 
 
 def test_a_start_that_is_forgotten_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
