@@ -51,7 +51,7 @@ prepare() {
     git ls-files -z | xargs -0 cp --parents -t "$folder/tree" || return 1
     local pip=("$folder/venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check)
     if ! "${pip[@]}" "torch==$torch" numpy packaging pytest pytest-timeout psutil hatchling \
-        >"$folder/pip" 2>&1 || ! "${pip[@]}" -e "$folder/tree[train]" >>"$folder/pip" 2>&1 ||
+        >"$folder/pip" 2>&1 || ! "${pip[@]}" -e "$folder/tree[train,lora]" >>"$folder/pip" 2>&1 ||
         # The wheel goes on without its kernels where they do not compile; here that is a failure.
         ! compgen -G "$folder/tree/flora_dist/kernels/kernels-*.so" >/dev/null; then
         tail -n 3 "$folder/pip" >&2
