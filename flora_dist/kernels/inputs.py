@@ -45,11 +45,7 @@ def numbers_of(batch: Batch, now: Moment) -> list[float]:
     config, size = batch.config, batch.geometry
     lr, decay = float(now.lr), float(now.weight_decay)
     eps = max(config.eps, VECTOR_EPS) if size.is_vector else config.eps
-    beta1, sketch_eps = config.beta1, 0.0
-    if size.rank is not None and size.moments > 1:
-        rule = rule_of(config, size)
-        assert isinstance(rule, SubspaceAdamRule | ApolloRule), "who else keeps two"
-        beta1, sketch_eps = corrected(beta1, now.step), rule.eps
+    beta1, sketch_eps = sketch_numbers(batch, now)
     clip = 0.0 if config.clip is None else config.clip
     return [
         now.beta2,
@@ -64,6 +60,16 @@ def numbers_of(batch: Batch, now: Moment) -> list[float]:
         0.0 if config.growth is None else config.growth,
         sketch_eps,
     ]
+
+
+def sketch_numbers(batch: Batch, now: Moment) -> tuple[float, float]:
+    """Decay of the momentum at this step, and eps of second moments of sketched numbers, if any."""
+    config, size = batch.config, batch.geometry
+    if size.rank is None or size.moments == 1:
+        return config.beta1, 0.0
+    rule = rule_of(config, size)
+    assert isinstance(rule, SubspaceAdamRule | ApolloRule), "who else keeps two"
+    return corrected(config.beta1, now.step), rule.eps
 
 
 def gradients_of(now: Moment) -> Given:

@@ -142,9 +142,20 @@ def difference(case: Case) -> str:
     """What the two paths part in; empty where they agree."""
     start, expected = run(case, "torch")
     found = run(case, "native")[1]
+    return judged(case, start, expected, found, lambda exact: run(exact, "torch")[1])
+
+
+def judged(
+    case: Case,
+    start: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    found: dict[str, Tensor],
+    run_by_torch: Callable[[Case], dict[str, Tensor]],
+) -> str:
+    """The same of two runs that were made; ``run_by_torch`` makes a third where roundings grow."""
     what = parted(case, start, expected, found)
     if what and case.dtype == torch.float32 and _grows(case):
-        exact = run(replace(case, dtype=torch.float64), "torch")[1]
+        exact = run_by_torch(replace(case, dtype=torch.float64))
         return _further(start, expected, found, exact)
     return what
 

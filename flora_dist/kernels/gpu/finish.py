@@ -12,16 +12,12 @@ import triton.language as tl
 
 from flora_dist.kernels.gpu.access import (
     ADEMAMIX,
-    BETA1,
-    BLEND,
     ENTRY,
     FLORA,
     GAIN,
     KEEP,
     MOVES,
-    NEW,
     NONE,
-    RESETS,
     SIGN,
     STAYS,
     STRIP_LINE,
@@ -34,6 +30,7 @@ from flora_dist.kernels.gpu.access import (
     STRIP_SCRATCH,
     STRIP_STRIDE,
     STRIP_WEIGHT,
+    SUBSPACE_ADAM,
     gradient_of,
     loaded,
     pointer,
@@ -46,6 +43,7 @@ from flora_dist.kernels.gpu.access import (
 from flora_dist.kernels.gpu.codes import decoded, record_of, rounded_codes, stored
 from flora_dist.kernels.gpu.expand import block_of, drawn_of
 from flora_dist.kernels.gpu.rounding import bits_at, bits_of_rows, rounded
+from flora_dist.kernels.gpu.rules import advanced, advanced_moments, in_subspace, sketched
 
 FINISH_WRITES = 0
 FINISH_TALLIES = 1
@@ -101,6 +99,8 @@ def finish(
     and ``cut_blocks`` has whole sketches of cut blocks. BITS: of a gradient's sketches, in
     ``drawn``; 0: it is dense. KEPT: of a momentum in few bits, else 0.
     """
+    has_second: tl.constexpr = RULE == SUBSPACE_ADAM
+    kept_of_block: tl.constexpr = 2 * RANK if has_second else RANK
     strip = strips + tl.program_id(2) * STRIP_NUMBERS
     count = tl.load(strip + STRIP_ROWS).to(tl.int32)
     first = tl.program_id(0) * ROWS
@@ -144,15 +144,15 @@ def finish(
                     inside,
                 )
                 # A = I: M <- b M + (1-b) X, and U = M, or X + gain M
-                made = _advanced(numbers, loaded(momentum, inside), u)
+                made = advanced(numbers, loaded(momentum, inside), u)
                 if RULE == ADEMAMIX:
                     u += tl.load(numbers + GAIN) * made
                 else:
                     u = made
                 kept, per_row = columns, num_columns
             elif RULE != NONE:
-                own = block * RANK + tl.arange(0, PADDED)
-                kept, per_row = touched * RANK + own, num_blocks * RANK
+                own = block * kept_of_block + tl.arange(0, PADDED)
+                kept, per_row = touched * kept_of_block + own, num_blocks * kept_of_block
                 inside_m = is_row[:, None] & (tl.arange(0, PADDED) < RANK)[None, :]
                 if KEPT == 0:
                     momentum = _momentum_places(strip, rows, own, MOMENTUM, ALIGNED)
@@ -165,7 +165,12 @@ def finish(
                     x_factor = tl.load(scales + 2 * matrix)
                     slot = slot_of(strip, block, blocks)
                     c = _whole(cut_blocks, slot, c, rows, inside_m, x_factor, RANK, PADDED)
-                u, made = _sketched(numbers, u, c, m, new_a, old_a, step, RULE, WINDOW)
+                if has_second:
+                    v = loaded(momentum + RANK, inside_m)
+                    made, second = advanced_moments(numbers, c, m, v, step, RANK, WINDOW)
+                    u = in_subspace(numbers, u, c, made, second, new_a, RANK, WIDTH)
+                else:
+                    u, made = sketched(numbers, u, c, m, new_a, old_a, step, RULE, WINDOW)
             if TALLIES:
                 size += tl.sum(tl.where(inside, u * u, 0.0), 1)
             else:
@@ -174,17 +179,12 @@ def finish(
                     codes, pattern = rounded_codes(made, bits, KEPT)
                     stored(momentum, is_row, codes, pattern, KEPT, RANK, PADDED)
                 elif RULE != NONE:
-                    _store_momentum(
-                        momentum,
-                        made,
-                        inside_m,
-                        lines,
-                        kept,
-                        keys + members,
-                        per_row,
-                        MOMENTUM,
-                        ROUNDS,
-                    )
+                    target = (inside_m, lines, keys + members, per_row)
+                    _store_momentum(momentum, made, target, kept, MOMENTUM, ROUNDS)
+                    if has_second:
+                        _store_momentum(
+                            momentum + RANK, second, target, kept + RANK, MOMENTUM, ROUNDS
+                        )
                 # W <- (1 - lr wd) W - rate U
                 w = loaded(weight + places, inside) * keep - rate * u
                 _store_weight(
@@ -247,43 +247,11 @@ def _momentum_places(strip, rows, columns, MOMENTUM: tl.constexpr, ALIGNED: tl.c
 
 
 @triton.jit
-def _advanced(numbers, m, x):
-    """M <- b M + (1-b) x."""
-    return tl.load(numbers + BETA1) * m + tl.load(numbers + NEW) * x
-
-
-@triton.jit
 def _whole(cut_blocks, slot, c, rows, inside, x_factor, RANK: tl.constexpr, PADDED: tl.constexpr):
     """C of a block; of a cut one what all ranks together have of it, times the factor of X."""
     places = (slot + rows)[:, None] * RANK + tl.arange(0, PADDED)[None, :]
     found = loaded(cut_blocks + places, inside & (slot >= 0))
     return tl.where(slot >= 0, found * x_factor, c)
-
-
-@triton.jit
-def _sketched(numbers, x, c, m, new_a, old_a, step, RULE: tl.constexpr, WINDOW: tl.constexpr):
-    """U of a block from X, its sketch and the stored M, and the new M."""
-    entry = tl.load(numbers + ENTRY)
-    moved = m
-    if WINDOW == MOVES:
-        moved = tl.dot(m, step, input_precision="tf32x3")
-    elif WINDOW == RESETS:
-        moved = m * 0.0
-    # M <- b move(M) + (1-b) c
-    made = _advanced(numbers, moved, c)
-    if RULE == BLEND:
-        # U = X + gain (rank/block) (M - c) A_new
-        u = x + product(tl.load(numbers + GAIN) * entry * (made - c), new_a)
-    elif RULE == ADEMAMIX:
-        # U = X + gain (rank/block) M A_new
-        u = x + product(tl.load(numbers + GAIN) * entry * made, new_a)
-    elif RULE == FLORA:
-        # U = (1-b) X + b M A_old
-        u = _advanced(numbers, entry * product(m, old_a), x)
-    else:
-        # U = M A_new
-        u = entry * product(made, new_a)
-    return u, made
 
 
 @triton.jit
@@ -309,20 +277,14 @@ def _store_weight(
 
 
 @triton.jit
-def _store_momentum(
-    at,
-    value,
-    inside,
-    lines,
-    columns,
-    key,
-    num_columns,
-    MOMENTUM: tl.constexpr,
-    ROUNDS: tl.constexpr,
-):
-    """Write a momentum, of ``num_columns`` numbers per row of the whole matrix."""
+def _store_momentum(at, value, target, columns, MOMENTUM: tl.constexpr, ROUNDS: tl.constexpr):
+    """Write numbers of a momentum; ``columns``: theirs, of a row of the whole matrix.
+
+    ``target``: which are inside, the rows' lines, the key of their bits, numbers of a whole row.
+    """
+    inside, lines, key, per_row = target
     if ROUNDS and MOMENTUM != tl.float32:
-        bits = bits_at(tl.load(key), lines, columns, (num_columns + 7) // 8)
+        bits = bits_at(tl.load(key), lines, columns, (per_row + 7) // 8)
         patterns = at.to(tl.pointer_type(tl.int16), bitcast=True)
         tl.store(patterns, rounded(value, bits, MOMENTUM), mask=inside)
     else:

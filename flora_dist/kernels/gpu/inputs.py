@@ -22,7 +22,7 @@ from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.gradient import Records, SketchedGradient
 from flora_dist.kernels.gpu.access import KEEP, LR
 from flora_dist.kernels.gpu.tables import is_aligned
-from flora_dist.kernels.inputs import keys_of
+from flora_dist.kernels.inputs import keys_of, sketch_numbers
 
 _SCALARS = 14
 _RESETS, _MOVES, _STAYS = 2, 1, 0
@@ -88,7 +88,7 @@ class Inputs:
         whole += keys_of(self._batch, now) or [0 for _ in range(len(self.keys))]
         host[: len(whole)] = torch.tensor(whole, dtype=torch.int64)
         host[len(whole) :].view(torch.float32).copy_(
-            torch.tensor([*self._scalars(now), given.drawn.entry, 0.0])  # up to an even number
+            torch.tensor([*self._scalars(now), given.drawn.entry])
         )
         self._all.copy_(host, non_blocking=True)
         self._write_rates(now)
@@ -100,6 +100,7 @@ class Inputs:
         entry = 1.0
         if size.rank is not None:
             entry = entry_scale(config.sketch, rank=size.rank)
+        beta1, sketch_eps = sketch_numbers(self._batch, now)
         lr, keep = 0.0, 1.0
         if not isinstance(now.lr, Tensor) and not isinstance(now.weight_decay, Tensor):
             lr, keep = now.lr, 1 - now.lr * now.weight_decay
@@ -109,13 +110,14 @@ class Inputs:
             lr,
             keep,
             eps,
-            config.beta1,
-            1 - config.beta1,
+            beta1,
+            1 - beta1,
             self._batch.gain * now.basis.gain,
             config.clip or 1.0,
             self._batch.sign,
             entry,
             config.growth or 1.0,
+            sketch_eps,
         ]
 
     def _write_rates(self, now: Moment) -> None:

@@ -189,6 +189,7 @@ class Launches:
                 table.num_matrices,
                 of.batch.elements_per_matrix,
                 RULE=of.shapes.rule,
+                CLIPS_INPUT=of.shapes.clips_input,
                 BOUND=bound_of(of.batch.config).value,
                 KNOWN=of.needs.update,
                 SCALED=scaled_by(of.batch.config).value,

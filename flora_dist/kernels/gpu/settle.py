@@ -8,10 +8,8 @@ import triton.language as tl
 
 from flora_dist.core.step.elements import LEAST_NORM, MOST_GROWN, SMALLEST_SCALE
 from flora_dist.kernels.gpu.access import (
-    ADEMAMIX,
     BETA1,
     BETA2,
-    BLEND,
     BY_COLUMNS,
     BY_ROWS,
     BY_SIZE,
@@ -22,7 +20,6 @@ from flora_dist.kernels.gpu.access import (
     FRESH,
     GROWTH,
     LR,
-    NONE,
     UNBOUNDED,
     UNSCALED,
     pointer,
@@ -186,6 +183,7 @@ def scale(
     count,
     elements,
     RULE: tl.constexpr,
+    CLIPS_INPUT: tl.constexpr,
     BOUND: tl.constexpr,
     KNOWN: tl.constexpr,
     SCALED: tl.constexpr,
@@ -233,7 +231,7 @@ def scale(
             address = tl.load(matrices + here * NUMBERS + MATRIX_START, mask=inside, other=0)
             rate = rate * _grown(pointer(address, tl.float32, False), size, inside)
     x_factor = clip
-    if RULE != NONE and RULE != BLEND and RULE != ADEMAMIX:
+    if not CLIPS_INPUT:  # U is what is clipped
         x_factor = tl.full((WIDTH,), 1.0, tl.float32)
         rate = rate * clip
     tl.store(scales_out + 2 * here, x_factor, mask=inside)

@@ -72,6 +72,8 @@ class Shapes:
     """Constants of a batch of matrices."""
 
     rule: int
+    clips_input: bool
+    """X is clipped before the rule; otherwise U after it."""
     rank: int
     """0 where no sketch is read."""
     padded_rank: int
@@ -108,6 +110,7 @@ def shapes_of(batch: Batch, gradient_block: int = 0) -> Shapes:
         row_width = 0
     return Shapes(
         rule=RULES[None if rule is None else type(rule)],
+        clips_input=rule is None or rule.clips_input,
         rank=rank,
         padded_rank=padded(rank),
         width=width,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flora_dist.core.protocols import Terms
 from flora_dist.core.step.batch import Batch, Moment
-from flora_dist.core.step.momentum_rules import rule_of
 from flora_dist.kernels.gpu.access import CLIPPED, UNBOUNDED
 from flora_dist.kernels.gpu.inputs import Given, Inputs
 from flora_dist.kernels.gpu.place import on
@@ -54,8 +53,6 @@ class GpuVectorPhases:
 
     def __init__(self, batch: Batch) -> None:
         self._batch, self._shapes = batch, shapes_of(batch)
-        rule = rule_of(batch.config, batch.geometry)
-        self._clips_input = rule is None or rule.clips_input
         self._inputs, self._table = Inputs(batch), make_vector_table(batch)
         self._width = batch.members[0].weight.numel()
         tiles = batch.members[0].tiles
@@ -84,7 +81,7 @@ class GpuVectorPhases:
                     singles,
                     self._first_column,
                     self._width,
-                    CLIPS_INPUT=self._clips_input,
+                    CLIPS_INPUT=self._shapes.clips_input,
                     **self._constants(given),
                 )
         sums_P4 = singles.sum(1)
@@ -136,6 +133,7 @@ class GpuVectorPhases:
                 members,
                 self._batch.elements_per_matrix,
                 RULE=self._shapes.rule,
+                CLIPS_INPUT=self._shapes.clips_input,
                 BOUND=(UNBOUNDED if config.clip is None else CLIPPED).value,
                 KNOWN=True,
                 SCALED=config.scales_vectors,

@@ -28,7 +28,7 @@ from flora_dist.kernels.gpu.choice import make_phases
 from flora_dist.kernels.gpu.cover import why_not
 from flora_dist.kernels.gpu.trial_layouts import ColumnsLayout, ColumnsPart, Echo
 from tests.kernels.gpu import runs
-from tests.kernels.paths import Case, case_of, parted
+from tests.kernels.paths import Case, case_of, judged
 
 STEPS = 3
 
@@ -59,9 +59,9 @@ SHARDED = replace(
 )
 
 
-def with_rule(cut: CutCase, rule: str) -> CutCase:
+def with_rule(cut: CutCase, rule: str, **more: object) -> CutCase:
     """The same by another rule."""
-    settings = {**cut.case.settings, "momentum": rule}
+    settings = {**cut.case.settings, "momentum": rule, **more}
     return replace(cut, case=replace(cut.case, settings=settings))
 
 
@@ -147,7 +147,12 @@ def by_kernels(batch: Batch, gradient: Gradient) -> Phases:
 def difference(cut: CutCase) -> str:
     """What the two paths part in; empty where they agree."""
     start, expected = run(cut, runs.by_torch)
-    return parted(cut.case, start, expected, run(cut, by_kernels)[1])
+    found = run(cut, by_kernels)[1]
+
+    def by_torch(case: Case) -> dict[str, Tensor]:
+        return run(replace(cut, case=case), runs.by_torch)[1]
+
+    return judged(cut.case, start, expected, found, by_torch)
 
 
 def wrong_cuts(seeds: Iterable[int]) -> list[str]:

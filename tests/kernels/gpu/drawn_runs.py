@@ -40,7 +40,7 @@ def trial_of(seed: int, device: str) -> Trial:
         scale_parameter=scaling(draw.random()),
     )
     matrices = draw.choice([(), (), (2,)])
-    return Trial(
+    trial = Trial(
         shape=(*matrices, draw.randint(2, 20), draw.randint(block, 2 * block)),
         cut=draw.choice([WHOLE, SPAN, COLUMNS]),
         config=config,
@@ -51,6 +51,9 @@ def trial_of(seed: int, device: str) -> Trial:
         sketch_block=block,
         device=torch.device(device),
     )
+    if draw.random() < 0.3:
+        config = replace(config, momentum="subspace_adam", state_bits=None, rank=2)
+    return replace(trial, config=config)
 
 
 def trials_of(seed: int, device: str) -> Iterable[Trial]:

@@ -10,6 +10,7 @@ CHECKS = {
     "flora": "runs.difference(runs.with_rule('flora', clip=0.01))",
     "strict": "runs.difference(runs.with_rule('flora_strict', clip=0.01))",
     "long rows": "runs.difference(runs.with_rule('none', scale_parameter=True))",
+    "subspace": "runs.difference(runs.with_rule('subspace_adam', rank=4, blend_gain=2.0))",
     "bits": "bits.wrong_bits('cpu')",
     "sketches": "sketch_runs.wrong_sketches('cpu')",
     "records": "record_runs.wrong_records('cpu', range(4))",
@@ -106,15 +107,15 @@ MUTATIONS = {
         check="blend",
     ),
     "finish, update": Mutation(
-        file="finish.py",
+        file="rules.py",
         old="* entry * (made - c), new_a)",
         new="* entry * made, new_a)",
         check="blend",
     ),
     "finish, window": Mutation(
-        file="finish.py",
-        old="moved = tl.dot(m, step",
-        new="moved = tl.dot(-m, step",
+        file="rules.py",
+        old="m = tl.dot(m, step",
+        new="m = tl.dot(-m, step",
         check="blend",
     ),
     "finish, weights": Mutation(
@@ -127,7 +128,7 @@ MUTATIONS = {
         check="strict",
     ),
     "ademamix": Mutation(
-        file="finish.py",
+        file="rules.py",
         old="* entry * made, new_a)",
         new="* entry * (made - c), new_a)",
         check="ademamix",
@@ -137,6 +138,27 @@ MUTATIONS = {
         old="u += tl.load(numbers + GAIN) * made",
         new="u += made",
         check="ademamix",
+    ),
+    "two moments, window": Mutation(
+        file="rules.py", old="tl.sum(v, 1) / RANK", new="tl.sum(v, 1)", check="subspace"
+    ),
+    "two moments, second": Mutation(
+        file="rules.py",
+        old="tl.load(numbers + BETA2) * v + fresh",
+        new="0.99 * tl.load(numbers + BETA2) * v + fresh",
+        check="subspace",
+    ),
+    "two moments, where the second is kept": Mutation(
+        file="finish.py",
+        old="v = loaded(momentum + RANK, inside_m)",
+        new="v = loaded(momentum, inside_m)",
+        check="subspace",
+    ),
+    "subspace_adam": Mutation(
+        file="rules.py",
+        old="- (RANK / BLOCK) * c",
+        new="- 0.99 * (RANK / BLOCK) * c",
+        check="subspace",
     ),
     "growth, factor": Mutation(
         file="settle.py",

@@ -30,7 +30,7 @@ from flora_dist.kernels.gpu import inputs
 from flora_dist.kernels.gpu.choice import make_phases
 from flora_dist.kernels.gpu.cover import SMALLEST_BLOCK, why_not
 from flora_dist.kernels.gpu.graph import CapturedStep, Record
-from tests.kernels.paths import Case, case_of, parted
+from tests.kernels.paths import Case, case_of, judged, parted
 
 STEPS = 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,7 @@ def small_case_of(seed: int) -> Case:
 def covered(settings: dict[str, Any]) -> dict[str, Any]:
     """The same with what the kernels step: other rules and blocks, and no tiles."""
     rule = settings["momentum"]
-    rule = {"subspace_adam": "blend", "apollo": "flora"}.get(rule, rule)
+    rule = "flora" if rule == "apollo" else rule
     block = max(SMALLEST_BLOCK, settings["block"])
     return {**settings, "momentum": rule, "block": block, "orthogonalise": None}
 
@@ -151,7 +151,8 @@ def run(
 def difference(case: Case) -> str:
     """What the two paths part in; empty where they agree."""
     start, expected = run(case, by_torch)
-    return parted(case, start, expected, run(case, by_kernels)[1])
+    found = run(case, by_kernels)[1]
+    return judged(case, start, expected, found, lambda exact: run(exact, by_torch)[1])
 
 
 def unnoticed() -> list[str]:

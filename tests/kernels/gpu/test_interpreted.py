@@ -45,6 +45,12 @@ def test_spans_and_column_shards_are_stepped_the_same_by_triton_and_by_torch(
     assert verdict["wrong cuts"] == []
 
 
+def test_rules_with_two_moments_are_the_same_by_triton_and_by_torch(
+    verdict: dict[str, Any],
+) -> None:
+    assert verdict["two moments"] == {"subspace_adam": ""}
+
+
 def test_a_wrong_scalar_given_to_the_triton_kernels_is_noticed(verdict: dict[str, Any]) -> None:
     assert verdict["unnoticed"] == []
 

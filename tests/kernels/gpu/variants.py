@@ -34,7 +34,9 @@ from flora_dist.kernels.gpu.sketch import accumulate
 from flora_dist.kernels.gpu.vector import finish_vector, measure_vector
 
 CAPABILITIES = (80, 90, 100)
-RULES = (0, 1, 2, 3, 4)
+RULES = (0, 1, 2, 3, 4, 5)
+FEW_BIT_RULES = RULES[:5]
+"""The others keep two moments, never in few bits."""
 _NAMES = {tl.bfloat16: "bf16", tl.float32: "fp32", tl.float16: "fp16"}
 
 
@@ -114,7 +116,13 @@ def others() -> Iterator[Variant]:
     """Kernels over sums and over vectors, and the sketches of gradients."""
     options = {"num_warps": 4}
     sums = {"SUMS": 2, "HISTORY": False, "SCALED": False, "TILES": 16, "WIDTH": 128}
-    scaling = {"RULE": 1, "KNOWN": False, "NUMBERS": MATRIX_NUMBERS.value, "WIDTH": 128}
+    scaling = {
+        "RULE": 1,
+        "CLIPS_INPUT": True,
+        "KNOWN": False,
+        "NUMBERS": MATRIX_NUMBERS.value,
+        "WIDTH": 128,
+    }
     for name, kernel, constants in (
         ("gather", gather, sums),
         ("gather_rows", gather_rows, {"WIDTH": 128}),
@@ -222,8 +230,8 @@ def quick() -> Iterator[tuple[int, Variant]]:
 def everything() -> Iterator[tuple[int, Variant]]:
     """Every variant for each GPU."""
     chosen = list(variants(rules=RULES, dtypes=(tl.bfloat16, tl.float32, tl.float16)))
-    for drawn in (RECORDS, SKETCHES, FEW_BITS):
-        chosen += variants(rules=RULES, dtypes=(tl.bfloat16,), drawn=drawn)
+    for drawn, rules in ((RECORDS, RULES), (SKETCHES, RULES), (FEW_BITS, FEW_BIT_RULES)):
+        chosen += variants(rules=rules, dtypes=(tl.bfloat16,), drawn=drawn)
     chosen += of_cut_rows(rules=RULES, dtypes=(tl.bfloat16, tl.float32))
     chosen += [*others(), *of_one_block(), *of_records()]
     yield from itertools.product(CAPABILITIES, chosen)

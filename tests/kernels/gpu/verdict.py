@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from flora_dist.kernels.gpu.graph import record_graph
-from tests.kernels.gpu import self_checked
+from tests.kernels.gpu import cut_runs, self_checked
 from tests.kernels.gpu.bits import wrong_bits
 from tests.kernels.gpu.cut_runs import wrong_cuts
 from tests.kernels.gpu.drawn_runs import wrong_steps
@@ -25,8 +28,11 @@ from tests.kernels.gpu.runs import (
     difference,
     small_case_of,
     unnoticed,
+    with_rule,
 )
 from tests.kernels.gpu.sketch_runs import wrong_sketches
+
+BF16 = {"state_dtype": "bfloat16", "growth": 1.01, "clip": None}
 
 
 def verdict(cases: range) -> dict[str, Any]:
@@ -35,6 +41,7 @@ def verdict(cases: range) -> dict[str, Any]:
     return {
         "cases": {str(seed): what for seed, what in found.items()},
         "fixed": difference(FIXED),
+        "two moments": {rule: of_two_moments(rule) for rule in ("subspace_adam",)},
         "unnoticed": unnoticed(),
         "wrong cuts": wrong_cuts(range(6)),
         "wrong bits": wrong_bits(DEVICE),
@@ -44,6 +51,17 @@ def verdict(cases: range) -> dict[str, Any]:
         "self-check": self_checked.verdict(DEVICE),
         "by graph": by_graph(GRAPHED, record_graph if DEVICE == "cuda" else again),
     }
+
+
+def of_two_moments(rule: str) -> str:
+    """What steps by a rule part in that keeps two numbers where others keep one."""
+    whole = with_rule(rule, rank=4, scale_parameter="relative")
+    spanned, sharded = (
+        cut_runs.with_rule(each, rule, rank=2) for each in (cut_runs.SPANNED, cut_runs.SHARDED)
+    )
+    in_bf16 = replace(whole, dtype=torch.bfloat16, settings={**whole.settings, **BF16})
+    cuts = map(cut_runs.difference, (spanned, sharded))
+    return "; ".join(filter(None, [difference(whole), difference(in_bf16), *cuts]))
 
 
 def main() -> None:
