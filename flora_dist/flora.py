@@ -40,7 +40,7 @@ from flora_dist.core.protocols import Layout
 from flora_dist.core.sketch.ops import exact_products
 from flora_dist.core.state.betas import from_betas
 from flora_dist.core.state.bounds import check_whole
-from flora_dist.core.state.presets import APOLLO, PAPER, SCALE
+from flora_dist.core.state.presets import APOLLO, PAPER, RACS, SCALE
 from flora_dist.core.state.settings import BETA1
 from flora_dist.core.state.spec import LEVELS
 from flora_dist.core.step.gradient import Gradient
@@ -93,7 +93,8 @@ class Flora(torch.optim.Optimizer):
         beta2: decay of the second moment, bias-corrected as in Adam; None: 1 - t^-0.8.
         normalise: what a matrix is divided by: "factored" (the root of Adafactor's second moment),
             "rows" or "columns" (the root of their mean squares in this gradient alone, as in
-            SCALE).
+            SCALE), or "racs" (as "factored", but row means weigh columns by theirs, and the other
+            way round: arXiv 2502.07752).
         eps: added to squared gradients; 1-D parameters use at least 1e-12, and sketched numbers
             of ``subspace_adam`` 1e-8.
         clip: largest root mean square of an update, per matrix; None: no clipping.
@@ -235,6 +236,20 @@ class Flora(torch.optim.Optimizer):
         override the preset.
         """
         return cls(params, lr, **{**APOLLO, **settings})
+
+    @classmethod
+    def racs(cls, params: Any, lr: float | Tensor = 1e-3, **settings: Any) -> Flora:
+        """RACS (arXiv 2502.07752): rows and columns scaled, and no momentum but the vectors'.
+
+        Its state is a number for each row and column. It differs from the paper in the iteration
+        that finds them, of which each step takes one turn from the last step's averages (theirs
+        five from ones); in averages, which are corrected for their start; in lr, which is theirs
+        times their scale alpha (0.02 x 0.05); and in the head, embeddings and 1-D parameters, for
+        which theirs is Adam: here the first two are scaled like other matrices, and vectors have
+        Adam's moments with betas of 0.9. Give the head a momentum by ``roles={"head":
+        {"momentum": "blend", "rank": None}}``. ``settings`` override the preset.
+        """
+        return cls(params, lr, **{**RACS, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with any settings of their own; their steps count from 1."""

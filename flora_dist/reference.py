@@ -26,7 +26,7 @@ _POLYNOMIALS = (8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, 
 _TWO_MOMENTS = ("subspace_adam", "apollo")  # rules that keep V behind M where they sketch
 _CHOICES = {
     "momentum": (*_CLIP_FIRST, "flora", "flora_strict", "apollo"),
-    "normalise": ("factored", "rows", "columns"),
+    "normalise": ("factored", "rows", "columns", "racs"),
     "sketch": ("hadamard", "gaussian", "rademacher"),
     "transfer": ("shrink", "paper", "reset"),
 }
@@ -146,15 +146,18 @@ def _normalise_(g: Tensor, state: Mapping[str, Tensor], b2: float, s: ReferenceS
         state["second"].mul_(b2).add_((1 - b2) * (g.square() + max(s.eps, 1e-12)))
         return g / state["second"].sqrt()
     square, row, column = g.square() + s.eps, state["row"], state["column"]
-    b2 = b2 if s.normalise == "factored" else 0.0  # SCALE: this gradient alone
+    b2 = 0.0 if s.normalise in ("rows", "columns") else b2  # SCALE: this gradient alone
+    v, w = torch.ones_like(row), torch.ones_like(column)
+    if s.normalise == "racs" and column.any():
+        v, w = row / row.mean(), column / column.mean()  # what rows and columns weigh: the old R, C
     # R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
-    row.mul_(b2).add_((1 - b2) * square.mean(1))
-    column.mul_(b2).add_((1 - b2) * square.mean(0))
-    if s.normalise != "factored":
+    row.mul_(b2).add_((1 - b2) * (square * w).mean(1))
+    column.mul_(b2).add_((1 - b2) * (square.mT * v).mean(1))
+    if s.normalise in ("rows", "columns"):
         # X = G / sqrt(R), or G / sqrt(C)
         return g / (row[:, None] if s.normalise == "rows" else column).sqrt()
-    # X = G / sqrt(R C / mean(R)), factor by factor: in fp32 R C underflows where G is all zero
-    return g / row.sqrt()[:, None] * row.mean().sqrt() / column.sqrt()
+    # X = G / sqrt(R C / mean(C)), factor by factor: in fp32 R C underflows where G is all zero
+    return g / row.sqrt()[:, None] * (w * column).mean().sqrt() / column.sqrt()
 
 
 def _move(momentum: Tensor, old: Tensor, new: Tensor, s: ReferenceSettings) -> Tensor:

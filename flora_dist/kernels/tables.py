@@ -67,6 +67,8 @@ def beyond_kernels(config: FloraConfig) -> Iterator[str]:
     """Settings that step matrices by torch's operators alone, as they are written."""
     if config.orthogonalise is not None and config.orthogonalise > LARGEST_SIDE:
         yield f"orthogonalise={config.orthogonalise}"
+    if config.normalise not in NORMALISATIONS:
+        yield f"normalise={config.normalise!r}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

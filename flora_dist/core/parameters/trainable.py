@@ -36,6 +36,7 @@ _SECOND = {
     "factored": "factored second moment",
     "rows": "rows normalised",
     "columns": "columns normalised",
+    "racs": "rows and columns scaled",
 }
 
 

@@ -27,6 +27,15 @@ SCALE: Mapping[str, Any] = {
 }
 """SCALE (Glentis et al., arXiv 2506.16659): matrices are divided by the norms of their outputs, the
 head has momentum, 1-D parameters have Adam. Outputs are rows; of an embedding, columns."""
+RACS: Mapping[str, Any] = {
+    "momentum": "vectors",
+    "normalise": "racs",
+    "beta2": 0.9,
+    "clip": None,
+    "growth": 1.01,
+}
+"""RACS (Gong et al., arXiv 2502.07752, section on RACS): rows and columns scaled, no momentum, and
+the growth of updates limited."""
 APOLLO: Mapping[str, Any] = {
     "momentum": "apollo",
     "beta2": 0.999,

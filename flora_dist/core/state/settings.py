@@ -21,7 +21,9 @@ TWO_MOMENTS = ("subspace_adam", "apollo")
 READ_LAST = ("flora_strict", "apollo")
 """Rules whose update has a norm that follows from the update alone: a message of its own."""
 COMPRESSIONS = ("halving", "authors")
-NORMALISATIONS = ("factored", "rows", "columns")
+OF_ONE_GRADIENT = ("rows", "columns")
+"""Normalisations that average nothing over steps."""
+NORMALISATIONS = ("factored", *OF_ONE_GRADIENT, "racs")
 TRANSFERS = ("shrink", "paper", "reset")
 STATE_DTYPES = ("float32", "bfloat16")
 RELATIVE = "relative"
@@ -74,7 +76,8 @@ class FloraConfig:
     """Decay of the second moment, bias-corrected; None: 1 - t^-0.8 (Adafactor)."""
     normalise: str = "factored"
     """What a matrix is divided by: the root of a factored second moment (Adafactor), or of the mean
-    square of each of its rows or columns in this gradient alone, as in SCALE."""
+    square of each of its rows or columns in this gradient alone, as in SCALE; or ("racs") of one
+    whose means of rows weigh columns by theirs, and the other way round, as in RACS."""
     eps: float = 1e-30
     """Added to the squared gradient; 1-D parameters use at least 1e-12, and second moments of
     sketched numbers under "subspace_adam" 1e-8."""

@@ -24,6 +24,7 @@ from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.normalise import (
     advanced_columns,
     advanced_rows,
+    column_weights,
     kind_of,
     row_scale,
 )
@@ -48,7 +49,7 @@ class CutRows:
 
     def add_begun_(self, terms: Terms, now: Moment) -> None:
         """Add the norms of rows that begin here to this rank's terms, once peers gave the rows."""
-        rows_PL = _square_sums(terms["elements"])
+        rows_PL = self._row_sums(terms["elements"], now)
         for piece in self._pieces:
             if piece.tile.columns[0] == 0:
                 _add_norms_(terms, piece, self._scale(piece, rows_PL, now))
@@ -59,13 +60,25 @@ class CutRows:
         "rows" (P, L), the sums of their squares; "blocks" (P, slots, R), the sketches of cut
         blocks; and the rows' norms, where no rank has added them before.
         """
-        rows_PL = totals["rows"] = _square_sums(totals["elements"])
+        rows_PL = totals["rows"] = self._row_sums(totals["elements"], now)
         scales = [self._scale(piece, rows_PL, now) for piece in self._pieces]
         if not self._is_exchanged:
             for piece, scale_E1 in zip(self._pieces, scales, strict=True):
                 _add_norms_(totals, piece, scale_E1)
         if self._batch.sketches is not None and any(piece.edges for piece in self._pieces):
             totals["blocks"] = self._blocks(totals, scales, now)
+
+    def _row_sums(self, rows_PLM: Tensor, now: Moment) -> Tensor:
+        """Sums of squares (P, L), weighed where columns have weights."""
+        weight_HM = column_weights(self._batch, now, self._columns)
+        if weight_HM is None:
+            return _square_sums(rows_PLM)
+        sums_PL = rows_PLM.new_zeros(rows_PLM.shape[:2])
+        for piece in self._pieces:
+            place = piece.members, piece.cut_rows
+            root_E1M = weight_HM[piece.place.matrices].sqrt().unsqueeze(1)
+            sums_PL[place] = _square_sums(rows_PLM[place] * root_E1M)
+        return sums_PL
 
     def _scale(self, piece: Piece, rows_PL: Tensor, now: Moment) -> Tensor:
         """What the row of a piece is multiplied by (E, 1)."""
@@ -76,7 +89,7 @@ class CutRows:
     def _blocks(self, totals: Terms, scales: Sequence[Tensor], now: Moment) -> Tensor:
         batch, basis = self._batch, now.basis
         assert isinstance(basis, SketchedBasis), basis
-        _, factor_HM = advanced_columns(batch, now, self._columns, totals["columns"])
+        _, factor_HM = advanced_columns(batch, now, self._columns, totals)
         members, slots = len(batch.members), len(batch.members[0].cuts.blocks)
         blocks_PSR = factor_HM.new_zeros(members, slots, basis.new_ERB.shape[1])
         for piece, scale_E1 in zip(self._pieces, scales, strict=True):

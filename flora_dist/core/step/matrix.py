@@ -44,10 +44,14 @@ from flora_dist.core.step.elements import (
 )
 from flora_dist.core.step.momentum_rules import Squares, rule_of
 from flora_dist.core.step.normalise import (
+    add_column_sums_,
     advanced_columns,
     advanced_rows,
+    column_weights,
     kind_of,
     row_scale,
+    row_sums,
+    row_weights,
 )
 from flora_dist.core.step.orthogonal import orthogonalised
 from flora_dist.core.step.pieces import Piece, Pieces
@@ -81,18 +85,22 @@ class MatrixPhases:
         batch = self._batch
         self._pieces.refresh()
         terms, rows = self._empty_terms(now), {}
+        weight_HM = column_weights(batch, now, self._columns)
         for index, piece in enumerate(self._pieces):
             gradient_ENW = read_gradient(batch, now, piece)
             square_ENW = gradient_ENW.square()
             row_EN = None
             if piece.cut_rows is None:
-                sums_EN = square_ENW.sum(2)
+                sums_EN = row_sums(square_ENW, piece, weight_HM)
                 row_EN = rows[index] = advanced_rows(batch, now, piece.rows, sums_EN)
             elif "elements" in terms:
                 terms["elements"][_elements_of(piece)] = gradient_ENW
             else:
-                terms["rows"][piece.members, piece.cut_rows] += square_ENW.sum(2)
-            self._add_sums_(terms, piece, square_ENW, row_EN)
+                sums_EN = row_sums(square_ENW, piece, weight_HM)
+                terms["rows"][piece.members, piece.cut_rows] += sums_EN
+            scale_EN = None if row_EN is None else self._row_scale(row_EN)
+            weight_EN = row_weights(batch, now, piece, self._columns)
+            add_column_sums_(terms, piece, square_ENW, weight_EN, scale_EN)
             if "history" in terms:
                 self._add_history_(terms, piece, gradient_ENW, row_EN, now)
             if "weight" in terms:
@@ -120,6 +128,8 @@ class MatrixPhases:
             "presence": self._zeros(members) + float(not now.is_missing),
             "columns": self._zeros(summed, batch.geometry.num_columns),
         }
+        if kind_of(batch) == "racs":
+            terms["weights"] = self._zeros(summed)
         if self._knows_sums_early:
             terms["squares"] = torch.zeros_like(terms["columns"])
         if self._asks_history:
@@ -136,22 +146,6 @@ class MatrixPhases:
         elif self._cuts.rows_anywhere:
             terms["rows"] = self._zeros(members, len(self._cuts.rows))
         return terms
-
-    def _add_sums_(
-        self, terms: Terms, piece: Piece, square_ENW: Tensor, row_EN: Tensor | None
-    ) -> None:
-        summed = piece.summed
-        if row_EN is None:
-            terms["columns"][summed, slice(*piece.tile.columns)] += square_ENW.sum(1)
-        elif "squares" not in terms:
-            terms["columns"][summed] += square_ENW.sum(1)
-        else:
-            # columns: sum_i G^2; squares: sum_i G^2 / R_i: one pass over the squares for both
-            scale_EN = self._row_scale(row_EN).square()
-            scales_E2N = torch.stack([torch.ones_like(row_EN), scale_EN], dim=1)
-            sums_E2M = scales_E2N @ square_ENW
-            terms["columns"][summed] += sums_E2M[:, 0]
-            terms["squares"][summed] += sums_E2M[:, 1]
 
     def _add_history_(
         self, terms: Terms, piece: Piece, gradient_ENW: Tensor, row_EN: Tensor | None, now: Moment
@@ -181,7 +175,7 @@ class MatrixPhases:
 
     def _settle(self, now: Moment, measured: Measured, totals: Terms) -> Settled:
         batch, held = self._batch, self._batch.held
-        column_HM, factor_HM = advanced_columns(batch, now, self._columns, totals["columns"])
+        column_HM, factor_HM = advanced_columns(batch, now, self._columns, totals)
         rows = dict(measured.rows)
         for index, piece in enumerate(self._pieces):
             if piece.cut_rows is not None:

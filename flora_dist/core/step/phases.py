@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flora_dist.core.comm.groups import any_process
 from flora_dist.core.protocols import Terms
+from flora_dist.core.state.settings import OF_ONE_GRADIENT
 from flora_dist.core.step.basis import Basis, DenseBasis
 from flora_dist.core.step.batch import Across, Batch, Moment
 from flora_dist.core.step.gradient import Gradient
@@ -137,7 +138,7 @@ def moment_of(batch: Batch, gradients: Sequence[Gradient]) -> Moment:
 
 def _beta2_of(batch: Batch, step: int) -> float:
     """0 for matrices that are normalised by this gradient alone."""
-    if batch.config.normalise != "factored" and not batch.geometry.is_vector:
+    if batch.config.normalise in OF_ONE_GRADIENT and not batch.geometry.is_vector:
         return 0.0
     return beta2_at(step, batch.config.beta2)
 

@@ -10,7 +10,7 @@ from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
 from flora_dist.core.step.momentum_rules import ApolloRule, rule_of
-from flora_dist.kernels.tables import DTYPES, RULES
+from flora_dist.kernels.tables import DTYPES, NORMALISATIONS, RULES
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 """Below, products have no instruction; above, a block does not fit in a program's registers."""
@@ -54,6 +54,8 @@ def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
         return f"momentum={config.momentum!r}"
     if not size.is_vector and config.orthogonalise is not None:
         return f"orthogonalise={config.orthogonalise}"
+    if not size.is_vector and config.normalise not in NORMALISATIONS:
+        return f"normalise={config.normalise!r}"
     if arithmetic_dtype(dtype) != torch.float32 or dtype not in DTYPES:
         return str(dtype)
     if rule is None or size.rank is None or are_sizes_covered(size.rank, size.block):
