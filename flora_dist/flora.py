@@ -108,10 +108,12 @@ class Flora(torch.optim.Optimizer):
             multiply a matrix's lr by RMS(weight) over what that was at its first step, within 1/2
             and 2, so that it starts as AdamW's and grows with the matrix; one that starts with an
             RMS of at most 1e-3 keeps its lr.
-        state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16".
+        state_dtype: momentum in "float32" (float64 for float64 parameters) or "bfloat16"; None:
+            sketches by ``state_bits``, dense momenta in float32.
         state_bits: of each number of a sketched momentum: 32, 16, or 8 or 4 with a scale per block;
-            None: as ``state_dtype``, which dense momenta keep. With rank as large as block a dense
-            momentum in few bits: {"rank": 64, "block": 64, "state_bits": 8}.
+            None: as ``state_dtype``, and where that is None too 8, but 32 for rules that keep two
+            moments and without stochastic rounding. With rank as large as block a dense momentum in
+            few bits: {"rank": 64, "block": 64}.
         stochastic_rounding: round low-precision weights and momentum stochastically, with bits
             that are equal wherever the inputs are.
         skip_nonfinite: skip the whole step if a gradient, or its square (from 1.8e19 on in
@@ -141,7 +143,7 @@ class Flora(torch.optim.Optimizer):
     >>> optimizer = Flora(model.named_parameters(), lr=1e-3)
     >>> report = optimizer.report()
     >>> report.state_bytes, report.adamw_bytes
-    (5120, 33280)
+    (2176, 33280)
 
     Raises:
         ValueError: a setting, a shape or a name that cannot be right; nothing has changed then.
@@ -169,7 +171,7 @@ class Flora(torch.optim.Optimizer):
         orthogonalise: int | None = None,
         weight_decay: float | Tensor = 0.0,
         scale_parameter: bool | str = False,
-        state_dtype: str = "float32",
+        state_dtype: str | None = None,
         state_bits: int | None = None,
         stochastic_rounding: bool = True,
         skip_nonfinite: bool = False,

@@ -146,13 +146,16 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
         for name, *values in rows
     }
     state, gradients = ("--state-bits", "4"), ("--gradients", "compressed")
-    dense, small, least = (
-        [planned(gpus, *how) for gpus in (1, 2, 8)] for how in ((), state, (*state, *gradients))
+    full = ("--momentum-dtype", "float32")
+    dense, exact, small, least = (
+        [planned(gpus, *how) for gpus in (1, 2, 8)]
+        for how in ((), full, state, (*state, *gradients))
     )
     methods = {
         "AdamW": ("AdamW", dense),
         "8-bit AdamW": ("AdamW, 8-bit", dense),
         "Flora": ("Flora 1/4, dense", dense),
+        'Flora, `state_dtype="float32"`': ("Flora 1/4, dense", exact),
         "Flora, `state_bits=4`": ("Flora 1/4, dense", small),
         "and gradients in 4 bits": ("Flora 1/4, compressed, 4 bits", least),
         "and bf16 weights, no fp32 masters": ("Flora 1/4, compressed, 4 bits, bf16 alone", least),

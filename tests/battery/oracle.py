@@ -29,13 +29,13 @@ class Case:
 
     dtype: torch.dtype = torch.float64
     settings: dict[str, Any] = field(default_factory=dict)
-    """Over lr 1e-3, rank 2 of block 8, kappa 3 (windows change) and clip 0.3 (active). "roles" are
-    patterns of names, with what sketches do not follow from."""
+    """Over lr 1e-3, rank 2 of block 8, kappa 3 (windows change), clip 0.3 (active) and momentum in
+    float32. "roles" are patterns of names, with what sketches do not follow from."""
 
     @property
     def flora(self) -> dict[str, Any]:
         base = {"lr": 1e-3, "rank": 2, "block": 8, "kappa": 3, "clip": 0.3}
-        return {**base, **self.settings}
+        return {**base, "state_dtype": "float32", **self.settings}
 
     def __str__(self) -> str:
         words = [str(self.dtype).removeprefix("torch.")]

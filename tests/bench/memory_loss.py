@@ -28,17 +28,15 @@ COMMAND = (
     *("--backend", "fsdp2", "--precision", "bfloat16", "--checkpointing", "--micro-batch", "8"),
 )
 LIMIT_GIB = 16.0
-STATE = ("--state-bits", "4")
-LEAST = (*STATE, "--gradients", "compressed")
+LEAST = ("--state-bits", "4", "--gradients", "compressed")
 # What the picture calls it: results' file and row; the plan's arguments and method.
 POINTS = {
     "AdamW": ("quality", "AdamW", (), "AdamW"),
     "8-bit AdamW": ("packages", "AdamW 8-bit (bitsandbytes)", (), "AdamW, 8-bit"),
     "GaLore": ("packages", "GaLore, rank 32", (), "GaLore, rank 512 (ddp)"),
-    "Flora (default)": ("projection", "blend, ratio 4, blend_gain 1", (), "Flora 1/4, dense"),
-    "Flora, state in 4 bits": (
-        *("state_bits_long", "blend, momentum 16 x 4 bits, gain 1"),
-        *(STATE, "Flora 1/4, dense"),
+    "Flora (default)": (
+        *("state_bits_8_long", "blend, momentum 16 x 8 bits, gain 1"),
+        *((), "Flora 1/4, dense"),
     ),
     "Flora, rank 4, tiles": ("tiles", "blend, rank 4, tiles of 64", (), "Flora 1/16, dense"),
     "Flora, all in few bits": (

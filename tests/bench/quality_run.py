@@ -227,7 +227,9 @@ def build(row: Row, model: nn.Module, *, lr: float, seed: int) -> torch.optim.Op
         case "paper":
             return Flora.paper(groups_of(row, model), lr, seed=seed, **row.options)
         case _:
-            return Flora(groups_of(row, model), lr, seed=seed, **row.options)
+            # Rows without bits are the momentum's rule alone, in float32.
+            options = {"state_dtype": "float32", **row.options}
+            return Flora(groups_of(row, model), lr, seed=seed, **options)
 
 
 def gradients_of(row: Row) -> GradientsConfig:

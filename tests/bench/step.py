@@ -57,6 +57,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "subspace_adam": {"momentum": "subspace_adam"},
     "tiles": {"momentum": "blend", "rank": 4, "orthogonalise": 64},
 }
+IN_FLOAT32: dict[str, Any] = {"state_dtype": "float32"}
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
@@ -71,9 +72,9 @@ def optimizers_of(parameters: list[nn.Parameter], paths: Sequence[str]) -> dict[
     for kernels in paths:
         settings = {rule: {"momentum": rule} for rule in RULES} | OTHERS
         for name, own in settings.items():
-            optimizer = Flora(named, lr=1e-5, **{"rank": 8, **own})
+            optimizer = Flora(named, lr=1e-5, **{"rank": 8, **IN_FLOAT32, **own})
             made[f"Flora, {name}, {kernels}"] = optimizer, kernels
-        defaults: dict[str, dict[str, Any]] = {"": {}, " in 4 bits": {"state_bits": 4}}
+        defaults = {"": {}, " in float32": IN_FLOAT32, " in 4 bits": {"state_bits": 4}}
         for name, own in defaults.items():
             made[f"Flora, default{name}, {kernels}"] = Flora(named, lr=1e-5, **own), kernels
     return made

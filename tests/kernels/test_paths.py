@@ -23,7 +23,14 @@ FIXED = Case(
     seed=0,
     shapes=((70, 100), (24, 64), (24, 64), (3, 20, 32), (50,)),
     dtype=torch.float32,
-    settings={"lr": 1e-2, "momentum": "blend", "clip": 0.3, "weight_decay": 0.1, "kappa": 2},
+    settings={
+        "lr": 1e-2,
+        "momentum": "blend",
+        "clip": 0.3,
+        "weight_decay": 0.1,
+        "kappa": 2,
+        "state_dtype": "float32",
+    },
 )
 TILES = {"momentum": "blend", "orthogonalise": 16}
 RULES: dict[str, dict[str, Any]] = {

@@ -27,7 +27,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "bias": (7,),
     "scale": (),
 }
-# clip active, and windows that change; a rule that goes with every sketch and transfer
+# clip active, and windows that change; a rule that goes with every sketch and transfer; a momentum
+# whose every digit can be compared
 SETTINGS: dict[str, Any] = {
     "lr": 1e-2,
     "rank": 2,
@@ -35,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "momentum": "flora",
     "kappa": 3,
     "clip": 0.3,
+    "state_dtype": "float32",
 }
 
 

@@ -88,7 +88,11 @@ def _cases() -> list[tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
     decks = {name: _dealt(values, len(rules), dealer) for name, values in _DECKS.items()}
     cases = []
     for index, rule in enumerate(rules):
-        settings = {**rule, **{name: deck[index] for name, deck in decks.items()}}
+        settings = {
+            "state_dtype": "float32",
+            **rule,
+            **{name: deck[index] for name, deck in decks.items()},
+        }
         if rule["momentum"] in TWO_MOMENTS:  # these divide by second moments of their own
             settings["normalise"] = "factored"
         block = settings["block"]

@@ -23,8 +23,14 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"rank": -3}, ["rank", "at least 1", "got -3", "None"]),
     ({"rank": 2.0}, ["rank", "whole number", "got 2.0", "Pass"]),
     ({"rank": True}, ["rank", "whole number", "got True", "Pass"]),
-    ({"rank": 8, "block": 8}, ["rank must be below block", "rank=8", "block=8", "Lower rank"]),
-    ({"rank": 9, "block": 8}, ["rank must be below block", "rank=9", "block=8", "rank=None"]),
+    (
+        {"rank": 8, "block": 8, "state_dtype": "float32"},
+        ["rank must be below block", "rank=8", "block=8", "Lower rank"],
+    ),
+    (
+        {"rank": 9, "block": 8, "state_dtype": "float32"},
+        ["rank must be below block", "rank=9", "block=8", "rank=None"],
+    ),
     ({"block": 48}, ["block", "power of two", "got 48", "Pass 16"]),
     ({"block": 0}, ["block", "power of two", "got 0", "Pass 16"]),
     ({"block": 64.0}, ["block", "power of two", "got 64.0", "Pass 16"]),
@@ -194,7 +200,7 @@ def test_hadamard_over_whole_rows_needs_a_power_of_two_and_gaussian_does_not() -
     optimizer = make("gaussian")
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    assert optimizer.state[weight]["momentum"].shape == (2000, 1, 4)
+    assert optimizer.state[weight]["momentum"].shape == (2000, 1, 4 + 2)  # and a scale
     assert bool((weight < 1).all())
 
 

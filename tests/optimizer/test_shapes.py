@@ -140,7 +140,7 @@ def test_pieces_round_low_precision_with_the_same_bits(monkeypatch: pytest.Monke
     for limit in (1 << 17, 16):
         monkeypatch.setattr("flora_dist.core.step.views.CPU_ELEMENTS", limit)
         parameters = runs.build(dtype=torch.bfloat16)
-        optimizer = Flora(parameters.items(), **runs.SETTINGS, state_dtype="bfloat16")
+        optimizer = Flora(parameters.items(), **(runs.SETTINGS | {"state_dtype": "bfloat16"}))
         runs.train(optimizer, parameters, range(1))
         finals.append(runs.values(parameters))
     for name, weight in finals[0].items():

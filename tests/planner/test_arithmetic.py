@@ -44,7 +44,7 @@ from tests.planner.runs import MODELS
 from tests.planner.test_model import FAMILIES
 
 TINY = read_model(MODELS / "llama_tiny.json")
-FLORA = FloraConfig(rank=8, block=64)
+FLORA = FloraConfig(rank=8, block=64, state_dtype="float32")
 
 
 def request(model: Model = TINY, backend: str = "fsdp2", **changes: object) -> Request:
@@ -251,7 +251,11 @@ def test_fsdp2s_chunk_is_torchs(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
-@pytest.mark.parametrize("kept", [{}, {"state_dtype": "bfloat16"}, {"state_bits": 4}], ids=str)
+@pytest.mark.parametrize(
+    "kept",
+    [{"state_dtype": None}, {}, {"state_dtype": "bfloat16"}, {"state_bits": 4}],
+    ids=str,
+)
 def test_floras_state_on_one_rank_is_what_the_optimizer_reports(
     momentum: str, kept: dict[str, Any]
 ) -> None:
@@ -261,7 +265,8 @@ def test_floras_state_on_one_rank_is_what_the_optimizer_reports(
         kept = {name: value for name, value in kept.items() if name != "state_bits"}
     config = replace(FLORA, momentum=momentum, **kept)
     named = [(p.name, nn.Parameter(torch.zeros(p.shape))) for p in TINY.parameters]
-    optimizer = Flora(named, lr=1e-3, momentum=momentum, **{"rank": config.rank, **kept})
+    own = {"rank": config.rank, "state_dtype": config.state_dtype, **kept}
+    optimizer = Flora(named, lr=1e-3, momentum=momentum, **own)
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

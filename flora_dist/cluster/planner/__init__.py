@@ -150,12 +150,12 @@ def _add_flora(parser: argparse.ArgumentParser) -> None:
     flora.add_argument("--rank", type=int, default=defaults.rank, help="numbers per block")
     flora.add_argument("--block", type=int, default=defaults.block)
     flora.add_argument("--momentum", choices=MOMENTA, default=defaults.momentum)
-    flora.add_argument("--momentum-dtype", choices=STATE_DTYPES, default=defaults.state_dtype)
+    flora.add_argument("--momentum-dtype", choices=STATE_DTYPES)
     flora.add_argument(
         "--state-bits",
         type=int,
         choices=STATE_BITS,
-        help="of each number of a sketched momentum (default: --momentum-dtype's)",
+        help="of each number of a sketched momentum (default: --momentum-dtype's, without one 8)",
     )
     flora.add_argument("--gradients", choices=LEVELS, default=LEVELS[0], help="their level")
     flora.add_argument(

@@ -13,6 +13,7 @@ PAPER: Mapping[str, Any] = {
     "transfer": "paper",
     "kappa": 1000,
     "scale_parameter": True,
+    "state_dtype": "float32",
 }
 """The authors' algorithm."""
 SCALE: Mapping[str, Any] = {

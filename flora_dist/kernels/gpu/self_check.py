@@ -136,22 +136,21 @@ def _grown(trial: Trial, name: str, by_torch: Tensor) -> float:
     if trial.config.momentum not in TWO_MOMENTS or trial.dtype != torch.float32:
         return 0.0
     _, exact = _run(replace(trial, dtype=torch.float64), _by_torch)
-    return FURTHER_THAN_TORCH * (by_torch - exact[name].double()).norm().item()
+    return FURTHER_THAN_TORCH * float((by_torch - exact[name].double()).norm())
 
 
 def _numbers(kept: Tensor, trial: Trial) -> Tensor:
     """What is kept, or what records of a momentum stand for."""
     if kept.dtype != torch.uint8:
         return kept
-    assert trial.config.state_bits is not None
     assert trial.config.rank is not None
-    code = Code(bits=trial.config.state_bits, numbers=int(trial.config.rank))
+    code = Code(bits=trial.config.sketch_bits, numbers=int(trial.config.rank))
     return read_by_torch(kept, code, torch.float32)
 
 
 def _largest(trial: Trial) -> float:
     """Of what is kept in float32: a momentum in 16 bits rounds what follows from it."""
-    is_rounded = trial.config.state_dtype == "bfloat16" or trial.config.state_bits is not None
+    is_rounded = trial.config.sketch_bits < 32
     return LARGEST_ROUNDED if is_rounded else LARGEST_DISTANCE
 
 

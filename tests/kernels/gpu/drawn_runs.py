@@ -31,7 +31,7 @@ def trial_of(seed: int, device: str) -> Trial:
     draw = random.Random(seed)
     block = draw.choice([16, 16, 32])
     config = FloraConfig(
-        state_bits=draw.choice([None, None, 8, 4]),
+        state_bits=draw.choice([32, 32, 8, 4]),
         momentum=draw.choice(["blend", "ademamix", "flora", "flora_strict", "none"]),
         rank=draw.choice([None, 4]),
         block=block,
@@ -59,7 +59,7 @@ def trial_of(seed: int, device: str) -> Trial:
 def trials_of(seed: int, device: str) -> Iterable[Trial]:
     """One, and without a momentum in few bits, which rounds all that follows from it."""
     trial = trial_of(seed, device)
-    in_full = replace(trial, config=replace(trial.config, state_bits=None))
+    in_full = replace(trial, config=replace(trial.config, state_bits=32))
     return dict.fromkeys([in_full, trial])
 
 
