@@ -14,7 +14,14 @@ from flora_dist import Flora
 
 WIDTH = 20
 # Windows of three steps; the sketches of one at least are under way in any checkpoint.
-SETTINGS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "block": 8, "momentum": "flora", "kappa": 3}
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-2,
+    "rank": 2,
+    "block": 8,
+    "momentum": "flora",
+    "kappa": 3,
+    "state_dtype": "float32",
+}
 State = dict[str, object]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flora_dist import Flora
 
-SETTINGS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "block": 8, "kappa": 3}
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "block": 8, "kappa": 3, "state_dtype": "float32"}
 
 
 class Two(nn.Module):

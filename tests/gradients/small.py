@@ -21,7 +21,14 @@ from flora_dist.gradients.attach import Handle
 from flora_dist.gradients.cycle import Gradients
 from flora_dist.gradients.flow import Flow
 
-SETTINGS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "block": 8, "momentum": "flora", "kappa": 2}
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-2,
+    "rank": 2,
+    "block": 8,
+    "momentum": "flora",
+    "kappa": 2,
+    "state_dtype": "float32",
+}
 WIDTH = 20
 
 

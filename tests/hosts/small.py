@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "vocab_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
-SETTINGS: dict[str, Any] = {"rank": 4, "block": 16, "kappa": 3}
+SETTINGS: dict[str, Any] = {"rank": 4, "block": 16, "kappa": 3, "state_dtype": "float32"}
 LR, DECAY, MAX_NORM = 1e-2, 0.1, 0.5
 """The norm of the gradients is above MAX_NORM: clipping counts."""
 SAMPLES, LENGTH, STEPS = 8, 12, 6

@@ -19,7 +19,13 @@ from tests.hosts.architectures import ARCHITECTURES, SAMPLES
 
 pytestmark = pytest.mark.deepspeed
 STEPS = 4
-SETTINGS: dict[str, Any] = {"lr": 3e-3, "rank": 4, "block": 16, "kappa": 3}
+SETTINGS: dict[str, Any] = {
+    "lr": 3e-3,
+    "rank": 4,
+    "block": 16,
+    "kappa": 3,
+    "state_dtype": "float32",
+}
 BY_DEFAULT = ("Llama, tied", "GPT-2", "Qwen3-MoE")
 
 

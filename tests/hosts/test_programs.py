@@ -23,7 +23,7 @@ from flora_dist import Flora
 from tests.hosts.small import LR, Samples, build
 
 pytestmark = pytest.mark.slow
-SETTINGS: dict[str, Any] = {"rank": 4, "block": 16}
+SETTINGS: dict[str, Any] = {"rank": 4, "block": 16, "state_dtype": "float32"}
 
 
 def trained(make: Callable[[nn.Module], Any]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from flora_dist import Flora
 Config = dict[str, Any]
 
 WIDTH, OUTPUTS, SAMPLES = 24, 10, 4
-PARAMS = {"lr": 1e-2, "rank": 2, "block": 8, "kappa": 3}
+PARAMS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "block": 8, "kappa": 3, "state_dtype": "float32"}
 STAGES = (0, 1, 2, 3)
 
 
