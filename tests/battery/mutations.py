@@ -61,6 +61,11 @@ MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 }
 """Name -> (where, attribute, from the right one to the wrong one)."""
 
+WEIGHT_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "what rows weigh": (plan, "summing", _unsummed("weights")),
+}
+"""That of matrices whose rows and columns weigh each other."""
+
 COLUMN_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "rows of columns": (plan, "summing", _unsummed("rows")),
     "blocks of columns": (plan, "summing", _unsummed("blocks")),
@@ -204,6 +209,11 @@ def _of_ones(original: Any) -> Callable[..., Tensor]:
     return lambda *given: torch.ones_like(original(*given))
 
 
+def _all_alike(original: Any) -> Callable[..., None]:
+    del original
+    return lambda *_: None
+
+
 RULE_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "ademamix": (momentum_rules.AdEMAMixRule, "advance", _the_gradient_alone),
     "subspace_adam": (SketchedBasis, "spread", _as_it_was),
@@ -211,6 +221,7 @@ RULE_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "growth": (matrix, "growth_factor", _norms_without_bound),
     "orthogonalise": (matrix, "orthogonalised", _of_twice_the_side),
     "normalise": (normalise, "column_scale", _of_ones),
+    "racs": (matrix, "column_weights", _all_alike),
 }
 """What each rule and setting that torch's operators alone know has of its own."""
 
@@ -222,7 +233,7 @@ def mutated(name: str) -> Iterator[None]:
         yield
         return
     everything = {**MUTATIONS, **COLUMN_MUTATIONS, **SPAN_MUTATIONS, **LINE_MUTATIONS}
-    everything |= {**FSDP1_MUTATIONS, **RECORD_MUTATIONS, **RULE_MUTATIONS}
+    everything |= {**FSDP1_MUTATIONS, **RECORD_MUTATIONS, **RULE_MUTATIONS, **WEIGHT_MUTATIONS}
     home, attribute, mutate = everything[name]
     original = getattr(home, attribute)
     setattr(home, attribute, mutate(original))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flora_dist.core.state.presets import RACS
 from tests.battery import layouts
 from tests.battery.mutations import (
     COLUMN_MUTATIONS,
@@ -55,6 +56,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": "apollo", "sketch": "gaussian", "growth": 1.01, "rank": 1},
     {"momentum": "vectors", "normalise": "rows", "beta2": 0.95},
     {"momentum": "flora", "normalise": "columns"},
+    {"momentum": "flora", "normalise": "racs", "growth": 1.01},
     {"momentum": "flora_strict", "sketch": "gaussian", "state_bits": 8},
     {"momentum": "blend", "rank": 8, "state_bits": 4, "weight_decay": 0.1},
     {"momentum": "none", "growth": 1.01},
@@ -213,6 +215,8 @@ def test_the_battery_sees_a_rule_that_lost_what_makes_it_one(rule: str) -> None:
 
 def _is_of(rule: str, settings: dict[str, Any]) -> bool:
     by_setting = {"normalise": "columns", "growth": 1.01, "orthogonalise": 4}
+    if rule == "racs":
+        return bool(settings.get("normalise") == rule)
     if rule in by_setting:
         return bool(settings.get(rule) == by_setting[rule])
     return bool(settings["momentum"] == rule)
@@ -221,6 +225,13 @@ def _is_of(rule: str, settings: dict[str, Any]) -> bool:
 def test_the_battery_sees_norms_that_are_not_summed_for_growth() -> None:
     case = Case(settings={"momentum": "none", "growth": 1.01})
     _, worst = _distances("flat x3", case, "rms sums")
+    assert not worst < 1e6 * EXACT
+
+
+@pytest.mark.parametrize("layout", ["flat x3", "fsdp2 x2"])
+def test_the_battery_sees_what_rows_weigh_that_is_not_summed(layout: str) -> None:
+    (case,) = [case for case in EXACT_CASES if _is_of("racs", case.settings)]
+    _, worst = _distances(layout, case, "what rows weigh")
     assert not worst < 1e6 * EXACT
 
 
@@ -252,10 +263,12 @@ def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: s
         ("fsdp2 x3", "flora", 1),
         ("fsdp2 x3", "blend", 1),
         ("fsdp2 x3", "none", 1),
+        ("fsdp2 x3", "racs", 1),
         ("fsdp2 x3", "flora_strict", 2),
         ("fsdp2 x3", "apollo", 2),
         ("hsdp 2x2", "flora", 1),
         ("columns x3", "flora", 2),
+        ("columns x3", "racs", 2),
         ("columns x3", "flora_strict", 3),
         ("tp x2", "flora", 2),
         # one for what the data axis alone shards, two for what both do
@@ -266,6 +279,7 @@ def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: s
         ("flat x3", "flora_strict", 3),
         ("flat x3", "blend", 2),
         ("flat x3", "none", 2),
+        ("flat x3", "racs", 2),
         # of two ranks both share each cut: nothing beside the sums
         ("flat x2", "flora", 1),
         ("flat x2", "flora_strict", 2),
@@ -275,5 +289,5 @@ def test_the_battery_sees_a_broken_mechanism_on_columns(layout: str, mutation: s
 )
 def test_the_number_of_messages_is_fixed(layout: str, momentum: str, messages: int) -> None:
     world_size, _ = layouts.LAYOUTS[layout]
-    case = Case(settings={"momentum": momentum})
+    case = Case(settings=dict(RACS) if momentum == "racs" else {"momentum": momentum})
     assert set(pool_of(world_size)(layouts.count_messages, layout, case)) == {messages}

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flora_dist.core.state.presets import APOLLO, SCALE
+from flora_dist.core.state.presets import APOLLO, RACS, SCALE
 from tests.bench.quality_plan import Row, Run, Size, exponents_tried
 from tests.bench.quality_search import Rule, best_run, is_at_an_end, rules_of
 
@@ -95,6 +95,12 @@ def sceptic_rows() -> tuple[Row, ...]:
         *_flora("vectors", {"momentum": "vectors"}, {"beta2": 0.95}, {"clip": 2.0}),
         *_rule("Adafactor (torch)", "adafactor", {}, {"beta2_decay": -0.5}, {"d": 2.0}),
         *_flora("none", {"momentum": "none"}, {"beta2": 0.95}, {"clip": 2.0}),
+        *_flora(
+            "RACS",
+            RACS,
+            {"growth": 1.1},
+            {"roles": {"head": {"momentum": "blend", "rank": None}}},
+        ),
         *_flora(
             "near RACS",
             {"momentum": "vectors", "beta2": 0.9, "growth": 1.01},

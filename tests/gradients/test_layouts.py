@@ -46,7 +46,7 @@ LEVELLED = [
 ]
 YOUNGER = [
     SketchedCase(settings={"momentum": "ademamix", "blend_gain": 4.0}),
-    SketchedCase(settings={"momentum": "vectors", "normalise": "rows", "growth": 1.01}),
+    SketchedCase(settings={"momentum": "vectors", "normalise": "racs", "growth": 1.01}),
     SketchedCase(settings={"momentum": "subspace_adam", "rank": 1}),
     SketchedCase(settings={"momentum": "apollo", "growth": 1.01, "rank": 1}, gradient_rank=4),
 ]

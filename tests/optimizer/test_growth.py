@@ -95,9 +95,12 @@ class _Module(nn.Module):
             self.register_parameter(name, weight)
 
 
-def test_a_checkpoint_keeps_the_norms(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalise", ["factored", "racs"])
+def test_a_checkpoint_keeps_norms_and_what_rows_and_columns_weigh(
+    normalise: str, tmp_path: Path
+) -> None:
     modules = [_Module(), _Module()]
-    settings = {**runs.SETTINGS, "growth": GROWTH}
+    settings = {**runs.SETTINGS, "growth": GROWTH, "normalise": normalise}
     first, second = (Flora(m.named_parameters(), **settings) for m in modules)
     for step in range(3):
         _step(first, dict(modules[0].named_parameters()), step)
@@ -114,6 +117,7 @@ def test_a_checkpoint_keeps_the_norms(tmp_path: Path) -> None:
     [
         ({"growth": GROWTH}, "NativePhases"),
         ({"normalise": "rows"}, "NativePhases"),
+        ({"normalise": "racs"}, "MatrixPhases"),
         ({"orthogonalise": 300}, "MatrixPhases"),
     ],
     ids=str,

@@ -192,6 +192,8 @@ def test_what_second_moments_in_the_sketch_cannot_have_is_refused(momentum: str)
         Flora(_model().named_parameters(), momentum=momentum, state_bits=8)
     with pytest.raises(ValueError, match=r"of its own; got normalise='rows'\. Leave it"):
         Flora(_model().named_parameters(), momentum=momentum, normalise="rows")
+    with pytest.raises(ValueError, match=r"of its own; got normalise='racs'\. Leave it"):
+        Flora(_model().named_parameters(), momentum=momentum, normalise="racs")
     rounded = {"state_bits": 16, "stochastic_rounding": False}
     with pytest.raises(ValueError, match=r"bfloat16 needs stochastic_rounding=True"):
         Flora(_model().named_parameters(), momentum=momentum, **rounded)
@@ -218,6 +220,56 @@ def test_numbers_that_are_zero_but_for_rounding_are_not_made_steps_of() -> None:
         found.append(weight.detach().double())
     # Errors of 1e-7 of the gradient over the least root of 1e-4; with 1e-12 it is 8e-3.
     assert (found[1] - found[0]).norm() < 2e-4 * found[0].norm()
+
+
+def _five_times(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """RACS (arXiv 2502.07752, Algorithm 1): what rows and columns of G^2 are divided by."""
+    q = torch.ones(squares.shape[0], dtype=squares.dtype)
+    for _ in range(5):
+        s = q @ squares / q.square().sum()
+        q = squares @ s / s.square().sum()
+    return q, s
+
+
+def test_a_turn_at_each_step_comes_to_where_racs_comes_by_five_turns() -> None:
+    """A gradient that stays: G^2 whose first singular values are far apart, so that five do."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(6, 16, dtype=torch.float64))
+    sizes = torch.rand(6, 1).double() @ torch.rand(1, 16).double()
+    gradient = sizes * (1 + 0.1 * torch.randn(6, 16).double()) * torch.randn(6, 16).sign().double()
+    q, s = _five_times(gradient.square())
+    by_adafactor = (
+        gradient
+        / (
+            gradient.square().mean(1, keepdim=True)
+            * gradient.square().mean(0)
+            / gradient.square().mean()
+        ).sqrt()
+    )
+    expected = gradient / (q.unsqueeze(1) * s).sqrt()
+    optimizer = Flora.racs([("w", weight)], LR, beta2=0.0)
+    for _ in range(20):
+        before, weight.grad = weight.detach().clone(), gradient.clone()
+        optimizer.step()
+    update = (before - weight.detach()) / LR
+    torch.testing.assert_close(update, expected, rtol=0, atol=1e-6)
+    assert (by_adafactor - expected).abs().max() > 1e-3
+    report = optimizer.report()
+    assert "no momentum, rows and columns scaled" in str(report)
+    assert report.state_bytes == 8 * (6 + 16 + 1)
+
+
+def test_rows_that_never_had_a_gradient_weigh_nothing_and_learn_when_they_have_one() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.ones(4, 8))
+    optimizer = Flora.racs([("w", weight)], LR, growth=None)
+    for used in (2, 2, 4):
+        before, weight.grad = weight.detach().clone(), torch.zeros(4, 8)
+        weight.grad[:used] = 1e-12 * torch.randn(used, 8)  # G^4 is no float32
+        optimizer.step()
+        moved = (weight.detach() - before).abs().sum(1) > 0
+        assert moved.tolist() == [row < used for row in range(4)]
+        assert bool(weight.isfinite().all())
 
 
 def _distance(**settings: Any) -> float:

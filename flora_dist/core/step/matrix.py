@@ -4,7 +4,8 @@
     R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
     X = G / sqrt(R C / mean(R));  U from the rule;  W <- (1 - lr wd) W - lr U / max(1, RMS(U)/clip)
 
-(``normalise`` divides by R or C alone; what stands for 1 / R and mean(R) / C then is in that file.)
+(``normalise`` divides by R or C alone, or weighs means; what stands for 1 / R and mean(R) / C then
+is in that file.)
 
 RMS looks as if it needed C first, so a message more; but mean(R) = mean(C), and with S1_j the sum
 over rows of G_ij^2 / R_i (R is local), |X|^2 = mean(R) sum_j S1_j / C_j: S1 travels with the
