@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flora_dist import trainer
 from flora_dist.cluster import doctor, launch, planner
+from flora_dist.one_line_parser import OneLineParser
 from flora_dist.version import __version__
 
 _USER_ERROR = 2
@@ -22,7 +23,9 @@ _CONVERT = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `flora-dist <subcommand> ...`; the exit code, 2 for a mistake in what was asked."""
-    parsed = _parser().parse_args(arguments)
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(parsed.run(parsed))
     except ValueError as error:
@@ -39,7 +42,7 @@ def _refuse(mistake: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="flora-dist", description="Sharded Flora: optimizer states as random projections."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -81,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     planner.add_arguments(plan)
     plan.set_defaults(run=planner.start)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from flora_dist.one_line_parser import OneLineParser
 from flora_dist.world import join
 
 __all__ = ["add_arguments", "main", "start"]
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Parse a command line and run it; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flora_dist.trainer", description=__doc__)
+    parser = OneLineParser(prog="python -m flora_dist.trainer", description=__doc__)
     add_arguments(parser)
     parsed = parser.parse_args(arguments)
     return start(parsed.config, parsed.overrides)

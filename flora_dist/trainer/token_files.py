@@ -49,13 +49,17 @@ def write_tokens(documents: Iterable[Document], path: Path, *, vocabulary: int) 
     One document is in memory at a time. The file is complete or not there.
 
     Raises:
-        ValueError: the path has another ending or is taken, a document has tokens that do not
-            count, or there is none.
+        ValueError: the path has another ending, is taken or lies in no folder, a document has
+            tokens that do not count, or there is none.
     """
     if path.suffix != ".npy":
         raise ValueError(f"a file of tokens ends in .npy; it is '{path}'. Name it so.")
     if path.exists():
         raise ValueError(f"a file of tokens overwrites nothing; '{path}' exists. Name another.")
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"a file of tokens is written into a folder; '{path.parent}' is none. Make it."
+        )
     kind = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
     partial, count = path.with_name(f".{path.name}.partial"), 0
     try:
@@ -92,7 +96,7 @@ def open_tokens(path: Path, *, vocabulary: int) -> Any:
         ValueError: no such file, or numbers that the tokenizer does not have.
     """
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        tokens = npy.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"a file of tokens must be what flora-dist tokenize wrote; '{path}' gave: {error}. "

@@ -18,6 +18,7 @@ from flora_dist.cluster.launch.hosts import (
     Host,
     address_of,
     check_name,
+    check_port,
     read_hostfile,
     read_nodes,
 )
@@ -25,7 +26,6 @@ from flora_dist.cluster.launch.variables import exported, own_file
 from flora_dist.world import DEFAULT_PORT, interface_toward, interfaces
 
 _WITH_MPI = frozenset(("openmpi", "mpirun"))
-_LAST_PORT = 65535
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,10 +121,7 @@ def _check(parsed: argparse.Namespace) -> None:
     for name, value in (("--timeout", parsed.timeout), ("--minimum", parsed.minimum)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0; it is {value:g}. Raise it.")
-    if not 0 < parsed.master_port <= _LAST_PORT:
-        raise ValueError(
-            f"--master-port must lie in 1 to {_LAST_PORT}; it is {parsed.master_port}. Correct it."
-        )
+    check_port(parsed.master_port)
     if parsed.seed is not None and not -(1 << 63) <= parsed.seed < 1 << 63:
         raise ValueError(f"--seed must lie in [-2^63, 2^63); it is {parsed.seed}. Lower it.")
 

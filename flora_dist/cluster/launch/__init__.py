@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def start(parsed: argparse.Namespace) -> int:
     """Run a job: its exit code, 128 + N after signal N, 1 where a host is lost, 2 for a mistake."""
-    from flora_dist.cluster.launch.arguments import job_of, printed
+    from flora_dist.cluster.launch.arguments import check_program, job_of, printed
     from flora_dist.cluster.launch.running import run
 
     try:
@@ -31,6 +31,7 @@ def start(parsed: argparse.Namespace) -> int:
         if parsed.dry_run:
             sys.stdout.write(printed(job, parsed.launcher))
             return 0
+        check_program(job)
         return run(job, parsed.launcher, grace_s=parsed.grace)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -19,6 +19,7 @@ from flora_dist.cluster.launch.hosts import (
     address_of,
     are_this_machine,
     check_name,
+    check_port,
     read_hostfile,
     read_nodes,
 )
@@ -64,7 +65,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     argument("--dry-run", action="store_true", help="print the exact commands and start nothing")
     argument("-m", dest="module", action="store_true", help="PROGRAM is a module, as for python -m")
     argument("program", metavar="PROGRAM", help="the script, or after -m the module")
-    argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    rest = argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    rest.required = False  # else argparse names them too where PROGRAM is missing
 
 
 def job_of(parsed: argparse.Namespace) -> Job:
@@ -103,6 +105,20 @@ def job_of(parsed: argparse.Namespace) -> Job:
         interface=parsed.interface or (None if alone else interface_toward(address)),
         variables={**variables, MARK: name},
         held_back=() if alone else tuple(held_back(os.environ, variables)),
+    )
+
+
+def check_program(job: Job) -> None:
+    """Whether this machine, where it runs the job alone, has the script; others may have their own.
+
+    Raises:
+        ValueError: no such file.
+    """
+    program = job.program[0]
+    if program == "-m" or not are_this_machine(job.hosts) or Path(program).is_file():
+        return
+    raise ValueError(
+        f"PROGRAM must be a file, or after -m a module; {program!r} is no file. Correct the path."
     )
 
 
@@ -149,6 +165,8 @@ def _check(parsed: argparse.Namespace, hosts: tuple[Host, ...]) -> None:
     """Refuse what the launcher cannot do."""
     if parsed.master_addr is not None:
         check_name(parsed.master_addr, "--master-addr")
+    if parsed.master_port is not None:
+        check_port(parsed.master_port)
     for option in ("least_nodes", "restarts"):
         if getattr(parsed, option) is not None and parsed.launcher != "torchrun":
             raise ValueError(
@@ -164,10 +182,13 @@ def _check(parsed: argparse.Namespace, hosts: tuple[Host, ...]) -> None:
     if parsed.restarts is not None and parsed.restarts < 0:
         raise ValueError(f"--restarts must be 0 or more; it is {parsed.restarts}. Raise it.")
     if parsed.timeout is not None and not parsed.timeout > 0:
-        raise ValueError(f"--timeout must be a number of minutes above 0; it is {parsed.timeout}.")
+        raise ValueError(
+            f"--timeout must be a number of minutes above 0; it is {parsed.timeout}. Raise it."
+        )
     if not 0 <= parsed.grace <= MOST_GRACE_S:
         raise ValueError(
-            f"--grace must be a number of seconds from 0 to {MOST_GRACE_S}; it is {parsed.grace}."
+            f"--grace must be a number of seconds from 0 to {MOST_GRACE_S}; it is {parsed.grace}. "
+            "Correct it."
         )
     if parsed.launcher == "slurm" and len({host.slots for host in hosts}) > 1:
         raise ValueError(

@@ -14,6 +14,7 @@ from pathlib import Path
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PORT = re.compile(r"\[?[A-Za-z0-9_.-]+\]?:\d*")
 THIS_MACHINE = "localhost"
+_LAST_PORT = 65535
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\S+)(?P<rest>.*)")
 
 
@@ -96,6 +97,16 @@ def check_name(name: str, where: str) -> None:
         raise ValueError(f"{_rule(name)}; {where} names {name!r}. {_remedy(name)}")
 
 
+def check_port(port: int) -> None:
+    """Whether process 0 can listen there.
+
+    Raises:
+        ValueError: no port of TCP.
+    """
+    if not 0 < port <= _LAST_PORT:
+        raise ValueError(f"--master-port must lie in 1 to {_LAST_PORT}; it is {port}. Correct it.")
+
+
 def are_this_machine(hosts: Sequence[Host]) -> bool:
     """Whether a job named no host: then it runs here, without ssh or names."""
     return [host.name for host in hosts] == [THIS_MACHINE]
@@ -159,9 +170,7 @@ def _remedy(name: str) -> str:
 
 def _checked(found: list[Host], where: str) -> tuple[Host, ...]:
     if not found:
-        raise ValueError(
-            f"a job needs at least one host; {where} names no host. Add a line for each."
-        )
+        raise ValueError(f"a job needs at least one host; {where} names no host. Name one or more.")
     names = [host.name for host in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
