@@ -58,6 +58,15 @@ def build(
     }
 
 
+class Module(nn.Module):
+    """A module of these parameters, for what asks for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, parameter in build().items():
+            self.register_parameter(name, parameter)
+
+
 def set_gradients(parameters: Parameters, step: int, without: Collection[str] = ()) -> None:
     """Each parameter's gradient of a step; None for those ``without``."""
     for name, parameter in parameters.items():

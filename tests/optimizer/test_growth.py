@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flora_dist import Flora, checkpoint
 from flora_dist.core.parameters.report import Report
@@ -88,18 +88,11 @@ def test_the_norm_is_kept_by_matrix_and_counted_and_vectors_are_clipped_as_ever(
     assert report.state_bytes == runs.state_bytes(optimizer)
 
 
-class _Module(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name, weight in runs.build().items():
-            self.register_parameter(name, weight)
-
-
 @pytest.mark.parametrize("normalise", ["factored", "racs"])
 def test_a_checkpoint_keeps_norms_and_what_rows_and_columns_weigh(
     normalise: str, tmp_path: Path
 ) -> None:
-    modules = [_Module(), _Module()]
+    modules = [runs.Module(), runs.Module()]
     settings = {**runs.SETTINGS, "growth": GROWTH, "normalise": normalise}
     first, second = (Flora(m.named_parameters(), **settings) for m in modules)
     for step in range(3):

@@ -22,15 +22,8 @@ RELATIVE = {"scale_parameter": "relative"}
 LR = 0.05
 
 
-def _step(optimizer: Flora, weights: runs.Parameters, step: int) -> None:
-    for name, weight in weights.items():
-        weight.grad = runs.draw(name, step, weight.shape, weight.dtype)
-    optimizer.step()
-
-
 def _pair(**settings: Any) -> tuple[runs.Parameters, Flora]:
-    weights = runs.build()
-    return weights, Flora(weights.items(), **{**runs.SETTINGS, "lr": LR, **RELATIVE, **settings})
+    return runs.pair(**{"lr": LR, **RELATIVE, **settings})
 
 
 @pytest.mark.parametrize("momentum", ["blend", "flora", "flora_strict", "none"])
@@ -41,7 +34,7 @@ def test_steps_are_the_reference(momentum: str) -> None:
     start = runs.values(weights)
     oracle = reference_of(Case(settings=settings), start)
     for step in range(STEPS):
-        _step(optimizer, weights, step)
+        runs.train(optimizer, weights, [step])
         oracle.step({name: weight.grad for name, weight in weights.items()})
     assert distances(start, dict(oracle.weights), runs.values(weights))[1] < 1e-11
     wide = weights["wide"].detach()
@@ -64,7 +57,7 @@ def test_the_start_is_kept_by_matrix_and_counted_and_vectors_have_none() -> None
     weights, optimizer = _pair()
     report: Report = optimizer.report()
     start = runs.values(weights)
-    _step(optimizer, weights, 0)
+    runs.train(optimizer, weights, [0])
     shapes = {n: optimizer.state[w].get("start", torch.empty(0)).shape for n, w in weights.items()}
     assert shapes["wide"] == (1,)
     assert shapes["experts"] == (3, 1)
@@ -74,23 +67,15 @@ def test_the_start_is_kept_by_matrix_and_counted_and_vectors_have_none() -> None
     assert report.state_bytes == runs.state_bytes(optimizer)
 
 
-class _Module(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name, weight in runs.build().items():
-            self.register_parameter(name, weight)
-
-
 def test_a_checkpoint_keeps_the_start(tmp_path: Path) -> None:
-    modules = [_Module(), _Module()]
+    modules = [runs.Module(), runs.Module()]
     settings = {**runs.SETTINGS, "lr": LR, **RELATIVE}
     optimizers = [Flora(module.named_parameters(), **settings) for module in modules]
-    for step in range(3):
-        _step(optimizers[0], dict(modules[0].named_parameters()), step)
+    runs.train(optimizers[0], dict(modules[0].named_parameters()), range(3))
     checkpoint.save(tmp_path, modules[0], optimizers[0], step=3)
     checkpoint.load(tmp_path, modules[1], optimizers[1])
     for module, optimizer in zip(modules, optimizers, strict=True):
-        _step(optimizer, dict(module.named_parameters()), 3)
+        runs.train(optimizer, dict(module.named_parameters()), [3])
     runs.assert_equal(dict(modules[1].state_dict()), dict(modules[0].state_dict()))
 
 

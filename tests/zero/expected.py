@@ -62,12 +62,12 @@ def reference_for(run: Run, weights: Weights) -> Reference:
     knobs = {key: value for key, value in run.case.flora.items() if key in KNOBS}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     config = FloraConfig(**knobs)
+    # Its momentum is in the arithmetic's dtype, which is float32.
+    known = set(ReferenceSettings.__dataclass_fields__) - {"state_dtype"}
 
     def settings(name: str) -> ReferenceSettings:
         given = {**run.case.flora, **(settings_of(name) if run.groups else {})}
-        return ReferenceSettings(
-            **{k: v for k, v in given.items() if k in ReferenceSettings.__dataclass_fields__}
-        )
+        return ReferenceSettings(**{k: v for k, v in given.items() if k in known})
 
     return Reference(
         weights,
