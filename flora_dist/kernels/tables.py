@@ -176,7 +176,7 @@ def _joined(
         int(config.scales_vectors if is_vector else config.scales_matrices),
         int(config.clip is not None),
         *_momentum_code(size, momentum),
-        NORMALISATIONS[kind_of(batch)],
+        0 if is_vector else NORMALISATIONS[kind_of(batch)],
         int(config.growth is not None),
         0 if is_vector else config.orthogonalise or 0,
         1 if size.rank is None else size.moments,
