@@ -42,21 +42,23 @@ GROWTH = tl.constexpr(11)
 SKETCH_EPS = tl.constexpr(12)
 DRAWN_ENTRY = tl.constexpr(13)
 
-# Momentum rules, and what a window does to a momentum.
+# Momentum rules, those that keep two moments last, and what a window does to a momentum.
 NONE = tl.constexpr(0)
 BLEND = tl.constexpr(1)
 FLORA = tl.constexpr(2)
 STRICT = tl.constexpr(3)
 ADEMAMIX = tl.constexpr(4)
 SUBSPACE_ADAM = tl.constexpr(5)
+APOLLO = tl.constexpr(6)
 STAYS = tl.constexpr(0)
 MOVES = tl.constexpr(1)
 RESETS = tl.constexpr(2)
 
-# What a gradient is divided by, and what bounds an update.
+# What a gradient is divided by: both R and C, R, C, or neither. What bounds an update.
 FACTORED = tl.constexpr(0)
 BY_ROWS = tl.constexpr(1)
 BY_COLUMNS = tl.constexpr(2)
+RAW = tl.constexpr(3)
 UNBOUNDED = tl.constexpr(0)
 CLIPPED = tl.constexpr(1)
 GROWING = tl.constexpr(2)
@@ -118,7 +120,7 @@ def loaded(places, inside):
 @triton.jit
 def row_scale(row, NORMALISE: tl.constexpr):
     """What rows are multiplied by, from their R."""
-    return tl.full(row.shape, 1.0, tl.float32) if NORMALISE == BY_COLUMNS else tl.rsqrt(row)
+    return tl.rsqrt(row) if NORMALISE < BY_COLUMNS else tl.full(row.shape, 1.0, tl.float32)
 
 
 @triton.jit

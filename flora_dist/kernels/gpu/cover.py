@@ -9,7 +9,7 @@ from flora_dist.core.state.settings import FloraConfig
 from flora_dist.core.state.spec import Geometry
 from flora_dist.core.step.batch import Batch, arithmetic_dtype
 from flora_dist.core.step.gradient import Gradient, SketchedGradient
-from flora_dist.core.step.momentum_rules import ApolloRule, rule_of
+from flora_dist.core.step.momentum_rules import rule_of
 from flora_dist.kernels.tables import DTYPES, NORMALISATIONS, RULES
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
@@ -50,7 +50,7 @@ def are_sizes_covered(rank: int, block: int) -> bool:
 def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
     """The same of a parameter's shape and settings."""
     rule = rule_of(config, size)
-    if rule is not None and (type(rule) not in RULES or isinstance(rule, ApolloRule)):
+    if rule is not None and type(rule) not in RULES:
         return f"momentum={config.momentum!r}"
     if not size.is_vector and config.orthogonalise is not None:
         return f"orthogonalise={config.orthogonalise}"

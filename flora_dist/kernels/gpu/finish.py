@@ -12,6 +12,7 @@ import triton.language as tl
 
 from flora_dist.kernels.gpu.access import (
     ADEMAMIX,
+    APOLLO,
     ENTRY,
     FLORA,
     GAIN,
@@ -43,7 +44,13 @@ from flora_dist.kernels.gpu.access import (
 from flora_dist.kernels.gpu.codes import decoded, record_of, rounded_codes, stored
 from flora_dist.kernels.gpu.expand import block_of, drawn_of
 from flora_dist.kernels.gpu.rounding import bits_at, bits_of_rows, rounded
-from flora_dist.kernels.gpu.rules import advanced, advanced_moments, in_subspace, sketched
+from flora_dist.kernels.gpu.rules import (
+    advanced,
+    advanced_moments,
+    in_subspace,
+    scaled_blocks,
+    sketched,
+)
 
 FINISH_WRITES = 0
 FINISH_TALLIES = 1
@@ -99,7 +106,7 @@ def finish(
     and ``cut_blocks`` has whole sketches of cut blocks. BITS: of a gradient's sketches, in
     ``drawn``; 0: it is dense. KEPT: of a momentum in few bits, else 0.
     """
-    has_second: tl.constexpr = RULE == SUBSPACE_ADAM
+    has_second: tl.constexpr = RULE >= SUBSPACE_ADAM
     kept_of_block: tl.constexpr = 2 * RANK if has_second else RANK
     strip = strips + tl.program_id(2) * STRIP_NUMBERS
     count = tl.load(strip + STRIP_ROWS).to(tl.int32)
@@ -168,7 +175,10 @@ def finish(
                 if has_second:
                     v = loaded(momentum + RANK, inside_m)
                     made, second = advanced_moments(numbers, c, m, v, step, RANK, WINDOW)
-                    u = in_subspace(numbers, u, c, made, second, new_a, RANK, WIDTH)
+                    if RULE == APOLLO:
+                        u = scaled_blocks(u, c, made, second, inside_m, RANK, WIDTH)
+                    else:
+                        u = in_subspace(numbers, u, c, made, second, new_a, RANK, WIDTH)
                 else:
                     u, made = sketched(numbers, u, c, m, new_a, old_a, step, RULE, WINDOW)
             if TALLIES:

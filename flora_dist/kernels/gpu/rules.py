@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flora_dist.core.step.momentum_rules import LEAST_OF_USUAL
 from flora_dist.kernels.gpu.access import (
     ADEMAMIX,
     BETA1,
@@ -25,6 +26,8 @@ from flora_dist.kernels.gpu.access import (
     STAYS,
     product,
 )
+
+_LEAST_OF_USUAL = tl.constexpr(LEAST_OF_USUAL)
 
 
 @triton.jit
@@ -84,3 +87,14 @@ def in_subspace(numbers, x, c, m, v, new_a, RANK: tl.constexpr, BLOCK: tl.conste
     gain = tl.load(numbers + GAIN) * (BLOCK / RANK) ** 0.5
     weighed = gain * (m * tl.rsqrt(v)) - (RANK / BLOCK) * c
     return x + product(tl.load(numbers + ENTRY) * weighed, new_a)
+
+
+@triton.jit
+def scaled_blocks(x, c, m, v, inside, RANK: tl.constexpr, BLOCK: tl.constexpr):
+    """U of ``apollo`` from X, its sketch, and the new M and V, of which ``inside`` are kept."""
+    # U = sqrt(block/rank) |M / sqrt(V)| / max(|c|, |sqrt(V)| / 10) X
+    whitened = m * tl.rsqrt(v)
+    usual = tl.sqrt(tl.sum(tl.where(inside, v, 0.0), 1))
+    size = tl.maximum(tl.sqrt(tl.sum(c * c, 1)), usual * _LEAST_OF_USUAL)
+    scale = (BLOCK / RANK) ** 0.5 * tl.sqrt(tl.sum(whitened * whitened, 1)) / size
+    return x * scale[:, None]

@@ -136,7 +136,8 @@ def _grown(trial: Trial, name: str, by_torch: Tensor) -> float:
     if trial.config.momentum not in TWO_MOMENTS or trial.dtype != torch.float32:
         return 0.0
     _, exact = _run(replace(trial, dtype=torch.float64), _by_torch)
-    return FURTHER_THAN_TORCH * float((by_torch - exact[name].double()).norm())
+    own: float = (by_torch - exact[name].double()).norm().item()
+    return FURTHER_THAN_TORCH * own
 
 
 def _numbers(kept: Tensor, trial: Trial) -> Tensor:

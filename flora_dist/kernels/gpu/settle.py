@@ -155,7 +155,7 @@ def settle(
     for start in range(0, num_columns, WIDTH):
         columns = start + tl.arange(0, WIDTH)
         inside = columns < num_columns
-        if NORMALISE == BY_ROWS:
+        if NORMALISE % 2 == BY_ROWS:  # or raw
             factor = tl.full((WIDTH,), 1.0, tl.float32)
         else:
             c = tl.load(column_out + made + columns, mask=inside, other=1.0)

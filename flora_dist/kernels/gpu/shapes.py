@@ -17,6 +17,7 @@ import triton.language as tl
 from flora_dist.core.state.settings import RELATIVE, FloraConfig
 from flora_dist.core.step.batch import Batch
 from flora_dist.core.step.momentum_rules import rule_of
+from flora_dist.core.step.normalise import kind_of
 from flora_dist.kernels.gpu.access import (
     BY_GROWTH,
     BY_SIZE,
@@ -122,7 +123,7 @@ def shapes_of(batch: Batch, gradient_block: int = 0) -> Shapes:
         sum_width=128,
         settle_width=1024,
         weight=DTYPES[batch.members[0].weight.dtype],
-        normalise=NORMALISATIONS[batch.config.normalise],
+        normalise=NORMALISATIONS[kind_of(batch)],
         momentum=tl.float32 if momentum is None else DTYPES.get(momentum.dtype, tl.uint8),
         kept_bits=0 if size.code is None or not rank else size.code.bits,
     )

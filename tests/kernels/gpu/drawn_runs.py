@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from flora_dist.core.records import Code
-from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.settings import TWO_MOMENTS, FloraConfig
 from flora_dist.kernels.gpu.choice import make_phases
 from flora_dist.kernels.gpu.self_check import Trial, fault
 from flora_dist.kernels.gpu.trial_layouts import COLUMNS, SPAN, WHOLE
@@ -52,7 +52,7 @@ def trial_of(seed: int, device: str) -> Trial:
         device=torch.device(device),
     )
     if draw.random() < 0.3:
-        config = replace(config, momentum="subspace_adam", state_bits=None, rank=2)
+        config = replace(config, momentum=draw.choice(TWO_MOMENTS), state_bits=None, rank=2)
     return replace(trial, config=config)
 
 

@@ -11,6 +11,8 @@ CHECKS = {
     "strict": "runs.difference(runs.with_rule('flora_strict', clip=0.01))",
     "long rows": "runs.difference(runs.with_rule('none', scale_parameter=True))",
     "subspace": "runs.difference(runs.with_rule('subspace_adam', rank=4, blend_gain=2.0))",
+    "apollo": "runs.difference(runs.with_rule('apollo', rank=4, clip=0.3))",
+    "apollo columns": "cut_runs.difference(cut_runs.with_rule(cut_runs.SHARDED, 'apollo', rank=2))",
     "bits": "bits.wrong_bits('cpu')",
     "sketches": "sketch_runs.wrong_sketches('cpu')",
     "records": "record_runs.wrong_records('cpu', range(4))",
@@ -159,6 +161,24 @@ MUTATIONS = {
         old="- (RANK / BLOCK) * c",
         new="- 0.99 * (RANK / BLOCK) * c",
         check="subspace",
+    ),
+    "apollo": Mutation(
+        file="rules.py",
+        old="usual = tl.sqrt(tl.sum(tl.where(inside, v, 0.0), 1))",
+        new="usual = 9 * tl.sqrt(tl.sum(tl.where(inside, v, 0.0), 1))",
+        check="apollo",
+    ),
+    "raw, rows": Mutation(
+        file="access.py",
+        old="if NORMALISE < BY_COLUMNS else",
+        new="if NORMALISE <= BY_COLUMNS else",
+        check="apollo",
+    ),
+    "raw, columns": Mutation(
+        file="settle.py",
+        old="if NORMALISE % 2 == BY_ROWS:",
+        new="if NORMALISE == BY_ROWS:",
+        check="apollo",
     ),
     "growth, factor": Mutation(
         file="settle.py",

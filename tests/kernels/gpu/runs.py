@@ -82,11 +82,9 @@ def small_case_of(seed: int) -> Case:
 
 
 def covered(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same with what the kernels step: other rules and blocks, and no tiles."""
-    rule = settings["momentum"]
-    rule = "flora" if rule == "apollo" else rule
+    """The same with what the kernels step: other blocks, and no tiles."""
     block = max(SMALLEST_BLOCK, settings["block"])
-    return {**settings, "momentum": rule, "block": block, "orthogonalise": None}
+    return {**settings, "block": block, "orthogonalise": None}
 
 
 def _shape(draw: random.Random) -> tuple[int, ...]:

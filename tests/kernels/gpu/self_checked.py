@@ -22,6 +22,7 @@ SHAPE = (20, 70)
 RIGHT = [
     ("blend", SHAPE, torch.float32),
     ("flora", (2, 9, 64), torch.bfloat16),
+    ("apollo", SHAPE, torch.float32),
     ("blend", (30,), torch.float16),
 ]
 # The kernel that is the first to show it, by the place of a scalar that is wrong by a hundredth:

@@ -11,7 +11,7 @@ from typing import Any
 
 import triton.language as tl
 
-from flora_dist.kernels.gpu.access import BY_GROWTH, BY_SIZE
+from flora_dist.kernels.gpu.access import APOLLO, BY_GROWTH, BY_SIZE, RAW
 from flora_dist.kernels.gpu.cut import couple_cut, measure_cut, settle_cut
 from flora_dist.kernels.gpu.finish import finish
 from flora_dist.kernels.gpu.measure import measure, measure_rows
@@ -34,7 +34,7 @@ from flora_dist.kernels.gpu.sketch import accumulate
 from flora_dist.kernels.gpu.vector import finish_vector, measure_vector
 
 CAPABILITIES = (80, 90, 100)
-RULES = (0, 1, 2, 3, 4, 5)
+RULES = (0, 1, 2, 3, 4, 5, 6)
 FEW_BIT_RULES = RULES[:5]
 """The others keep two moments, never in few bits."""
 _NAMES = {tl.bfloat16: "bf16", tl.float32: "fp32", tl.float16: "fp16"}
@@ -58,6 +58,11 @@ SKETCHES = {**DENSE, "BITS": 32, "DRAWN": 16}
 FEW_BITS = {**DENSE, "KEPT": 4}
 
 
+def raw_of(rule: int) -> int:
+    """NORMALISE: ``apollo`` takes gradients as they are."""
+    return RAW.value if rule == APOLLO.value else 0
+
+
 def variants(
     *,
     rules: tuple[int, ...],
@@ -70,7 +75,8 @@ def variants(
         kind = "_sketches" if drawn["BITS"] else "_few_bits" if drawn["KEPT"] else ""
         shared = {
             "ROWS": TILE_ROWS, "WIDTH": 64, "RANK": 8, "PADDED": 16, "GRADIENT": dtype,
-            "WEIGHT": dtype, "MOMENTUM": tl.float32, "ALIGNED": True, "NORMALISE": 0, **drawn,
+            "WEIGHT": dtype, "MOMENTUM": tl.float32, "ALIGNED": True, "NORMALISE": raw_of(rule),
+            **drawn,
         }  # fmt: skip
         sums = {"SUMS": 3 if rule == 2 else 2, "HISTORY": rule == 2, "SCALED": False}
         yield Variant(
@@ -178,11 +184,12 @@ def of_cut_rows(*, rules: tuple[int, ...], dtypes: tuple[Any, ...]) -> Iterator[
             "MOMENTUM": tl.float32, "ALIGNED": True, **DENSE,
         }  # fmt: skip
         sums = {"SUMS": 1, "TRAVELS": False, "HISTORY": asks, "SCALED": False, "WEIGHT": dtype}
-        coupled = {"SUMS": 3 if asks else 2, "SKETCHES": True, "GROUP": 4, "NORMALISE": 0}
+        coupled = {"SUMS": 3 if asks else 2, "SKETCHES": True, "GROUP": 4}
         passed = {
             "RULE": rule, "GROUP": 4, "WINDOW": 0, "TALLIES": 0, "ROUNDS": True, "CUT": True,
-            "NORMALISE": 0, "WEIGHT": dtype,
+            "WEIGHT": dtype, "NORMALISE": raw_of(rule),
         }  # fmt: skip
+        coupled["NORMALISE"] = raw_of(rule)
         _, options = pass_of(bits=0, kept_bits=0)
         for kind, kernel, constants, own in (
             ("measure_cut", measure_cut, sums, measure_options(0)),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flora_dist.core.state.settings import TWO_MOMENTS
 from flora_dist.kernels.gpu.graph import record_graph
 from tests.kernels.gpu import cut_runs, self_checked
 from tests.kernels.gpu.bits import wrong_bits
@@ -41,7 +42,7 @@ def verdict(cases: range) -> dict[str, Any]:
     return {
         "cases": {str(seed): what for seed, what in found.items()},
         "fixed": difference(FIXED),
-        "two moments": {rule: of_two_moments(rule) for rule in ("subspace_adam",)},
+        "two moments": {rule: of_two_moments(rule) for rule in TWO_MOMENTS},
         "unnoticed": unnoticed(),
         "wrong cuts": wrong_cuts(range(6)),
         "wrong bits": wrong_bits(DEVICE),
