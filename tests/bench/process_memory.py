@@ -25,12 +25,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.process_plan import MODELS, PROCESSES, Row, planned, rows
+from tests.bench.process_plan import BUCKET, MODELS, PROCESSES, Row, planned, rows
 
 STEPS, TOKENS = 3, 128
 MEBI = 2**20
 TIMEOUT_SECONDS = 900.0
 _PORT = 29611
+_LIBRARIES = ("transformers", "flora_dist", "torch._dynamo")
+_OF_ZERO = ("deepspeed", "deepspeed.runtime.zero.muon.original_muon")
+"""``deepspeed.initialize`` imports the last, whose ``torch.compile`` loads torch's inductor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +102,8 @@ def measure(row: Row) -> None:
 
     if PROCESSES[row.backend] > 1:
         dist.init_process_group("gloo")
-    for module in ("transformers", "flora_dist", "torch._dynamo", "deepspeed"):
-        if module != "deepspeed" or row.backend.startswith("zero"):
-            __import__(module)
+    for module in (*_LIBRARIES, *(_OF_ZERO if row.backend.startswith("zero") else ())):
+        __import__(module)
     _warm_up(row)
     before = resident("VmRSS")
     model = _model(row)
@@ -232,7 +234,11 @@ def _zero(row: Row, model: Any) -> Loop:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": row.micro_batches,
-        "zero_optimization": {"stage": int(row.backend[-1]), "reduce_bucket_size": 20_000_000},
+        "zero_optimization": {
+            "stage": int(row.backend[-1]),
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
         "bf16": {
             "enabled": True,
             "bf16_master_weights_and_grads": row.precision == "bfloat16-pure",

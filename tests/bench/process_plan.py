@@ -19,6 +19,8 @@ from flora_dist.core.state.settings import FloraConfig
 MODELS = Path(__file__).parents[2] / "configs" / "model"
 PROCESSES = {"one": 1, "fsdp2": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 """Backend -> processes."""
+BUCKET = 20_000_000
+"""Elements that ZeRO reduces at once, and that it gathers at once over gloo."""
 _MIXED = {name: "float32" if name == "one" else "bfloat16" for name in PROCESSES}
 """Backend -> the precision that keeps weights in float32."""
 
@@ -95,7 +97,7 @@ def planned(row: Row) -> int:
         accumulate=row.micro_batches,
         precision=row.precision,
         checkpointing=True,
-        bucket=20_000_000,
+        bucket=BUCKET,
         step_in_backward=row.steps == "within",
     )
     methods = [asked(request)] if row.optimizer == "flora" else list(others(request))

@@ -179,7 +179,11 @@ def _engine(case: Case, stage: int) -> Run:
         "train_micro_batch_size_per_gpu": case.micro_batch,
         "gradient_accumulation_steps": case.accumulate,
         "optimizer": {"type": "Flora", "params": case.settings()},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
         "bf16": {"enabled": case.is_low, "bf16_master_weights_and_grads": case.is_pure},
         "steps_per_print": 10**9,
     }

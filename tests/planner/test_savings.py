@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flora_dist.cluster.planner import temporary
 from flora_dist.cluster.planner.activations import MicroBatchShape, activation_bytes
 from flora_dist.cluster.planner.config_file import read_model
 from flora_dist.cluster.planner.estimate import estimate
@@ -53,8 +54,8 @@ def test_losses_in_chunks_by_hand() -> None:
     making, sketched = 257 * (4 * (8 + 2) + 4 * 32), (2 + 4) * 257 * 32
     assert found["temporary"].total == max(making, sketched)
     dense = replace(asks, gradients="dense", loss_chunk=100, accumulate=2)
-    temporary = estimate(dense, asked(dense)).held["temporary"].total
-    assert temporary == 257 * (16 * (8 + 2) + 4 * 32)
+    found = estimate(dense, asked(dense)).held
+    assert found["temporary"].total == 257 * (16 * (8 + 2) + 4 * 32)
 
 
 def test_pieces_of_sketched_gradients_are_those_of_the_step() -> None:
@@ -95,9 +96,9 @@ def test_on_cpus_gloo_copies_gathered_weights_and_sketches_are_of_small_pieces()
     asks = request(
         model, backend="zero2", precision="bfloat16-pure", gradients="compressed", accumulate=2
     )
-    on_cpu = replace(asks, device="cpu")
+    on_cpu = replace(asks, device="cpu", bucket=10_000_000)
     gpu, cpu = (estimate(each, asked(each)).held for each in (asks, on_cpu))
-    # The line in bfloat16 once more, when activations are gone.
+    # The line in bfloat16 once more, which is one bucket, when activations are gone.
     line = 2 * line_length(model.parameters, 2)
     assert cpu["temporary"].total == line - cpu["activations"].total
     # On a GPU all of the largest in fp32 beside it: 32,000 x 128 elements.
@@ -106,6 +107,22 @@ def test_on_cpus_gloo_copies_gathered_weights_and_sketches_are_of_small_pieces()
     assert estimate(alone, asked(alone)).held["temporary"].total == (
         2 * 32_000 * 128 + 4 * CPU_ELEMENTS
     )
+
+
+def test_gloo_gathers_weights_that_flora_steps_a_bucket_at_a_time() -> None:
+    model = read_model(MODELS / "llama_9m.json")
+    assert line_length(model.parameters, 2) == 8_995_968
+    asks = request(model, backend="zero2", device="cpu")
+    sizes = {}
+    for bucket in (500_000_000, 5_000_000, 4_000_000, 1_300_000):
+        each = replace(asks, bucket=bucket)
+        sizes[bucket] = temporary._gathered_at_once(each, asked(each))
+    # Of 2 buckets in the line halves, of 6 sixths: parts are cut at even places, the rest is last.
+    assert list(sizes.values()) == [8_995_968, 8_995_968, 4_497_984, 1_499_328]
+    odd = replace(asks, bucket=1_000_000)
+    assert temporary._gathered_at_once(odd, asked(odd)) == 2 * (4_497_984 - 7 * 562_248)
+    [adamw] = [method for method in others(odd) if method.label == "AdamW"]
+    assert temporary._gathered_at_once(odd, adamw) == 8_995_968
 
 
 def test_where_shards_rest_in_the_hosts_memory_by_hand() -> None:
@@ -151,3 +168,42 @@ def test_adamw_on_cpus_makes_a_root_and_a_quotient_of_a_tensor() -> None:
     [adamw] = [method for method in others(of_eight) if method.label == "AdamW"]
     held, line = memory(of_eight, adamw), 2 * line_length(model.parameters, 8)
     assert held["temporary"].total == line - held["activations"].total
+
+
+def test_zero_3_steps_a_flat_copy_of_its_part_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = read_model(MODELS / "llama_9m.json")
+    asks = request(model, backend="zero3", precision="bfloat16", device="cpu")
+    part, widest = line_length(model.parameters, 2) // 2, 32_000 * 128 // 2
+    [adamw] = [method for method in others(asks) if method.label == "AdamW"]
+    held = memory(asks, adamw)
+    # Gradients in fp32, a root and a quotient; the buffer of gradients in bfloat16 stays.
+    assert held["temporary"].total == 3 * 4 * part - held["activations"].total
+    # Flora's: in bfloat16 and in fp32, or in bfloat16 alone, or fp64 of the largest for its norm.
+    dense, alone = (replace(asks, precision=each) for each in ("bfloat16", "bfloat16-pure"))
+    in_step = temporary._in_step_of_chunks
+    assert in_step(dense, asked(dense)) == (2 + 4) * part
+    assert in_step(alone, asked(alone)) == max(2 * part, 8 * widest)
+    # What is sketched is not copied: norms of 128 elements are left, 64 on each rank.
+    sketched = replace(dense, gradients="compressed")
+    norms = sum(p.kind == "vector" for p in model.parameters)
+    assert in_step(sketched, asked(sketched)) == (2 + 4) * 64 * norms
+    monkeypatch.setattr(temporary, "SUB_GROUP", 1000)
+    assert in_step(dense, asked(dense)) == max((2 + 4) * 1000, 8 * widest)
+
+
+def test_zero_3_holds_what_it_prefetches_beside_weights_by_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = read_model(MODELS / "llama_9m.json")
+    asks = request(model, backend="zero3", precision="bfloat16-pure", gradients="compressed")
+    on_cpu, alone = replace(asks, device="cpu"), replace(asks, gpus=1)
+    # All but the embedding in one bucket, and gathered weights, which are copied out of it.
+    held = estimate(on_cpu, asked(on_cpu)).held
+    weights, ahead = 8_995_968, 8_995_968 - 32_000 * 128
+    assert held["temporary"].total == 2 * (weights + ahead)
+    # Of small buckets one is copied, and gloo has a copy of the next; one rank gathers nothing.
+    monkeypatch.setattr(temporary, "PREFETCH", 1_000_000)
+    prefetched = [temporary._prefetched(each, asked(each)) for each in (on_cpu, asks, alone)]
+    assert prefetched == [2_000_000, 1_000_000, 0]
+    monkeypatch.setattr(temporary, "PREFETCH", ahead - 10)
+    assert temporary._prefetched(on_cpu, asked(on_cpu)) == ahead

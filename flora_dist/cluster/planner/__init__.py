@@ -140,7 +140,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=Request.__dataclass_fields__["bucket"].default,
         metavar="ELEMENTS",
-        help="ZeRO's reduce_bucket_size (default: DeepSpeed's 5e8)",
+        help="ZeRO's reduce_bucket_size and allgather_bucket_size (default: DeepSpeed's 5e8)",
     )
 
 

@@ -113,7 +113,8 @@ class Request:
     cpu_offload: bool = False
     """FSDP2's shards of weights and gradients, and the state, rest in the host's memory."""
     bucket: int = 500_000_000
-    """Elements of ZeRO's reduction buffer, ``reduce_bucket_size``; DeepSpeed's default."""
+    """Elements of ZeRO's reduction buffer, ``reduce_bucket_size``, and of what gloo gathers at a
+    time, ``allgather_bucket_size``; DeepSpeed's default of both."""
     galore_rank: int = 1
     lora_rank: int = 1
 

@@ -8,14 +8,17 @@ In backward, by how the framework holds a model:
     ZeRO 0   a flat copy of what is reduced, and the largest gradient
     ZeRO 1, 2  the bucket (two with overlap_comm), a flat copy of what is reduced from it, and a
              micro-batch's gradients beside their sum
-    ZeRO 3   a flat copy likewise, and gathered weights
+    ZeRO 3   gathered weights, and a flat copy likewise or, in forward, what is prefetched: a bucket
+             is copied out of the buffer in which it came; on CPUs the next comes at the same time,
+             into a flat copy of gloo's
     DDP      the largest gradient; on one rank a micro-batch's beside the sum of several
     all      instead of a gradient, those of the logits; or a sketched gradient in low precision and
              the fp32 copy of a piece of it
 
-In the step, when activations are gone: under ZeRO 1 and 2 the flat copy of the part's gradients, or
-fp64 of the largest for its norm; on CPUs the model once more, since gloo gathers the weights into a
-flat copy of its own. torch's AdamW on CPUs: the root of a tensor's second moments, and a quotient.
+In the step, when activations are gone: under ZeRO the flat copy of the part's gradients, or fp64 of
+the largest for its norm; on CPUs what gloo gathers at once of ZeRO 1 and 2's weights, into a flat
+copy of its own: the model, or with Flora a bucket (frameworks/deepspeed/gather.py). torch's AdamW
+on CPUs: the root of a tensor's second moments, and a quotient.
 """
 
 from __future__ import annotations
@@ -26,12 +29,16 @@ from flora_dist.cluster.planner.activations import logits_gradient_bytes
 from flora_dist.cluster.planner.methods import FP32, Method, adamw_state
 from flora_dist.cluster.planner.model import ROOT, Parameter
 from flora_dist.cluster.planner.request import DENSE, Request
-from flora_dist.cluster.planner.shards import line_length, shards_by_rank
+from flora_dist.cluster.planner.shards import ALIGNMENT, line_length, shards_by_rank
 
 PIECES = {"cpu": 1 << 17, "cuda": 1 << 25}
 """Device -> elements of a gradient that are sketched at once: core/step/views.py."""
 MAX_LIVE = 1_000_000_000
 """Elements that ZeRO-3 gathers at most: stage3_max_live_parameters."""
+PREFETCH = 50_000_000
+"""Elements that ZeRO-3 gathers ahead at a time: stage3_prefetch_bucket_size."""
+SUB_GROUP = 1_000_000_000
+"""Elements of a rank that ZeRO-3 steps at once: sub_group_size."""
 FP64 = 8
 
 
@@ -96,27 +103,70 @@ def _of_line(request: Request, method: Method, logits: int) -> int:
 def _of_chunks(request: Request, method: Method, logits: int) -> int:
     element, largest = method.element, largest_of(method.trained)
     numel = numel_of((*method.trained, *method.frozen))
-    gathered = min(numel, MAX_LIVE) + _flat_copy(request, method)
-    return element * gathered + max(logits, element * largest)
+    reducing = element * _flat_copy(request, method) + max(logits, element * largest)
+    return element * min(numel, MAX_LIVE) + max(reducing, element * _prefetched(request, method))
+
+
+def _prefetched(request: Request, method: Method) -> int:
+    """Elements of the buffers in which ZeRO-3's weights come, beside the weights themselves.
+
+    The first module's are gathered alone, the others a bucket at a time: that of a bucket stays
+    until the last module has it, and the next bucket is asked for at once.
+    """
+    if request.shards == 1:
+        return 0
+    ahead = numel_of((*method.trained, *method.frozen)) - request.model.parameters[0].numel
+    bucket = min(ahead, PREFETCH)
+    return bucket + (min(ahead - bucket, PREFETCH) if request.device == "cpu" else 0)
 
 
 _BACKWARD = {"whole": _of_replicas, "rows": _of_units, "line": _of_line, "each": _of_chunks}
 
 
 def _in_step(request: Request, method: Method, gradients: int) -> int:
-    is_adamw = request.device == "cpu" and method.state is adamw_state
-    if method.backend.sharding != "line":
-        shards = shards_by_rank(method.trained, method.backend.sharding, request.shards)[0]
+    sharding, is_adamw = method.backend.sharding, _is_adamw_on_cpu(request, method)
+    if sharding == "each":
+        return _in_step_of_chunks(request, method)
+    if sharding != "line":
+        shards = shards_by_rank(method.trained, sharding, request.shards)[0]
         largest = max((shard.stored for shard in shards), default=0)
         return 2 * FP32 * largest if is_adamw else 0
     part, widest = _part(request, method)
-    master = method.element if method.is_pure else FP32
+    master = own_element(method)
     gathered = 0
     if request.device == "cpu" and request.shards > 1:
-        gathered = method.element * line_length(method.trained, request.shards)
+        gathered = method.element * _gathered_at_once(request, method)
     if is_adamw:  # of the part at once; its gradients are the flat copy by then
         return max(master * part + 2 * FP32 * part - gradients, gathered)
     return max(master * part, FP64 * widest, gathered)
+
+
+def _is_adamw_on_cpu(request: Request, method: Method) -> bool:
+    return request.device == "cpu" and method.state is adamw_state
+
+
+def _in_step_of_chunks(request: Request, method: Method) -> int:
+    """A sub-group's dense gradients, flat and then as its masters are; its buffer stays besides."""
+    element, master, dense = method.element, own_element(method), tuple(dense_of(method))
+    shards = shards_by_rank(dense, "each", request.shards)[0]
+    part = min(sum(shard.stored for shard in shards), SUB_GROUP)
+    again = 2 * FP32 if _is_adamw_on_cpu(request, method) else 0
+    made = element if element != master else 0
+    widest = max((shard.stored for shard in shards), default=0)
+    return max((master + max(made, again)) * part, FP64 * widest)
+
+
+def _gathered_at_once(request: Request, method: Method) -> int:
+    """Elements of the largest piece in which gloo gathers stepped weights of all ranks.
+
+    Pieces are as many as buckets fit; the last has what is left (DeepSpeed's all_gather_dp_groups).
+    """
+    line = line_length(method.trained, request.shards)
+    if method.flora is None:
+        return line
+    part, pieces = line // request.shards, max(1, line // request.bucket)
+    piece = part // pieces // ALIGNMENT * ALIGNMENT
+    return request.shards * (part - (pieces - 1) * piece)
 
 
 def _part(request: Request, method: Method) -> tuple[int, int]:
