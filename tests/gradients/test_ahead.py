@@ -25,7 +25,8 @@ ONE = 32.0
 
 
 @pytest.mark.parametrize(
-    ("layout", "micro_batches"), [("ddp x2", 4), ("fsdp2 x3", 4), ("hsdp 2x2", 1)]
+    ("layout", "micro_batches"),
+    [("ddp x2", 4), ("fsdp2 x3", 1), ("fsdp2 x3", 4), ("hsdp 2x2", 1), ("hsdp 2x2", 4)],
 )
 def test_buckets_change_no_bit_of_a_run(layout: str, micro_batches: int) -> None:
     case = SketchedCase(
