@@ -115,6 +115,11 @@ def test_settings_whose_partitions_are_no_stretches_are_named() -> None:
     for change, said in (
         ({"mics_shard_size": 2}, "mics_shard_size=2 partitions are those of a few processes"),
         ({"offload_param": {"device": "nvme"}}, "partitions are on disk"),
+        ({"zero_hpz_partition_size": 2}, "zero_hpz_partition_size=2 partitions are kept twice"),
+        (
+            {"zero_quantized_nontrainable_weights": True},
+            "weights=True partitions are quantized where weights are frozen",
+        ),
     ):
         with pytest.raises(Unfit, match=said):
             check_partitions({"zero_optimization": {**plain, **change}})
