@@ -23,6 +23,9 @@ fi
 readonly TIMES=$work/times
 touch "$TIMES"
 
+# As on a bare machine DeepSpeed's helper is compiled, and none that another environment uses is replaced.
+export TORCH_EXTENSIONS_DIR=$work/torch_extensions
+
 # As `source .venv/bin/activate` does; quickstart.sh makes it.
 environment=$work/clone/.venv
 
