@@ -63,8 +63,9 @@ def test_a_step_by_kernels_goes_through_few_files(level: str, most: int) -> None
     assert 0 < len(files) <= most, sorted(files)
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
-def test_a_further_layer_adds_few_calls(kernels: str) -> None:
+# Torch's operators draw the random bits of each momentum's rounding by calls of their own.
+@pytest.mark.parametrize(("kernels", "most"), [("native", 20), ("torch", 34)])
+def test_a_further_layer_adds_few_calls(kernels: str, most: int) -> None:
     with path(kernels):
         few, many = (calls(stepped(layers)).total() for layers in (2, 12))
-    assert 0 < many - few <= 10 * 30  # of a matrix and a bias each
+    assert 0 < many - few <= 10 * most  # of a matrix and a bias each
