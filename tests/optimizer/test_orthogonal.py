@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flora_dist import Flora
 from flora_dist.core.state.settings import FloraConfig
@@ -86,6 +87,30 @@ def test_singular_values_of_three_thousandths_and_more_end_near_one(shape: tuple
     # 8.3837 x 4.0434 x 3.5056: what is smaller grows by that at most.
     assert (ends[~near] <= 118.9 * values[~near] / bound).all()
     assert (ends[~near] >= 0.5 * 118.9 * values[~near] / bound).all()
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        self.count += func in {torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 90)])
+def test_all_tiles_are_nine_batched_products_and_no_number_is_read(
+    shape: tuple[int, ...],
+) -> None:
+    # A tensor of the device "meta" has no numbers: a step that waited for a GPU would raise here.
+    update = torch.empty(shape, device="meta")
+    with _Products() as products:
+        assert orthogonalised(update, 16).shape == shape
+    assert products.count == 9
 
 
 def test_an_update_without_direction_stays_zero() -> None:

@@ -75,6 +75,21 @@ class Context:
         """Programs that share a row in the second look; a cut row has fewer blocks."""
         return -(-self.shapes.blocks // self.shapes.group)
 
+    def operands(
+        self, strips: Strips, given: Given, basis: KernelBasis
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What every kernel that reads gradients and a momentum is given first."""
+        return (
+            strips.table,
+            self.inputs.addresses,
+            self.inputs.scalars,
+            basis.old,
+            given.drawn.units,
+            given.drawn.table,
+            self.inputs.multipliers,
+            self.values,
+        )
+
     def constants(self, given: Given, strips: Strips) -> dict[str, Any]:
         """Of every kernel that reads gradients and a momentum."""
         drawn, shapes = given.drawn, self.shapes

@@ -111,18 +111,8 @@ def measure_cut(
             if TRAVELS:
                 tl.store(elements + places, g, mask=inside)
             if HISTORY:
-                past = past_of(
-                    keeping,
-                    columns - left,
-                    inside,
-                    block,
-                    WIDTH,
-                    RANK,
-                    PADDED,
-                    KEPT,
-                    MOMENTUM,
-                    ALIGNED,
-                )
+                in_block = (columns - left, inside, block)
+                past = past_of(keeping, in_block, WIDTH, RANK, PADDED, KEPT, MOMENTUM, ALIGNED)
                 history += tl.sum(past * past, 1)
                 if TRAVELS:
                     tl.store(products + places, g * past, mask=inside)
@@ -163,11 +153,11 @@ def couple_cut(
     given,
     numbers,
     old,
-    new,
     drawn,
     table,
     multipliers,
     values,
+    new,
     rows_in,
     factors,
     squares,
@@ -226,18 +216,8 @@ def couple_cut(
             x = g * x_scale[:, None] * factor[None, :]
             square += tl.sum(x * x, 1)
             if SUMS > 2:
-                past = past_of(
-                    keeping,
-                    columns - left,
-                    inside,
-                    block,
-                    WIDTH,
-                    RANK,
-                    PADDED,
-                    KEPT,
-                    MOMENTUM,
-                    ALIGNED,
-                )
+                in_block = (columns - left, inside, block)
+                past = past_of(keeping, in_block, WIDTH, RANK, PADDED, KEPT, MOMENTUM, ALIGNED)
                 along += tl.sum(x * past, 1)
             if SKETCHES:
                 slot = slot_of(strip, block, blocks)

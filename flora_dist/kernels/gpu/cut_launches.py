@@ -38,14 +38,7 @@ class CutLaunches:
         of, nothing = self._of, self._of.nothing
         strips = of.table.cut
         measure_cut[(triton.cdiv(strips.longest, CUT_ROWS), strips.count)](
-            strips.table,
-            of.inputs.addresses,
-            of.inputs.scalars,
-            basis.old,
-            given.drawn.units,
-            given.drawn.table,
-            of.inputs.multipliers,
-            of.values,
+            *of.operands(strips, given, basis),
             terms.get("rows", nothing),
             terms.get("elements", nothing),
             terms.get("products", nothing),
@@ -97,15 +90,8 @@ class CutLaunches:
         strips, shapes = of.table.cut, of.shapes
         rows, options = pass_of(bits=given.drawn.bits, kept_bits=shapes.kept_bits)
         couple_cut[(triton.cdiv(strips.longest, rows), of.groups, strips.count)](
-            strips.table,
-            of.inputs.addresses,
-            of.inputs.scalars,
-            look.basis.old,
+            *of.operands(strips, given, look.basis),
             look.basis.new,
-            given.drawn.units,
-            given.drawn.table,
-            of.inputs.multipliers,
-            of.values,
             look.rows,
             look.factor_HM,
             singles.get("squares", nothing),

@@ -109,14 +109,7 @@ class Launches:
     ) -> None:
         of, strips = self._of, self._of.table.whole
         measure[self._tiles](
-            strips.table,
-            of.inputs.addresses,
-            of.inputs.scalars,
-            basis.old,
-            given.drawn.units,
-            given.drawn.table,
-            of.inputs.multipliers,
-            of.values,
+            *of.operands(strips, given, basis),
             rows,
             partials,
             singles,
@@ -227,17 +220,10 @@ class Launches:
         of, shapes, given = self._of, self._of.shapes, look.given
         rows, options = pass_of(bits=given.drawn.bits, kept_bits=shapes.kept_bits)
         finish[(triton.cdiv(strips.longest, rows), of.groups, strips.count)](
-            strips.table,
-            of.inputs.addresses,
+            *of.operands(strips, given, look.basis),
             of.inputs.keys,
-            of.inputs.scalars,
-            look.basis.old,
             look.basis.new,
             look.basis.move,
-            given.drawn.units,
-            given.drawn.table,
-            of.inputs.multipliers,
-            of.values,
             look.rows,
             look.factor_HM,
             of.nothing if look.blocks is None else look.blocks,

@@ -156,17 +156,7 @@ def measure(
         gradient = gradient_of(strip, given, GRADIENT, ALIGNED)
         gradient_a = drawn_of(strip, drawn, BITS, DRAWN, DRAWN_PADDED, WIDTH)
         blocks = tl.cdiv(num_columns, WIDTH)
-        source = (
-            strip,
-            given,
-            multipliers,
-            numbers,
-            table,
-            gradient_a,
-            rows,
-            num_columns,
-            blocks,
-        )
+        source = (strip, given, multipliers, numbers, table, gradient_a, rows, num_columns, blocks)
         keeping = (strip, numbers, old, rows, is_row, values)
         sums = tl.zeros((ROWS,), tl.float32)
         for start in range(0, num_columns, WIDTH):
@@ -191,18 +181,8 @@ def measure(
                 weighted = tl.sum(square * inverse[:, None], 0)
                 tl.store(out + num_columns, weighted, mask=is_column)
             if HISTORY:
-                past = past_of(
-                    keeping,
-                    columns,
-                    inside,
-                    block,
-                    WIDTH,
-                    RANK,
-                    PADDED,
-                    KEPT,
-                    MOMENTUM,
-                    ALIGNED,
-                )
+                in_block = (columns, inside, block)
+                past = past_of(keeping, in_block, WIDTH, RANK, PADDED, KEPT, MOMENTUM, ALIGNED)
                 history += tl.sum(past * past, 1)
                 root = tl.where(is_row, row_scale(row, NORMALISE), 0.0) * tl.load(numbers + SIGN)
                 cross = tl.sum(g * past * root[:, None], 0)
@@ -220,9 +200,7 @@ def measure(
 @triton.jit
 def past_of(
     keeping,
-    columns,
-    inside,
-    block,
+    here,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
@@ -232,9 +210,10 @@ def past_of(
 ):
     """M A_old of one block (rows, WIDTH), zero outside of the matrix.
 
-    ``keeping``: strip, numbers, A_old, rows, which are rows, values of codes. ``columns`` and
-    ``block``: of those that are here.
+    ``keeping``: strip, numbers, A_old, rows, which are rows, values of codes. ``here``: columns
+    and the block, of those that are here, and between them which elements are.
     """
+    columns, inside, block = here
     strip, numbers, old, rows, is_row, values = keeping
     momentum = pointer(tl.load(strip + STRIP_MOMENTUM), MOMENTUM, ALIGNED)
     down = rows[:, None].to(tl.int64) * tl.load(strip + STRIP_STRIDE)
