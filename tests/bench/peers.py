@@ -127,12 +127,13 @@ def compile_cpu_adam(python: str) -> int:
     """Let DeepSpeed compile its CPU Adam where the tests keep such things; the exit code."""
     # In one process, before any other waits for the lock that the compilation takes.
     code = "from deepspeed.ops.op_builder import CPUAdamBuilder as B; B().load(verbose=True)"
-    done = subprocess.run([python, "-c", code], env=_environment(0), check=False)
+    done = subprocess.run([python, "-c", code], env=environment(0), check=False)
     print(f"DeepSpeedCPUAdam: {'compiled' if done.returncode == 0 else 'NOT COMPILED'}")
     return done.returncode
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
+    """Variables of a process that may compile or load what is kept; 0 threads: as many as now."""
     kept = {
         "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
         "TORCHINDUCTOR_CACHE_DIR": str(HOME / "inductor"),
@@ -220,7 +221,7 @@ def main() -> int:
     if Path(sys.prefix) != HOME / "venv":
         words = [str(PYTHON), "-W", "ignore", "-m", "tests.bench.peers", *sys.argv[1:]]
         return subprocess.run(
-            words, env=_environment(asked.threads), cwd=ROOT, check=False
+            words, env=environment(asked.threads), cwd=ROOT, check=False
         ).returncode
     begin(asked)
     for title, shapes in SHAPES.items():

@@ -3,17 +3,21 @@
 
     python -m tests.bench.process_memory                      all rows, in markdown
     python -m tests.bench.process_memory --model llama_130m --only zero2
+    python -m tests.bench.process_memory --only 'one, adamw'
 
 Each row is a new process, or two with gloo. Its peak of resident memory (VmHWM, set back before
 each phase) is taken above what it had before the model was built, when another had trained a step:
 libraries do not count, whatever an allocator rounds up or keeps does. Steps of 4 micro-batches (1
 where a row says so) of 1 x 128 tokens with checkpointing of activations; the third is measured.
-The plan's total has every category at its most at once.
+The plan's total has every category at its most at once. AdamW in 8 bits is torchao's and that of
+bitsandbytes, in the environment of tests/bench/peers.py, where that has been made; what is compiled
+for the model's shapes is loaded before.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -25,7 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.process_plan import BUCKET, MODELS, PROCESSES, Row, planned, rows
+from tests.bench import peers
+from tests.bench.process_plan import BUCKET, MODELS, PACKAGES, PROCESSES, Row, planned, rows
 
 STEPS, TOKENS = 3, 128
 MEBI = 2**20
@@ -58,8 +63,12 @@ def main() -> None:
     print("| row | built | in backward | in step | peak | a parameter | planned |")
     print("|---|---|---|---|---|---|---|")
     for row in rows(asked.model):
-        if str(row).startswith(tuple(asked.only.split("; "))):
-            print(line(row, run(row)), flush=True)
+        if not str(row).startswith(tuple(asked.only.split("; "))):
+            continue
+        if row.optimizer in PACKAGES and not peers.PYTHON.exists():
+            print(f"| {row} | not measured: python -m tests.bench.peers --install |" + " |" * 5)
+            continue
+        print(line(row, run(row)), flush=True)
 
 
 def line(row: Row, found: dict[str, int]) -> str:
@@ -75,7 +84,10 @@ def line(row: Row, found: dict[str, int]) -> str:
 def run(row: Row) -> dict[str, int]:
     """The most of each number over the row's processes."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.bench.process_memory", "--row", row.as_json()]
+        python, environment = sys.executable, dict(os.environ)
+        if row.optimizer in PACKAGES:
+            python, environment = str(peers.PYTHON), peers.environment(threads=1)
+        command = [python, "-m", "tests.bench.process_memory", "--row", row.as_json()]
         running = []
         for rank in range(PROCESSES[row.backend]):
             told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
@@ -84,7 +96,7 @@ def run(row: Row) -> dict[str, int]:
             # glibc gives large blocks back to the system as soon as they are freed.
             told |= {"MALLOC_MMAP_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu"}
             running.append(
-                subprocess.Popen(command, env={**os.environ, **told}, stdout=subprocess.DEVNULL)
+                subprocess.Popen(command, env=environment | told, stdout=subprocess.DEVNULL)
             )
         for process in running:
             if process.wait(TIMEOUT_SECONDS):
@@ -123,11 +135,20 @@ def measure(row: Row) -> None:
 
 def _warm_up(row: Row) -> None:
     """Load what a first forward, backward and step load; all of it is of the libraries."""
+    import torch
+
     small = replace(row, model="llama_tiny", backend="one", optimizer="flora", steps="after")
     loop = _own_loop(small, _model(small))
     for loss, is_last in _losses(loop, small, 0, words=200, tokens=16):
         loop.backward(loss, is_last)
     loop.step()
+    if row.optimizer in PACKAGES:  # what is compiled for its shapes is of the libraries too
+        alone = _model(row)
+        for parameter in alone.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        _optimizer(row, alone).step()
+        del alone, parameter
+        gc.collect()
 
 
 def _losses(
@@ -176,6 +197,8 @@ def _optimizer(row: Row, model: Any) -> Any:
 
     if row.optimizer == "flora":
         return Flora(model.named_parameters(), lr=1e-3, rank=4, block=64)
+    if row.optimizer in PACKAGES:
+        return peers.PEERS[PACKAGES[row.optimizer]](list(model.parameters()))
     kinds = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}
     return kinds[row.optimizer](model.parameters(), lr=1e-3)
 

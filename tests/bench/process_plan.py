@@ -25,6 +25,13 @@ _MIXED = {name: "float32" if name == "one" else "bfloat16" for name in PROCESSES
 """Backend -> the precision that keeps weights in float32."""
 
 
+PACKAGES = {
+    "adamw 8 bits (torchao)": "AdamW 8-bit (torchao)",
+    "adamw 8 bits (bitsandbytes)": "AdamW 8-bit (bitsandbytes)",
+}
+"""Optimizers of other packages -> their names in ``peers.py``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One training run."""
@@ -55,7 +62,7 @@ class Row:
 def rows(model: str) -> Iterator[Row]:
     """Optimizers on each backend: with float32 weights, and Flora without."""
     for backend, precision in _MIXED.items():
-        for optimizer in ("adamw", "adafactor") if backend == "one" else ("adamw",):
+        for optimizer in ("adamw", *PACKAGES, "adafactor") if backend == "one" else ("adamw",):
             yield Row(model=model, backend=backend, optimizer=optimizer, precision=precision)
         for each in (precision, PURE):
             for gradients, bits in (("dense", 32), ("compressed", 32), ("compressed", 4)):
@@ -101,6 +108,6 @@ def planned(row: Row) -> int:
         step_in_backward=row.steps == "within",
     )
     methods = [asked(request)] if row.optimizer == "flora" else list(others(request))
-    labels = {"flora": methods[0].label, "adamw": "AdamW"}
+    labels = {"flora": methods[0].label, "adamw": "AdamW"} | dict.fromkeys(PACKAGES, "AdamW, 8-bit")
     found = [method for method in methods if method.label == labels.get(row.optimizer)]
     return estimate(request, found[0]).total if found else 0
