@@ -7,7 +7,7 @@
 Rank 0 of FSDP2's layout alone, on the meta device: Python, planning and messages, no arithmetic.
 ``step``: median of three. ``plan``: what the first step takes, and what Python keeps of it.
 ``sent``: messages and bytes that the rank gives to them, with dense gradients. ``sketches``: the
-same of the mean over ranks at "compressed", and its plan.
+same of the mean over ranks at "compressed" in 32 bits, and its plan.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _noting(sent: list[int]) -> Any:
 
 def _of_sketches(optimizer: Flora) -> dict[str, float]:
     """The plan of one mean over ranks, and what it sends."""
-    request = SketchRequest(gradients="compressed")
+    request = SketchRequest(gradients="compressed", gradient_bits=32)
     slots = [s for s in optimizer.slots() if geometry_for(s, request).rank is not None]
     flows = [_flow(slot, request, optimizer) for slot in slots]
     averaging: list[Averaging] = []
