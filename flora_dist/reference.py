@@ -149,7 +149,9 @@ def _normalise_(g: Tensor, state: Mapping[str, Tensor], b2: float, s: ReferenceS
     b2 = 0.0 if s.normalise in ("rows", "columns") else b2  # SCALE: this gradient alone
     v, w = torch.ones_like(row), torch.ones_like(column)
     if s.normalise == "racs" and column.any():
-        v, w = row / row.mean(), column / column.mean()  # what rows and columns weigh: the old R, C
+        # what rows and columns weigh: the old R and C, no less than a hundredth of a mean
+        v, w = ((x / column.mean()).clamp(min=1e-2) for x in (row, column))
+        v, w = v / v.mean(), w / w.mean()
     # R <- b2 R + (1-b2) rowmean(G^2 + eps);  C <- b2 C + (1-b2) colmean(G^2 + eps)
     row.mul_(b2).add_((1 - b2) * (square * w).mean(1))
     column.mul_(b2).add_((1 - b2) * (square.mT * v).mean(1))

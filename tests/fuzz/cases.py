@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flora_dist.core.parameters.names import position_name
-from flora_dist.core.state.settings import NORMALISATIONS, SKETCHES, TRANSFERS
+from flora_dist.core.state.settings import OF_ONE_GRADIENT, SKETCHES, TRANSFERS
 from tests.kernels.paths import scaling
 
 Shape = tuple[int, ...]
@@ -151,12 +151,14 @@ def _settings(dealer: random.Random) -> dict[str, Any]:
     growth = later.choice([None, None, None, 1.0, 1.01, 2.0])
     younger = {"blend": "ademamix", "none": "vectors"}.get(momentum, momentum)
     momentum = later.choice([momentum, momentum, younger])
-    normalise = later.choice(["factored", *NORMALISATIONS])
+    normalise = later.choice(["factored", "factored", *OF_ONE_GRADIENT])
     # Again of a dealer of its own, for the same reason.
     latest = random.Random(repr((settings, growth)))
     if latest.random() < 0.2 and momentum in {"blend", "flora_strict"}:
         momentum = {"blend": "subspace_adam", "flora_strict": "apollo"}[momentum]
         normalise = "factored"
+    elif normalise == "factored" and random.Random(repr((growth, settings))).random() < 0.2:
+        normalise = "racs"
     return {**settings, "growth": growth, "momentum": momentum, "normalise": normalise}
 
 

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from flora_dist import Flora, checkpoint
 from flora_dist.core.parameters.report import Report
+from flora_dist.core.state.presets import RACS
+from flora_dist.core.state.settings import FloraConfig
+from flora_dist.core.state.spec import geometry_of
 from flora_dist.core.step import elements, matrix
 from flora_dist.kernels.choice import phases_of
+from flora_dist.kernels.gpu.cover import why_not_of
 from flora_dist.kernels.library import found
 from tests.battery.oracle import Case, distances, reference_of
 from tests.optimizer import runs
@@ -133,6 +137,13 @@ def test_compiled_kernels_leave_matrices_that_they_cannot_step_to_torch(
     monkeypatch.setattr(optimizer.roster, "_phases_of", watched, raising=False)
     _step(optimizer, weights, 0)
     assert kinds == {"vector": {"NativeVectorPhases"}, "matrix": {phases}}
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64,)], ids=str)
+def test_kernels_for_gpus_leave_weighed_rows_and_columns_to_torch(shape: tuple[int, ...]) -> None:
+    config = FloraConfig(**RACS)
+    size = geometry_of("w", shape, config)
+    assert why_not_of(size, config, torch.float32) == "normalise='racs'"
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])

@@ -259,6 +259,21 @@ def test_a_turn_at_each_step_comes_to_where_racs_comes_by_five_turns() -> None:
     assert report.state_bytes == 8 * (6 + 16 + 1)
 
 
+def test_rows_and_columns_that_nothing_ties_to_the_others_keep_bounded_updates() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(6, 16))
+    optimizer = Flora.racs([("w", weight)], LR, growth=None)
+    for _ in range(400):
+        before, weight.grad = weight.detach().clone(), torch.zeros(6, 16)
+        weight.grad[:4, :8] = torch.randn(4, 8)
+        weight.grad[4:, 8:] = 0.3 * torch.randn(2, 8)
+        optimizer.step()
+    update = (before - weight.detach()) / LR
+    assert 0.1 < update[:4].square().mean().sqrt() < 10
+    # A hundredth in rows and in columns, and a third of the size: about 1e3; unweighed, infinite.
+    assert update[4:].abs().max() < 1e4
+
+
 def test_rows_that_never_had_a_gradient_weigh_nothing_and_learn_when_they_have_one() -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.ones(4, 8))

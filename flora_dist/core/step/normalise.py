@@ -15,8 +15,9 @@ step takes one turn of both, from the averages of the step before:
 
 averaged likewise, and K = sum_j w_j C_j / sum_j w_j, the mean of all. Where they come to rest R and
 C are q and s but for their size, and R C / K is q s. Weights of one make it Adafactor: so at the
-first step. Old averages are known before this gradient is, so that one look and one message are
-enough, as for Adafactor; q from the new s, as in the paper, would need one more of each.
+first step. No weight is below a hundredth. Old averages are known before this gradient is, so that
+one look and one message are enough, as for Adafactor; q from the new s, as in the paper, would need
+one more of each.
 
 Shape suffixes: E and H matrices, N rows, M columns, W columns of a piece.
 """
@@ -33,6 +34,9 @@ from flora_dist.core.step.batch import Batch, Moment
 from flora_dist.core.step.pieces import Piece
 from flora_dist.core.step.views import joined
 
+LEAST_WEIGHT = 1e-2
+"""Of a row or column. Where no gradient ties some rows and columns to the others, the best
+approximation of rank one leaves the smaller part out, and its updates would grow without bound."""
 Weights = Tensor | None
 """None: all alike."""
 
@@ -68,7 +72,8 @@ def column_weights(batch: Batch, now: Moment, columns: Sequence[Tensor]) -> Weig
     column_HM = joined(columns)
     if now.step == 1:
         return torch.ones_like(column_HM)
-    return column_HM / column_HM.mean(1, keepdim=True)
+    weight_HM = (column_HM / column_HM.mean(1, keepdim=True)).clamp(min=LEAST_WEIGHT)
+    return weight_HM / weight_HM.mean(1, keepdim=True)
 
 
 def row_weights(batch: Batch, now: Moment, piece: Piece, columns: Sequence[Tensor]) -> Weights:
@@ -81,7 +86,8 @@ def row_weights(batch: Batch, now: Moment, piece: Piece, columns: Sequence[Tenso
     row_EN = joined(piece.rows)
     if now.step == 1:
         return torch.ones_like(row_EN)
-    return row_EN / joined(columns)[piece.place.matrices].mean(1, keepdim=True)
+    mean_E1 = joined(columns)[piece.place.matrices].mean(1, keepdim=True)
+    return (row_EN / mean_E1).clamp(min=LEAST_WEIGHT)
 
 
 def row_sums(square_ENW: Tensor, piece: Piece, weight_HM: Weights) -> Tensor:
