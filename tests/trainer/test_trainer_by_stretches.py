@@ -28,7 +28,7 @@ from tests.trainer.support import tiny_overrides
 from tests.trainer.test_trainer_by_rows import NETWORKS
 from tests.trainer.test_trainer_engines import zero
 
-FLORA = "optimizer={name: flora, lr: 1e-2}"
+FLORA, ADAMW = (f"optimizer={{name: {name}, lr: 1e-2}}" for name in ("flora", "adamw"))
 ODD = LlamaConfig(
     hidden_size=33,
     intermediate_size=48,
@@ -73,8 +73,12 @@ def test_an_engine_has_the_whole_networks_weights(corpus: Path, tmp_path: Path) 
     folder = saved(ODD, tmp_path / "saved", torch.bfloat16)
     drawn, read = f"model={{config: {folder}/config.json}}", f"model={{pretrained: {folder}}}"
     cases = [
-        tiny_overrides(corpus, tmp_path, *zero("zero3"), FLORA, start, f"train.precision={how}")
-        for start, how in ((drawn, "float32"), (read, "bfloat16"), (drawn, "bfloat16-pure"))
+        tiny_overrides(corpus, tmp_path, *zero("zero3"), kind, start, f"train.precision={how}")
+        for kind, start, how in (
+            (FLORA, drawn, "float32"),
+            (ADAMW, read, "bfloat16"),
+            (FLORA, drawn, "bfloat16-pure"),
+        )
     ]
     nothing: list[list[str]] = [[], [], []]
     assert launched_pool_of(2)(partitioned, cases, str(folder)) == [nothing, nothing]
