@@ -37,8 +37,8 @@ MUTATIONS = {
     ),
     "measure, old momentum": Mutation(
         file="measure.h",
-        old="squares += e[v] * e[v];",
-        new="squares += e[v];",
+        old="squares += own * own;",
+        new="squares += own;",
         test=FIXED,
         select="flora",
     ),
@@ -89,8 +89,14 @@ MUTATIONS = {
     ),
     "finish, whole blocks": Mutation(
         file="whole.h",
-        old="keep * load_long(x + v * kWidth) + e[v];",
-        new="keep * load_long(x + v * kWidth) - e[v];",
+        old="keep * load_long(x + j) + e[b][v];",
+        new="keep * load_long(x + j) - e[b][v];",
+        test=FIXED,
+    ),
+    "finish, a block that a row's end cuts": Mutation(
+        file="whole.h",
+        old="if (v * kWidth < columns) y[v]",
+        new="if (v * kWidth <= columns) y[v]",
         test=FIXED,
     ),
     "finish, no momentum": Mutation(

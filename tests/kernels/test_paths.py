@@ -21,7 +21,7 @@ from tests.kernels.paths import Case, case_of, difference, path, run
 
 FIXED = Case(
     seed=0,
-    shapes=((70, 100), (24, 64), (24, 64), (3, 20, 32), (50,)),
+    shapes=((70, 100), (24, 64), (24, 64), (20, 208), (3, 20, 32), (50,)),
     dtype=torch.float32,
     settings={
         "lr": 1e-2,

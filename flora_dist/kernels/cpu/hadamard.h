@@ -168,26 +168,38 @@ FLORA_CALLED void compress_fast(float* c, const float* x, int64_t blocks, const 
   }
 }
 
-// d A of one block, in registers and without its signs.
+// Blocks that are expanded together: they share what is read of A and the loops over its rows, which cost more than
+// the sums. Sixteen vectors are in work then.
 template <int kBlock>
-FLORA_INLINE void expand_signed(Long* e, const float* d, const Hadamard& h) {
+constexpr int kTogether = 16 * kWidth < kBlock ? 1 : 16 * kWidth > 4 * kBlock ? 4 : 16 * kWidth / kBlock;
+
+// d A of some blocks, in registers and without its signs.
+template <int kBlock, int kBlocks>
+FLORA_INLINE void expand_signed(Long (*e)[kBlock / kWidth], const float* d, const Hadamard& h) {
 #pragma GCC unroll 16
   for (int v = 0; v < kBlock / kWidth; v++) {
-    Long sum = {};
-    for (int32_t i = h.first[v]; i < h.first[v + 1]; i++) sum += d[h.order[i]] * load_long(h.lanes + h.order[i] * kWidth);
-    e[v] = sum;
+    Long sums[kBlocks] = {};
+    for (int32_t i = h.first[v]; i < h.first[v + 1]; i++) {
+      const int32_t r = h.order[i];
+      const Long lanes = load_long(h.lanes + r * kWidth);
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; b++) sums[b] += d[b * h.padded + r] * lanes;
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; b++) e[b][v] = sums[b];
   }
-  transform<kBlock / kWidth>(e);
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; b++) transform<kBlock / kWidth>(e[b]);
 }
 
 // x <- keep x + d A of some blocks.
 template <int kBlock>
 FLORA_CALLED void add_expanded_fast(float* x, float keep, const float* d, int64_t blocks, const Hadamard& h) {
   for (int64_t k = 0; k < blocks; k++, x += kBlock, d += h.padded) {
-    Long e[kBlock / kWidth];
-    expand_signed<kBlock>(e, d, h);
+    Long e[1][kBlock / kWidth];
+    expand_signed<kBlock, 1>(e, d, h);
     for (int v = 0; v < kBlock / kWidth; v++)
-      store_long(x + v * kWidth, keep * load_long(x + v * kWidth) + e[v] * load_long(h.sign + v * kWidth));
+      store_long(x + v * kWidth, keep * load_long(x + v * kWidth) + e[0][v] * load_long(h.sign + v * kWidth));
   }
 }
 

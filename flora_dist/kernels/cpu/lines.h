@@ -127,23 +127,25 @@ FLORA_INLINE void each_chunk(const Header& size, const Tile& tile, const Body& b
     body(chunk_at(tile, k, smaller(last, k + together), size.block));
 }
 
-// Whether rows are whole, in whole blocks, and their momentum has the numbers that fast products make.
+FLORA_INLINE int64_t blocks_of_row(const Header& size) { return (size.num_columns + size.block - 1) / size.block; }
+
+// Whether rows are whole, end with a vector, and their momentum has the numbers that fast products make.
 FLORA_INLINE bool is_regular(const Header& size, const Tile& tile, const Sketch& sketch) {
   return !tile.is_cut && !size.is_dense && size.moments == 1 && sketch.is_fast && size.rank == sketch.padded &&
-         size.num_columns % size.block == 0;
+         size.num_columns % 16 == 0 && size.num_columns >= size.block;
 }
 
 // Whether that is fp32 which can be worked on as it lies.
 FLORA_INLINE bool is_plain(const Header& size, const Tile& tile, const Sketch& sketch) {
   return is_regular(size, tile, sketch) && size.momentum_dtype == kFloat32 &&
-         tile.momentum_stride == size.num_columns / size.block * size.rank;
+         tile.momentum_stride == blocks_of_row(size) * size.rank;
 }
 
 // Whether it is records that can be read without gaps between the blocks.
 FLORA_INLINE bool has_plain_records(const Header& size, const Tile& tile, const Sketch& sketch) {
   if (!is_regular(size, tile, sketch) || size.momentum_dtype != kOctets) return false;
   const Code code = momentum_code(size);
-  return code.room == size.rank && tile.momentum_stride == size.num_columns / size.block * code.bytes;
+  return code.room == size.rank && tile.momentum_stride == blocks_of_row(size) * code.bytes;
 }
 
 // A thread's buffers for a tile.

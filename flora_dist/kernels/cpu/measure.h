@@ -103,20 +103,35 @@ FLORA_INLINE void add_products(float* to, float scale, const float* x, const flo
   for (; j < count; j++) to[j] += scale * x[j] * y[j];
 }
 
-// The same of a row of whole blocks by fast products, in registers.
-template <int kBlock>
-FLORA_CALLED float add_history_fast(float* cross, const float* momentum, const float* g, float scale, int64_t blocks,
-                                    const Hadamard& h) {
-  Long squares = {};
-  for (int64_t k = 0; k < blocks; k++, cross += kBlock, g += kBlock, momentum += h.padded) {
-    Long e[kBlock / kWidth];
-    expand_signed<kBlock>(e, momentum, h);
-    for (int v = 0; v < kBlock / kWidth; v++) {
-      squares += e[v] * e[v];
-      const Long own = scale * load_long(g + v * kWidth) * load_long(h.sign + v * kWidth);
-      store_long(cross + v * kWidth, load_long(cross + v * kWidth) + own * e[v]);
-    }
+// The same of some blocks by fast products, in registers; the last may be one that a row's end cuts.
+template <int kBlock, int kBlocks>
+FLORA_INLINE void add_history_some(Long& squares, float* cross, const float* momentum, const float* g, float scale,
+                                   int64_t columns, const Hadamard& h) {
+  constexpr int kVectors = kBlock / kWidth;
+  Long e[kBlocks][kVectors];
+  expand_signed<kBlock, kBlocks>(e, momentum, h);
+#pragma GCC unroll 16
+  for (int v = 0; v < kBlocks * kVectors; v++) {
+    if (v * kWidth >= columns) break;
+    const Long own = e[v / kVectors][v % kVectors];
+    squares += own * own;
+    const Long signs = load_long(h.sign + v % kVectors * kWidth);
+    const Long scaled = scale * load_long(g + v * kWidth) * signs;
+    store_long(cross + v * kWidth, load_long(cross + v * kWidth) + scaled * own);
   }
+}
+
+// And of a row.
+template <int kBlock>
+FLORA_CALLED float add_history_fast(float* cross, const float* momentum, const float* g, float scale, int64_t width,
+                                    const Hadamard& h) {
+  constexpr int kMany = kTogether<kBlock>;
+  Long squares = {};
+  int64_t j = 0;
+  for (; j + kMany * kBlock <= width; j += kMany * kBlock, momentum += kMany * h.padded)
+    add_history_some<kBlock, kMany>(squares, cross + j, momentum, g + j, scale, kMany * kBlock, h);
+  for (; j < width; j += kBlock, momentum += h.padded)
+    add_history_some<kBlock, 1>(squares, cross + j, momentum, g + j, scale, width - j, h);
   float parts[kWidth], sum = 0;
   store_long(parts, squares);
   for (int64_t l = 0; l < kWidth; l++) sum += parts[l];
@@ -139,7 +154,7 @@ FLORA_CALLED double add_history(const Header& size, const Tile& tile, const Now&
     const float* momentum = reinterpret_cast<const float*>(tile.momentum) + i * tile.momentum_stride;
     float sum = 0;
     by_block(size.block, [&](auto block) {
-      sum = add_history_fast<block.value>(cross, momentum, g, scale, width / block.value, old.fast);
+      sum = add_history_fast<block.value>(cross, momentum, g, scale, width, old.fast);
     });
     return sum;
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The step of rows that are whole blocks and whole here, by fast products: the common case, and one pass over a
-// tile in registers. What else there is takes the way of finish.h, with the same formulas.
+// The step of rows that are whole here, by fast products: the common case, and one pass over a tile in registers. A
+// row's last block may be cut by its end. What else there is takes the way of finish.h, with the same formulas.
 //
 // The sketch's signs s stand in two tables, for x A^T = (x s) H^T and d A = s (d H): X is made with them, and what
 // is taken off W is scaled by them.
@@ -100,7 +100,7 @@ struct Page {
     page.together = blocks_together(page.code.room);
     page.records = reinterpret_cast<uint8_t*>(w.tile.momentum);
     page.key = w.momentum_key;
-    const int64_t per_line = w.size.num_columns / w.size.block * w.size.rank;
+    const int64_t per_line = blocks_of_row(w.size) * w.size.rank;
     page.counter = static_cast<uint64_t>(w.tile.line * per_line / kIntegersPerCounter);
     return page;
   }
@@ -122,14 +122,15 @@ struct Page {
   }
 };
 
-// Reads one block and advances its momentum; x is left with signs.
+// Reads one block, of which the row has so many columns, and advances its momentum; x is left with signs.
 template <int kBlock, int kRule, class Kind>
 FLORA_INLINE void take_block(const Whole& w, const typename Kind::Element* g, const float* signed_factor, float row,
-                             float* momentum, float* x, float* difference) {
+                             int64_t columns, float* momentum, float* x, float* difference) {
   constexpr int kVectors = kBlock / kWidth;
   Long y[kVectors];
   for (int v = 0; v < kVectors; v++) {
-    y[v] = row * Kind::load(g + v * kWidth) * load_long(signed_factor + v * kWidth);
+    y[v] = Long{};
+    if (v * kWidth < columns) y[v] = row * Kind::load(g + v * kWidth) * load_long(signed_factor + v * kWidth);
     store_long(x + v * kWidth, y[v]);
   }
   compress_signed<kBlock>(y, w.fast, [&](int64_t r, Eight compressed) {
@@ -140,22 +141,49 @@ FLORA_INLINE void take_block(const Whole& w, const typename Kind::Element* g, co
   });
 }
 
-// W <- (1 - lr wd) W - rate U of one block.
-template <int kBlock, class Kind>
-FLORA_INLINE void step_block(const Whole& w, typename Kind::Element* weight, const float* x, float keep,
-                             const float* difference, const float* signed_rate, const uint16_t* bits) {
-  Long e[kBlock / kWidth];
-  expand_signed<kBlock>(e, difference, w.fast);
-  for (int v = 0; v < kBlock / kWidth; v++) {
-    const Long update = keep * load_long(x + v * kWidth) + e[v];
-    const Long kept = rounded(w.now.keep * Kind::load(weight + v * kWidth));
-    Kind::store(weight + v * kWidth, kept - load_long(signed_rate + v * kWidth) * update, bits + v * kWidth);
-  }
+// W <- (1 - lr wd) W - rate U of some blocks, up to a column.
+template <int kBlock, int kBlocks, class Kind>
+FLORA_INLINE void step_blocks(const Whole& w, typename Kind::Element* weight, const float* x, float keep,
+                              const float* difference, const float* signed_rate, const uint16_t* bits,
+                              int64_t columns) {
+  constexpr int kVectors = kBlock / kWidth;
+  Long e[kBlocks][kVectors];
+  expand_signed<kBlock, kBlocks>(e, difference, w.fast);
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; b++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t j = b * kBlock + v * kWidth;
+      if (j >= columns) break;
+      const Long update = keep * load_long(x + j) + e[b][v];
+      const Long kept = rounded(w.now.keep * Kind::load(weight + j));
+      Kind::store(weight + j, kept - load_long(signed_rate + v * kWidth) * update, bits + j);
+    }
 }
 
 template <int kBytes>
 FLORA_INLINE void prefetch(const void* from) {
   for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line);
+}
+
+// The same of a group, whose blocks begin at these elements; it looks so far ahead as `next` for the coming one.
+template <int kBlock, class Kind>
+FLORA_INLINE void step_group(const Whole& w, typename Kind::Element* weights, const int64_t* at, int64_t count,
+                             float keep, const float* signed_rate, const uint16_t* bits,
+                             const typename Kind::Element* next) {
+  constexpr int kMany = kTogether<kBlock>;
+  for (int64_t b = 0; b < count;) {
+    const float *x = w.room.x + b * kBlock, *difference = w.room.difference + b * w.size.rank;
+    prefetch<kMany * kBlock * sizeof(*next)>(next + at[b]);
+    const bool fills = b + kMany <= count && at[b + kMany] - at[b] == kMany * kBlock;
+    if (fills)
+      step_blocks<kBlock, kMany, Kind>(w, weights + at[b], x, keep, difference, signed_rate, bits + at[b],
+                                       kMany * kBlock);
+    else
+      step_blocks<kBlock, 1, Kind>(w, weights + at[b], x, keep, difference, signed_rate, bits + at[b],
+                                   at[b + 1] - at[b]);
+    b += fills ? kMany : 1;
+  }
 }
 
 template <int kBlock, int kRule, class Kind>
@@ -164,7 +192,7 @@ FLORA_CALLED void finish_whole(const Whole& given) {
   typedef typename Kind::Element Element;
   constexpr int64_t kGroup = kChunk / kBlock;
   const Tile& tile = w.tile;
-  const int64_t width = tile.last - tile.first, per_row = width / kBlock, blocks = tile.num_rows * per_row;
+  const int64_t width = tile.last - tile.first, per_row = blocks_of_row(w.size), blocks = tile.num_rows * per_row;
   const int64_t rank = w.size.rank;
   const float keep = kept_of(kRule, w.now);
   const auto* gradient = static_cast<const Element*>(w.gradient);
@@ -177,14 +205,15 @@ FLORA_CALLED void finish_whole(const Whole& given) {
   for (int64_t j = 0; j < width; j++) signed_factor[j] = w.factor[j] * w.fast.sign[j % kBlock];
   for (int64_t j = 0; j < kBlock; j++) signed_rate[j] = w.rate * w.fast.sign[j];
   const uint64_t counter = static_cast<uint64_t>(tile.line) * width / kIntegersPerCounter;
-  int64_t i = -1, k = per_row;
+  int64_t i = -1, k = per_row, done = 0, at[kGroup + 1];  // where the blocks of a group begin among its elements
   float row = 0;
   for (int64_t start = 0; start < blocks; start += kGroup) {
     const int64_t count = smaller(kGroup, blocks - start);
     if (start == page.stop) Page::turn(page);
     float* momentum = page.numbers + (start - page.first) * rank;
-    const Element* g = gradient + start * kBlock;
-    Element* own = weights + start * kBlock;
+    const Element* g = gradient + done;
+    Element* own = weights + done;
+    at[0] = 0;
     for (int64_t b = 0; b < count; b++, k++) {
       if (k == per_row) {
         k = 0;
@@ -192,19 +221,23 @@ FLORA_CALLED void finish_whole(const Whole& given) {
         state[i] = w.rows[i];
         row = w.now.sign * row_scale(w.size, w.rows[i]) * w.input;
       }
-      prefetch<kBlock * sizeof(Element)>(own + b * kBlock);
-      take_block<kBlock, kRule, Kind>(w, g + b * kBlock, signed_factor + k * kBlock, row,
-                                      momentum + b * rank, w.room.x + b * kBlock,
-                                      w.room.difference + b * rank);
+      const int64_t columns = smaller(kBlock, width - k * kBlock);
+      prefetch<kBlock * sizeof(Element)>(own + at[b]);
+      const auto take = [&](int64_t some) {
+        take_block<kBlock, kRule, Kind>(w, g + at[b], signed_factor + k * kBlock, row, some, momentum + b * rank,
+                                        w.room.x + b * kBlock, w.room.difference + b * rank);
+      };
+      if (columns == kBlock)
+        take(kBlock);  // a constant: of a whole block nothing is asked again
+      else
+        take(columns);
+      at[b + 1] = at[b] + columns;
     }
     if (Kind::kHasBits)
-      philox(w.key, counter + start * (kBlock / kIntegersPerCounter), count * (kBlock / kIntegersPerCounter), 0,
+      philox(w.key, counter + done / kIntegersPerCounter, at[count] / kIntegersPerCounter, 0,
              reinterpret_cast<uint32_t*>(bits));
-    for (int64_t b = 0; b < count; b++) {
-      prefetch<kBlock * sizeof(Element)>(g + (kGroup + b) * kBlock);
-      step_block<kBlock, Kind>(w, own + b * kBlock, w.room.x + b * kBlock, keep, w.room.difference + b * rank,
-                               signed_rate, bits + b * kBlock);
-    }
+    done += at[count];
+    step_group<kBlock, Kind>(w, own, at, count, keep, signed_rate, bits, g + kGroup * kBlock);
   }
   Page::write(page);
 }
