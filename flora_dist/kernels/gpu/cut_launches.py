@@ -88,7 +88,11 @@ class CutLaunches:
     def _couple(self, look: Look, singles: Mapping[str, Tensor], blocks: Tensor | None) -> None:
         of, nothing, given = self._of, self._of.nothing, look.given
         strips, shapes = of.table.cut, of.shapes
-        rows, options = pass_of(bits=given.drawn.bits, kept_bits=shapes.kept_bits)
+        rows, options = pass_of(
+            bits=given.drawn.bits,
+            kept_bits=shapes.kept_bits,
+            moments=of.batch.geometry.moments,
+        )
         couple_cut[(triton.cdiv(strips.longest, rows), of.groups, strips.count)](
             *of.operands(strips, given, look.basis),
             look.basis.new,

@@ -218,7 +218,11 @@ class Launches:
         self, strips: Strips, look: Look, scales_H2: Tensor, singles: Tensor, purpose: int
     ) -> None:
         of, shapes, given = self._of, self._of.shapes, look.given
-        rows, options = pass_of(bits=given.drawn.bits, kept_bits=shapes.kept_bits)
+        rows, options = pass_of(
+            bits=given.drawn.bits,
+            kept_bits=shapes.kept_bits,
+            moments=of.batch.geometry.moments,
+        )
         finish[(triton.cdiv(strips.longest, rows), of.groups, strips.count)](
             *of.operands(strips, given, look.basis),
             of.inputs.keys,

@@ -58,6 +58,8 @@ SKETCHED_ROWS = 16
 """Rows of a program of ``finish`` that expands a gradient, or reads a momentum in few bits."""
 SKETCHED_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 """Of such a program: with 32 rows and 128 registers some are spilled. An SM holds three."""
+MOMENTS_OPTIONS = {"num_warps": 4, "maxnreg": 255}
+"""Of one that expands a gradient under a rule of two moments: 168 were too few. An SM holds two."""
 RECORDING_OPTIONS = {**SKETCHED_OPTIONS, "enable_fp_fusion": False}
 """Where the momentum is written in few bits: products and sums are rounded as torch rounds them."""
 _AT_ONCE = 8192
@@ -148,13 +150,16 @@ def scaled_by(config: FloraConfig) -> Any:
     return BY_SIZE if config.scales_matrices else UNSCALED
 
 
-def pass_of(*, bits: int, kept_bits: int) -> tuple[int, dict[str, Any]]:
+def pass_of(*, bits: int, kept_bits: int, moments: int) -> tuple[int, dict[str, Any]]:
     """Rows of a program of the second look, and its options.
 
     ``bits``: of a gradient's sketches; ``kept_bits``: of a momentum in few bits; 0 where not.
+    ``moments``: kept of each sketched number.
     """
     if kept_bits:
         return SKETCHED_ROWS, RECORDING_OPTIONS
+    if bits and moments > 1:
+        return SKETCHED_ROWS, MOMENTS_OPTIONS
     return (SKETCHED_ROWS, SKETCHED_OPTIONS) if bits else (TILE_ROWS, FINISH_OPTIONS)
 
 

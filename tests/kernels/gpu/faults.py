@@ -171,7 +171,7 @@ MUTATIONS = {
     "raw, rows": Mutation(
         file="access.py",
         old="if NORMALISE < BY_COLUMNS else",
-        new="if NORMALISE <= BY_COLUMNS else",
+        new="if NORMALISE != BY_COLUMNS else",
         check="apollo",
     ),
     "raw, columns": Mutation(

@@ -37,9 +37,13 @@ LARGEST_PER_ELEMENT = {
     "measure_rows": 40,
     "finish": 100,
     "finish_sketches": 150,
+    # ``apollo`` scales a block once its sketch is known: until then the gradient stays, and changes
+    # its place among the threads.
+    "finish_sketches_scaled": 250,
     "finish_few_bits": 150,
     "measure_cut": 60,
-    "couple_cut": 60,
+    # Of cut rows alone; ``flora`` reads the old momentum's elements beside the sketch.
+    "couple_cut": 70,
     "finish_cut": 110,
     "measure_sketches": 330,
     "accumulate": 60,
@@ -53,6 +57,7 @@ READ_ELEMENTS = {
     "measure_rows",
     "finish",
     "finish_sketches",
+    "finish_sketches_scaled",
     "finish_few_bits",
     "measure_cut",
     "couple_cut",

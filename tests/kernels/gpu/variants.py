@@ -88,13 +88,15 @@ def variants(
         )
         if rule == 0 and drawn == DENSE:
             yield from _of_rows(dtype)
-        rows, options = pass_of(bits=drawn["BITS"], kept_bits=drawn["KEPT"])
+        rows, options = pass_of(
+            bits=drawn["BITS"], kept_bits=drawn["KEPT"], moments=1 + (rule not in FEW_BIT_RULES)
+        )
         passed = {
             "ROWS": rows, "RULE": rule, "GROUP": 4, "WINDOW": 0, "TALLIES": 0, "ROUNDS": True,
             "CUT": False,
         }  # fmt: skip
         yield Variant(
-            name=f"finish{kind} {name}",
+            name=f"finish{kind}{'_scaled' * (kind != '' and rule == APOLLO.value)} {name}",
             kernel=finish,
             constants={**shared, **passed},
             options=options,
@@ -190,7 +192,7 @@ def of_cut_rows(*, rules: tuple[int, ...], dtypes: tuple[Any, ...]) -> Iterator[
             "WEIGHT": dtype, "NORMALISE": raw_of(rule),
         }  # fmt: skip
         coupled["NORMALISE"] = raw_of(rule)
-        _, options = pass_of(bits=0, kept_bits=0)
+        _, options = pass_of(bits=0, kept_bits=0, moments=1)
         for kind, kernel, constants, own in (
             ("measure_cut", measure_cut, sums, measure_options(0)),
             ("couple_cut", couple_cut, coupled, options),
