@@ -37,6 +37,7 @@ def test_the_paper_preset_sets_what_the_paper_says_and_no_more() -> None:
         "transfer": "paper",
         "kappa": 1000,
         "scale_parameter": True,
+        "state_dtype": "float32",
         "weight_decay": 0.1,
     }
     plain = Flora([nn.Parameter(torch.ones(4, 4))]).param_groups[0]

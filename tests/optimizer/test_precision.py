@@ -121,7 +121,8 @@ def test_without_stochastic_rounding_weights_are_rounded_to_nearest(dtype: torch
     low = runs.build(SHAPES, dtype)
     high = {name: nn.Parameter(p.detach().float()) for name, p in low.items()}
     settings: dict[str, Any] = {**runs.SETTINGS, "stochastic_rounding": False}
-    runs.train(Flora(low.items(), **settings, state_dtype="bfloat16"), low, range(1))
+    rounded = settings | {"state_dtype": "bfloat16"}
+    runs.train(Flora(low.items(), **rounded), low, range(1))
     wide = Flora(high.items(), **settings)
     for name, parameter in high.items():
         parameter.grad = runs.draw(name, 0, parameter.shape, dtype).float()

@@ -86,7 +86,7 @@ def test_the_summary_names_the_level_and_puts_equal_layers_on_one_line() -> None
     layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(12)])
     summary = Flora(layers.named_parameters(), rank=8).report().summary()
     assert "gradients=dense" in summary
-    assert "  blend, hadamard 8 per block of 64, float32: *.weight (12)" in summary.splitlines()
+    assert "  blend, hadamard 8 per block of 64, 8 bits: *.weight (12)" in summary.splitlines()
     assert "  dense: 1-D: *.bias (12)" in summary.splitlines()
 
 

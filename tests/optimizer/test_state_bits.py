@@ -114,7 +114,10 @@ def test_state_of_other_bits_is_refused_by_name() -> None:
         ({"state_bits": 2}, "state_bits must be one of 32, 16, 8, 4; got 2"),
         ({"state_bits": 4, "stochastic_rounding": False}, "needs stochastic_rounding=True"),
         ({"state_bits": 4, "rank": 65}, "rank=65, block=64, 4 bits"),
-        ({"rank": 64}, "rank must be below block; got rank=64, block=64, 32 bits"),
+        (
+            {"rank": 64, "state_dtype": "float32"},
+            "rank must be below block; got rank=64, block=64, 32 bits",
+        ),
     ],
 )
 def test_bits_that_cannot_be_right_are_refused(settings: dict[str, Any], message: str) -> None:

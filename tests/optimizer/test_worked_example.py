@@ -19,7 +19,7 @@ GRADIENT = [
 def test_the_worked_example_gives_the_numbers_in_the_readme() -> None:
     weight = nn.Parameter(torch.zeros(4, 8))
     weight.grad = torch.tensor(GRADIENT)
-    optimizer = Flora([("w", weight)], lr=0.1, rank=2, block=4)
+    optimizer = Flora([("w", weight)], lr=0.1, rank=2, block=4, state_dtype="float32")
     optimizer.step()
     state = optimizer.state[weight]
     close = {"rtol": 0, "atol": 0.006}
