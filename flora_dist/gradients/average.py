@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -140,13 +141,18 @@ def _cut(
     if not routes[indices[0]].travels:
         return []
     mine = set(indices)
-    sizes = []
-    for index in ahead.order:
-        if index in mine:
-            own = accumulators[index]
-            blocks = sum(t.num_blocks(own.block) for tiles in routes[index].kept for t in tiles)
-            sizes.append((index, blocks * Code(bits=wire_bits, numbers=own.rank).bytes))
+    sizes = [
+        (index, _sent_bytes(accumulators[index], routes[index], bits=wire_bits))
+        for index in ahead.order
+        if index in mine
+    ]
     return cut_by_bytes(sizes, ahead.bucket_bytes)
+
+
+def _sent_bytes(own: Accumulator, route: Route, *, bits: int) -> int:
+    """Of a parameter's records to all who keep some."""
+    blocks = sum(tile.num_blocks(own.block) for tiles in route.kept for tile in tiles)
+    return blocks * Code(bits=bits, numbers=own.rank).bytes
 
 
 def _pipeline(
@@ -202,7 +208,9 @@ def _group(
         return _Alone(accumulators, routes)
     if wire_bits is not None:
         owners = owners_of(routes[0])
-        return RecordBuckets(accumulators, routes, wire_bits, bucket_bytes, owners)
+        sent = sum(map(partial(_sent_bytes, bits=wire_bits), accumulators, routes))
+        few = min(bucket_bytes, max(SMALLEST_BUCKET_BYTES, -(-sent // BUCKETS)))
+        return RecordBuckets(accumulators, routes, wire_bits, few, owners)
     return _Buckets(accumulators, routes, wire_dtype or accumulators[0].dtype, bucket_bytes)
 
 

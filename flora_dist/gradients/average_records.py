@@ -23,7 +23,7 @@ from torch import Tensor
 from flora_dist.core.comm.groups import Pending, begin_exchange
 from flora_dist.core.records import Code, mean_bits
 from flora_dist.core.step.gradient import Records
-from flora_dist.gradients.accumulator import Accumulator, Share
+from flora_dist.gradients.accumulator import Accumulator
 from flora_dist.gradients.owners import Owners
 from flora_dist.gradients.record_pieces import Piece, cut_in_buckets, last_buckets
 from flora_dist.gradients.route import Mean, Route
@@ -103,19 +103,22 @@ class RecordBuckets:
 
     def run(self) -> list[Mean]:
         """One collective per bucket, two where means are gathered; less what is under way."""
-        means = [
-            [self._empty(share, code) for share in shares]
-            for shares, code in zip(self._shares, self._mean, strict=True)
-        ]
+        means: dict[tuple[int, int], Records] = {}
         for number, owners in enumerate(self._buckets):
             for owner, records in self._arriving(number):
-                _put(means, owners[owner], records, self._mean)
+                self._put(means, owners[owner], records)
         done, self._under_way = self._begun(), None
         assert done.flags_WP is not None
         presence_P = done.flags_WP[:, 1:].sum(0)
         return [
-            Mean(tiles=tuple(tiles), was_here=was_here, presence=presence)
-            for tiles, was_here, presence in zip(means, done.were_here, presence_P, strict=True)
+            Mean(
+                tiles=tuple(self._mean_of(means, index, place) for place in range(len(shares))),
+                was_here=was_here,
+                presence=presence,
+            )
+            for index, (shares, was_here, presence) in enumerate(
+                zip(self._shares, done.were_here, presence_P, strict=True)
+            )
         ]
 
     def check_basis(self) -> None:
@@ -153,9 +156,24 @@ class RecordBuckets:
             )
         return self._under_way
 
-    def _empty(self, share: Share, code: Code) -> Records:
-        octets = torch.zeros((*share.shape[:3], code.bytes), dtype=torch.uint8, device=self._device)
-        return Records(octets=octets, code=code, dtype=self._own[0].dtype)
+    def _mean_of(self, means: dict[tuple[int, int], Records], index: int, place: int) -> Records:
+        """A share's mean, made when the first of it comes: sketches have gone by then."""
+        if (index, place) not in means:
+            shape, code = self._shares[index][place].shape[:3], self._mean[index]
+            octets = torch.zeros((*shape, code.bytes), dtype=torch.uint8, device=self._device)
+            means[index, place] = Records(octets=octets, code=code, dtype=self._own[0].dtype)
+        return means[index, place]
+
+    def _put(
+        self, means: dict[tuple[int, int], Records], pieces: Sequence[Piece], line: Tensor
+    ) -> None:
+        begin = 0
+        for piece in pieces:
+            mean = self._mean_of(means, piece.index, piece.place)
+            stop = begin + piece.octets(mean.code)
+            shape = (piece.last - piece.first, piece.share.shape[2], mean.code.bytes)
+            mean.octets.flatten(0, 1)[piece.first : piece.last] = line[begin:stop].view(shape)
+            begin = stop
 
     def _sketches(self, number: int) -> Pending:
         """A bucket of sketches on its way: every rank's records for this one, as they travel."""
@@ -255,19 +273,3 @@ class RecordBuckets:
             return
         taken = self._taken(self._buckets[number])
         yield from zip(self._owners.replicas_of_me, torch.split(means.wait(), taken), strict=True)
-
-
-def _put(
-    means: Sequence[Sequence[Records]],
-    pieces: Sequence[Piece],
-    line: Tensor,
-    codes: Sequence[Code],
-) -> None:
-    begin = 0
-    for piece in pieces:
-        code = codes[piece.index]
-        stop = begin + piece.octets(code)
-        shape = (piece.last - piece.first, piece.share.shape[2], code.bytes)
-        target = means[piece.index][piece.place].octets.flatten(0, 1)
-        target[piece.first : piece.last] = line[begin:stop].view(shape)
-        begin = stop

@@ -136,6 +136,9 @@ def _in_small_buckets(body: Any, *args: Any) -> Any:
     return _with(routes, "SMALLEST_BUCKET_BYTES", 1, body, *args)
 
 
+_EITHER_WAY = ((payloads, ()), (_in_small_buckets, (payloads,)))
+
+
 @pytest.mark.parametrize("layout", ["ddp x2", "hsdp 2x2"])
 def test_eight_buckets_carry_what_one_does(layout: str) -> None:
     setup = replace(SMALL, layout=layout.split()[0])
@@ -158,6 +161,27 @@ def test_a_run_in_eight_buckets_is_the_run_in_one(layout: str) -> None:
     for name, weight in one.items():
         torch.testing.assert_close(eight[name], weight, rtol=tolerance, atol=tolerance)
     assert norms_of_eight == pytest.approx(norms, rel=tolerance)
+
+
+@pytest.mark.parametrize("layout", ["ddp x2", "fsdp2 x3"])
+def test_records_in_eight_buckets_make_the_run_of_one_bit_for_bit(layout: str) -> None:
+    case = SketchedCase(gradient_bits=4, micro_batches=2)
+    pool = pool_of(layouts.LAYOUTS[layout][0])
+    one, norms = pool(layouts.run, layout, case)[0]
+    eight, norms_of_eight = pool(_in_small_buckets, layouts.run, layout, case)[0]
+    assert norms_of_eight == norms
+    for name, weight in one.items():
+        assert eight[name].equal(weight), name
+
+
+def test_records_travel_an_eighth_at_a_time() -> None:
+    setup = replace(SMALL, layout="fsdp2", ratio=None, bits=4)
+    sent, in_small = (pool_of(2)(run, *args, setup)[0] for run, args in _EITHER_WAY)
+    (whole,), sizes = (
+        [p.elements for p in each if p.kind == "all_to_all"] for each in (sent, in_small)
+    )
+    assert sum(sizes) == whole
+    assert max(sizes) <= whole / routes.BUCKETS + 2 * (MATRICES + 1) + 2 * (3 * 20)
 
 
 def _in_small_pieces(body: Any, *args: Any) -> Any:
