@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flora_dist import Flora
-from flora_dist.core.state.presets import SCALE
+from flora_dist.core.state.presets import RACS, SCALE
 
 STEPS = 150
 RATES = tuple(10 ** (quarter / 4) for quarter in range(-6, 3))
@@ -169,6 +169,7 @@ def rules() -> Iterator[tuple[str, Make]]:
     yield "apollo", flora(momentum="apollo")
     yield "growth 1.01", flora(growth=1.01)
     yield "SCALE", flora(**SCALE)
+    yield "RACS", flora(**RACS)
     yield "orthogonal tiles", flora(orthogonalise=COLUMNS)
     for gain in (1.0, 1.5, 2.0):
         yield f"blend, rank 8, gain {gain:g}", flora(rank=8, blend_gain=gain)
