@@ -24,7 +24,7 @@ RATES = (0.1, 0.3, 1.0)
 """The nine of the table, cut to their ends and middle."""
 LOWER = (0.056, 0.18, 0.56)
 """A quarter of a power of ten below."""
-HIGHER = (0.32, 1.0, 3.2)
+HIGHER = (0.316, 1.0, 3.16)
 """Half a power of ten above."""
 
 CONVERGING: dict[str, Mapping[str, Any]] = {
@@ -39,7 +39,7 @@ CONVERGING: dict[str, Mapping[str, Any]] = {
     "RACS": RACS,
 }
 ELSEWHERE = {"SCALE": LOWER, "RACS": HIGHER}
-"""Rules whose tenfold range lies elsewhere. Divided by the norms of one gradient, SCALE's updates do
+"""Rules whose tenfold range lies elsewhere. Divided by norms of one gradient, SCALE's updates do
 not shrink with it: at lr 1 the end of the schedule leaves 6e-6 of the logistic regression. Limited
 in growth to 1 % a step, RACS at lr 0.1 has not come to the quadratic's least within 150 steps."""
 # Read in the sketch as a whole, momentum has the sketch's noise, 7 times its own square at rank 8
