@@ -23,9 +23,12 @@ _CONVERT = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `flora-dist <subcommand> ...`; the exit code, 2 for a mistake in what was asked."""
-    parsed, unknown = _parser().parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser()
+    parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        told_by = parser if words[0] in unknown else parsed.parser
+        told_by.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(parsed.run(parsed))
     except ValueError as error:

@@ -57,7 +57,8 @@ class Flora(torch.optim.Optimizer):
     Each row of a matrix is cut in blocks; a block's momentum is ``rank`` numbers, its product with
     a random matrix A regenerated from ``seed``, the parameter's name and the step's window. Every
     rank keeps only the state of its own shard, and the same seed gives the same run on one
-    process, DDP, FSDP1, FSDP2, HSDP, tensor parallelism and ZeRO 0 to 3, to float rounding.
+    process, DDP, FSDP1, FSDP2, HSDP, tensor parallelism and ZeRO 0 to 3, to rounding: with
+    ``state_dtype="float32"`` to float rounding.
 
     On plain tensors ``step()`` sends nothing. On DTensors it sends one message of sums, as an
     all-reduce for each sharded axis of the mesh; ``flora_strict`` and ``apollo`` add one message,

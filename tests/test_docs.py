@@ -158,7 +158,10 @@ def test_the_bytes_of_the_readmes_table_are_the_planners() -> None:
         'Flora, `state_dtype="float32"`': ("Flora 1/4, dense", exact),
         "Flora, `state_bits=4`": ("Flora 1/4, dense", small),
         "the same, gradients in 4 bits, whole on each": ("Flora 1/4, compressed, 4 bits", least),
-        "the same, bf16 weights, no fp32 masters": ("Flora 1/4, compressed, 4 bits, bf16 alone", least),
+        "the same, bf16 weights, no fp32 masters": (
+            "Flora 1/4, compressed, 4 bits, bf16 alone",
+            least,
+        ),
         "and rank 4, `orthogonalise=64`": ("Flora 1/16, dense", exact),
         "GaLore, rank 512": ("GaLore, rank 512 (ddp)", dense),
         "LoRA, rank 64": ("LoRA, rank 64", dense),

@@ -61,7 +61,7 @@ def generate(path: Path, prompt: str, *, tokens: int, temperature: float, seed: 
             f"{temperature}. Correct --prompt, --tokens or --temperature."
         )
     if not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"--seed must lie in [-2^63, 2^64); it is {seed}. Lower it.")
+        raise ValueError(f"--seed must lie in [-2^63, 2^64); it is {seed}. Correct it.")
     model, tokenizer = _load(path)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     _check_positions(model.config, inputs["input_ids"].shape[1], tokens)

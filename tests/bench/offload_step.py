@@ -53,7 +53,8 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "AdamW, fused":
         return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     momentum = name.partition(", ")[2]
-    return Flora(model.named_parameters(), lr=1e-4, momentum=momentum, rank=8, block=64)
+    settings = {"momentum": momentum, "rank": 8, "block": 64, "state_dtype": "float32"}
+    return Flora(model.named_parameters(), lr=1e-4, **settings)  # type: ignore[arg-type]
 
 
 def engine_of(name: str, model_name: str, stage: int) -> Run:

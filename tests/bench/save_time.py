@@ -52,7 +52,9 @@ def main() -> None:
         parameter.grad = 1e-3 * torch.randn_like(parameter)
     rows = {
         "AdamW": Row(optimizer=torch.optim.AdamW(model.parameters())),
-        "Flora, ratio 16, float32": Row(optimizer=Flora(named, rank=4, block=64)),
+        "Flora, ratio 16, float32": Row(
+            optimizer=Flora(named, rank=4, block=64, state_dtype="float32")
+        ),
         "Flora, ratio 16, bfloat16": Row(
             optimizer=Flora(named, rank=4, block=64, state_dtype="bfloat16")
         ),

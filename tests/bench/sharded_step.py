@@ -74,7 +74,8 @@ class Run:
 
 def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """As configs/llama_900k.yaml has them."""
-    settings = {"rank": 8, "block": 64, "momentum": "blend", "blend_gain": 2.0}
+    settings: dict[str, Any] = {"rank": 8, "block": 64, "momentum": "blend", "blend_gain": 2.0}
+    settings["state_dtype"] = "float32"
     return {
         "AdamW": torch.optim.AdamW(model.named_parameters(), lr=1e-4, weight_decay=0.0),
         "Flora": Flora(model.named_parameters(), lr=1e-4, **settings),

@@ -184,7 +184,7 @@ def test_the_picture_is_a_whole_png_and_nothing_else_is_left(tmp_path: Path) -> 
         (("--vocabulary", "0"), ("--vocabulary", "at least 1")),
         (("--memory", "0"), ("--memory", "above 0", "got 0")),
         (("--bandwidth", "nan"), ("--bandwidth", "above 0", "got nan")),
-        (("--rank", "64"), ("rank must be below block", "rank=64, block=64", "Lower rank")),
+        (("--rank", "65"), ("rank must not exceed block", "rank=65, block=64", "Lower rank")),
         (("--gradient-rank", "99"), ("rank must be below block", "rank=99")),
         (("--block", "48"), ("power of two", "48", "Pass 16")),
         (("--sequence-length", "4096"), ("--sequence-length", "4096", "2048", "Lower it")),

@@ -115,7 +115,7 @@ def test_a_deepspeed_that_gathers_in_another_way_does_so_and_is_reported_once() 
 def kept(backend: str) -> bool:
     """Whether an engine over such a backend steps by DeepSpeed's own functions."""
     own = dist.get_backend_config
-    gather.dist.get_backend_config = lambda _: backend  # type: ignore[attr-defined]
+    gather.dist.get_backend_config = lambda *_: backend  # type: ignore[attr-defined]
     try:
         engine, _ = start(config_of(2))
     finally:

@@ -123,7 +123,7 @@ def _check(parsed: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be above 0; it is {value:g}. Raise it.")
     check_port(parsed.master_port)
     if parsed.seed is not None and not -(1 << 63) <= parsed.seed < 1 << 63:
-        raise ValueError(f"--seed must lie in [-2^63, 2^63); it is {parsed.seed}. Lower it.")
+        raise ValueError(f"--seed must lie in [-2^63, 2^63); it is {parsed.seed}. Correct it.")
 
 
 def _master(hosts: tuple[Host, ...]) -> str:

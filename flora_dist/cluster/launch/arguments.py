@@ -115,10 +115,12 @@ def check_program(job: Job) -> None:
         ValueError: no such file.
     """
     program = job.program[0]
-    if program == "-m" or not are_this_machine(job.hosts) or Path(program).is_file():
+    if program == "-m" or not are_this_machine(job.hosts):
+        return
+    if Path(program).is_file() or Path(program, "__main__.py").is_file():  # as Python runs them
         return
     raise ValueError(
-        f"PROGRAM must be a file, or after -m a module; {program!r} is no file. Correct the path."
+        f"PROGRAM must be a script, or -m and a module; {program!r} is none. Mend the path."
     )
 
 

@@ -150,12 +150,17 @@ def _add_flora(parser: argparse.ArgumentParser) -> None:
     flora.add_argument("--rank", type=int, default=defaults.rank, help="numbers per block")
     flora.add_argument("--block", type=int, default=defaults.block)
     flora.add_argument("--momentum", choices=MOMENTA, default=defaults.momentum)
-    flora.add_argument("--momentum-dtype", choices=STATE_DTYPES)
+    flora.add_argument(
+        "--momentum-dtype",
+        choices=STATE_DTYPES,
+        help="of the momentum (default: float32, but --state-bits of sketches)",
+    )
     flora.add_argument(
         "--state-bits",
         type=int,
         choices=STATE_BITS,
-        help="of each number of a sketched momentum (default: --momentum-dtype's, without one 8)",
+        help="of each number of a sketched momentum (default: --momentum-dtype's; without one 8, "
+        "or 32 for rules of two moments)",
     )
     flora.add_argument("--gradients", choices=LEVELS, default=LEVELS[0], help="their level")
     flora.add_argument(

@@ -341,6 +341,7 @@ STATES: Mapping[str, str] = {
     "count; no version for shards: replicated, as ddp",
     "LoRA": "AdamW on r (n + m) numbers of each matrix of the layers, the rest frozen "
     "(arXiv 2106.09685)",
-    "Flora": "rank numbers per block, row and column means (flora_dist/core/state/spec.py)",
+    "Flora": "rank numbers per block, of 8 bits or as --momentum-dtype and --state-bits say, row "
+    "and column means (flora_dist/core/state/spec.py)",
 }
 """Method -> what its state is, for people."""

@@ -130,7 +130,7 @@ class MatrixPhases:
             "columns": self._zeros(summed, batch.geometry.num_columns),
         }
         if kind_of(batch) == "racs":
-            terms["weights"] = self._zeros(summed)
+            terms["row_weights"] = self._zeros(summed)
         if self._knows_sums_early:
             terms["squares"] = torch.zeros_like(terms["columns"])
         if self._asks_history:

@@ -111,7 +111,7 @@ def add_column_sums_(
     """
     summed, columns = piece.summed, slice(*piece.tile.columns)
     if weight_EN is not None and columns.start == 0:  # of a cut row, once
-        terms["weights"][summed] += weight_EN.sum(1)
+        terms["row_weights"][summed] += weight_EN.sum(1)
     if scale_EN is not None and "squares" in terms:
         # columns: sum_i G^2; squares: sum_i G^2 / R_i: one pass over the squares for both
         own_EN = torch.ones_like(scale_EN) if weight_EN is None else weight_EN
@@ -138,8 +138,8 @@ def advanced_columns(
 ) -> tuple[Tensor, Tensor]:
     """The new C (H, M), and what columns are multiplied by, from the sums over all ranks."""
     rows: Tensor | int = batch.geometry.num_rows
-    if "weights" in totals:
-        rows = totals["weights"][batch.held].unsqueeze(1)
+    if "row_weights" in totals:
+        rows = totals["row_weights"][batch.held].unsqueeze(1)
     # C <- b2 C + (1-b2) colmean(G^2 + eps)
     mean_HM = totals["columns"][batch.held] / rows + batch.config.eps
     column_HM = now.beta2 * joined(columns) + (1 - now.beta2) * mean_HM

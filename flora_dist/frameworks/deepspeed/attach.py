@@ -27,7 +27,7 @@ from flora_dist.core.layouts.replicated import NamedLayout
 from flora_dist.core.sketch.keys import canonical_name
 from flora_dist.flora import Flora
 from flora_dist.frameworks.deepspeed.config import check_features, check_flora_block, refusal
-from flora_dist.frameworks.deepspeed.gather import gather_in_pieces
+from flora_dist.frameworks.deepspeed.gather import gathering_in_pieces
 from flora_dist.frameworks.deepspeed.gradients import check_compressible, sketch_gradients
 from flora_dist.frameworks.deepspeed.masters import share_weights
 from flora_dist.frameworks.spans import Partition, check_partitions
@@ -64,7 +64,7 @@ def attach(engine: DeepSpeedEngine) -> Flora:
         return flora
     _refuse_features(engine)
     share_weights(optimizer)
-    gather_in_pieces(optimizer)
+    begin_gathering = gathering_in_pieces(optimizer)
     # Of tied names the first, as a plain run's Flora(model.named_parameters()) has it.
     names = {id(p): canonical_name(name) for name, p in engine.module.named_parameters()}
     if isinstance(optimizer, Flora):
@@ -77,6 +77,7 @@ def attach(engine: DeepSpeedEngine) -> Flora:
     flora.check_consistency()
     # Not at the first step: stages 1 and 2 hide all groups but one from a step.
     flora.announce()
+    begin_gathering()
     _attached[flora] = ref(engine)
     return flora
 

@@ -10,9 +10,10 @@ gathers in place and keeps its one call. Private names of 0.19.8.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import deepspeed
@@ -35,29 +36,39 @@ _SHARED = (
 )
 
 
-def gather_in_pieces(optimizer: Any) -> None:
-    """Let an engine's optimizer gather weights piece by piece where its backend would copy them.
+def gathering_in_pieces(optimizer: Any) -> Callable[[], None]:
+    """What lets an engine's optimizer gather weights piece by piece where its backend copies them.
 
-    Nothing for NCCL, for one rank, and for optimizers that gather otherwise (stages 0 and 3). Warns
-    once where this DeepSpeed gathers in another way than the one that was read.
+    It does nothing for NCCL, for one rank, and for optimizers that gather otherwise (stages 0 and
+    3). Warns where this DeepSpeed gathers in another way than the one that was read.
 
     Raises:
         ValueError: pieces of ``allgather_bucket_size`` would have no elements of some rank.
     """
     parts = _PARTS.get(type(optimizer))
-    if parts is None:
-        return
-    if not all(hasattr(optimizer, name) for name in (parts, *_SHARED)):
+    if parts is None or dist.get_world_size() == 1 or "gloo" not in str(dist.get_backend_config()):
+        return _as_ever
+    has_names = all(hasattr(optimizer, name) for name in (parts, *_SHARED))
+    if not (has_names and hasattr(comm, "has_all_gather_into_tensor")):
         warnings.warn(_another_version(), stacklevel=2)
-        return
+        return _as_ever
     groups = zip(getattr(optimizer, parts), optimizer.real_dp_process_group, strict=True)
     ranks = max(len(own) if _copies(group, own[0]) else 1 for own, group in groups)
     if ranks == 1:
-        return
+        return _as_ever
     _check_size(optimizer, ranks)
-    pieces = _Pieces()
-    optimizer.step = pieces.during(optimizer.step, optimizer)
-    optimizer.update_lp_params = pieces.during(optimizer.update_lp_params, optimizer)
+
+    def begin() -> None:
+        _let_threads_hide_the_one_call()
+        pieces = _Pieces()
+        optimizer.step = pieces.during(optimizer.step, optimizer)
+        optimizer.update_lp_params = pieces.during(optimizer.update_lp_params, optimizer)
+
+    return begin
+
+
+def _as_ever() -> None:
+    pass
 
 
 def _copies(group: dist.ProcessGroup, weights: Tensor) -> bool:
@@ -79,38 +90,45 @@ class _Pieces:
     """Tells DeepSpeed, while an engine steps, what makes it gather in pieces."""
 
     def __init__(self) -> None:
-        self._is_asked = False
+        self.is_asked = False
         self._has_warned = False
 
     def during(self, own: Callable[..., Any], optimizer: Any) -> Callable[..., Any]:
         """``own``, with gathers in pieces while it runs."""
 
         def in_pieces(*arguments: Any, **more: Any) -> Any:
-            self._is_asked = False
-            with self._without_one_call():
+            self.is_asked = False
+            before, _here.pieces = getattr(_here, "pieces", None), self
+            try:
                 result = own(*arguments, **more)
-            if not (self._is_asked or self._has_warned or optimizer.overflow):
+            finally:
+                _here.pieces = before
+            if not (self.is_asked or self._has_warned or optimizer.overflow):
                 self._has_warned = True
                 warnings.warn(_another_version(), stacklevel=2)
             return result
 
         return in_pieces
 
-    @contextmanager
-    def _without_one_call(self) -> Iterator[None]:
-        own = comm.has_all_gather_into_tensor
 
-        def has_all_gather_into_tensor() -> bool:
-            self._is_asked = True
-            return False
+_here = threading.local()
+""".pieces: of the engine that steps in this thread. Other threads' engines gather as ever."""
 
-        # What all_gather_dp_groups asks. Not the backend's own function, which
-        # all_gather_into_tensor asks: it would then do nothing.
-        comm.has_all_gather_into_tensor = has_all_gather_into_tensor
-        try:
-            yield
-        finally:
-            comm.has_all_gather_into_tensor = own
+
+@cache
+def _let_threads_hide_the_one_call() -> None:
+    own = comm.has_all_gather_into_tensor
+
+    def has_all_gather_into_tensor() -> bool:
+        pieces = getattr(_here, "pieces", None)
+        if pieces is None:
+            return bool(own())
+        pieces.is_asked = True
+        return False
+
+    # What all_gather_dp_groups asks. Not the backend's own function, which all_gather_into_tensor
+    # asks: it would then do nothing.
+    comm.has_all_gather_into_tensor = has_all_gather_into_tensor
 
 
 def _another_version() -> str:

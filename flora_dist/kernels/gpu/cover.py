@@ -54,7 +54,7 @@ def why_not_of(size: Geometry, config: FloraConfig, dtype: torch.dtype) -> str:
         return f"momentum={config.momentum!r}"
     if not size.is_vector and config.orthogonalise is not None:
         return f"orthogonalise={config.orthogonalise}"
-    if config.normalise not in NORMALISATIONS:
+    if not size.is_vector and config.normalise not in NORMALISATIONS:
         return f"normalise={config.normalise!r}"
     if arithmetic_dtype(dtype) != torch.float32 or dtype not in DTYPES:
         return str(dtype)

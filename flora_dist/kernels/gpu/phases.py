@@ -51,7 +51,7 @@ class Coupled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tallied:
-    """The same, and what the strict rule must sum still."""
+    """The same, and what `flora_strict` and `apollo` must sum still."""
 
     terms: Terms
     coupled: Coupled
@@ -128,7 +128,7 @@ class GpuPhases:
         return Coupled(terms=terms, look=look, totals=totals, column_HM=column_HM, sums_H2=sums_H2)
 
     def tally(self, now: Moment, coupled: Coupled, totals: Terms) -> Tallied:
-        """|U|^2 of the strict rule, which reads the momentum that cut blocks have only now."""
+        """|U|^2 of `flora_strict` and `apollo`: the momentum of cut blocks is known only now."""
         del now
         coupled, terms = self._completed(coupled, totals), {}
         if self._asks_update:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,10 +90,7 @@ def is_sound(batch: Batch, gradient: Gradient, make: PhasesOf) -> bool:
 
     ``make``: the kernels of a batch.
     """
-    trial = _trial_of(batch, gradient)
-    # In float32 nothing but the order of sums may differ; then as the batch is.
-    trials = dict.fromkeys([_in_float32(trial), trial])
-    return not any(_fault(each, make) for each in trials)
+    return not any(_fault(each, make) for each in _trials(_trial_of(batch, gradient)))
 
 
 @functools.cache
@@ -150,9 +148,14 @@ def _numbers(kept: Tensor, trial: Trial) -> Tensor:
 
 
 def _largest(trial: Trial) -> float:
-    """Of what is kept in float32: a momentum in 16 bits rounds what follows from it."""
-    is_rounded = trial.config.sketch_bits < 32
+    """Of what is kept in float32: a momentum in fewer bits rounds what follows from it."""
+    is_sketched = trial.config.rank is not None
+    is_rounded = trial.config.sketch_bits < 32 if is_sketched else _is_low(trial.config)
     return LARGEST_ROUNDED if is_rounded else LARGEST_DISTANCE
+
+
+def _is_low(config: FloraConfig) -> bool:
+    return config.state_dtype == "bfloat16"
 
 
 def _trial_of(batch: Batch, gradient: Gradient) -> Trial:
@@ -164,7 +167,9 @@ def _trial_of(batch: Batch, gradient: Gradient) -> Trial:
     # As they came out for the whole shape; they depend on the rows too.
     cut: dict[str, Any] = {"rank": size.rank}
     if size.rank is not None:
-        cut["block"] = size.block
+        cut |= {"block": size.block, "compress": "halving"}
+    elif batch.config.state_dtype is None:  # so that the two trials of a dense batch are one
+        cut["state_dtype"] = "float32"
     code: Code | None = None
     block, dtype = 0, first.weight.dtype if gradient is None else torch.float32
     if isinstance(gradient, Tensor):
@@ -193,9 +198,14 @@ def _cut_of(batch: Batch) -> str:
     return SPAN if cuts.are_few else COLUMNS
 
 
-def _in_float32(trial: Trial) -> Trial:
-    config = replace(trial.config, state_dtype="float32", state_bits=None)
-    return replace(trial, config=config, dtype=torch.float32, gradient_dtype=torch.float32)
+def _trials(trial: Trial) -> Iterable[Trial]:
+    """In float32, where nothing but the order of sums may differ; then as the batch is."""
+    config = trial.config
+    # As many numbers as a block has elements are no sketch in float32.
+    if config.rank is None or config.rank != config.block:
+        config = replace(config, state_dtype="float32", state_bits=None)
+    full = replace(trial, config=config, dtype=torch.float32, gradient_dtype=torch.float32)
+    return dict.fromkeys([full, trial])
 
 
 def _by_torch(batch: Batch, gradient: Gradient) -> Phases:

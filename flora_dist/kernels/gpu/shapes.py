@@ -125,7 +125,7 @@ def shapes_of(batch: Batch, gradient_block: int = 0) -> Shapes:
         sum_width=128,
         settle_width=1024,
         weight=DTYPES[batch.members[0].weight.dtype],
-        normalise=NORMALISATIONS[kind_of(batch)],
+        normalise=0 if size.is_vector else NORMALISATIONS[kind_of(batch)],
         momentum=tl.float32 if momentum is None else DTYPES.get(momentum.dtype, tl.uint8),
         kept_bits=0 if size.code is None or not rank else size.code.bits,
     )
