@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from flora_dist.core.protocols import Terms
@@ -27,13 +26,10 @@ from flora_dist.core.step.normalise import (
     column_weights,
     kind_of,
     row_scale,
+    row_totals,
 )
 from flora_dist.core.step.pieces import Piece, build_pieces
 from flora_dist.core.step.views import as_batches
-
-# Torch cuts a longer sum that gives one number among threads, of which holders may have different
-# numbers.
-_SUMMED_AT_ONCE = 1 << 14
 
 
 class CutRows:
@@ -135,9 +131,5 @@ def _add_norms_(terms: Terms, piece: Piece, scale_E1: Tensor) -> None:
 
 
 def _square_sums(rows_PLM: Tensor) -> Tensor:
-    """Sums of squares (P, L); a row's bits do not depend on others, nor on threads."""
-    parts = torch.split(rows_PLM.double(), _SUMMED_AT_ONCE, dim=2)
-    sums_PL = parts[0].square().sum(2)
-    for part in parts[1:]:
-        sums_PL += part.square().sum(2)
-    return sums_PL.to(rows_PLM.dtype)
+    """Sums of squares (P, L)."""
+    return row_totals(rows_PLM.double().square()).to(rows_PLM.dtype)

@@ -41,6 +41,25 @@ Weights = Tensor | None
 """None: all alike."""
 
 
+# Torch cuts a longer sum that gives one number among threads, of which the holders of a cut row may
+# have different numbers.
+_SUMMED_AT_ONCE = 1 << 14
+
+
+def row_totals(values: Tensor) -> Tensor:
+    """Sums over the last dim in float64; a row's bits do not depend on others, nor on threads."""
+    parts = torch.split(values.double(), _SUMMED_AT_ONCE, dim=-1)
+    totals = parts[0].sum(-1)
+    for part in parts[1:]:
+        totals += part.sum(-1)
+    return totals
+
+
+def _row_means(values_HM: Tensor) -> Tensor:
+    means_H = row_totals(values_HM) / values_HM.shape[1]
+    return means_H.to(values_HM.dtype).unsqueeze(1)
+
+
 def kind_of(batch: Batch) -> str:
     """The setting, or "raw" for matrices whose rule takes gradients as they are."""
     is_raw = batch.config.momentum == "apollo" and batch.geometry.rank is not None
@@ -59,8 +78,10 @@ def column_scale(normalise: str, column_HM: Tensor, weight_HM: Weights) -> Tenso
     if normalise == "columns":
         return column_HM.rsqrt()
     # mean(R) = mean(C): both are the moving mean of all of G^2 + eps; weighed, K
-    weighed_HM = column_HM if weight_HM is None else column_HM * weight_HM
-    mean_H1 = weighed_HM.mean(1, keepdim=True)
+    if weight_HM is None:
+        mean_H1 = column_HM.mean(1, keepdim=True)
+    else:
+        mean_H1 = _row_means(column_HM * weight_HM)
     # Roots first: their quotient would overflow for a large gradient beside an empty column.
     return mean_H1.sqrt() * column_HM.rsqrt()
 
@@ -72,8 +93,8 @@ def column_weights(batch: Batch, now: Moment, columns: Sequence[Tensor]) -> Weig
     column_HM = joined(columns)
     if now.step == 1:
         return torch.ones_like(column_HM)
-    weight_HM = (column_HM / column_HM.mean(1, keepdim=True)).clamp(min=LEAST_WEIGHT)
-    return weight_HM / weight_HM.mean(1, keepdim=True)
+    weight_HM = (column_HM / _row_means(column_HM)).clamp(min=LEAST_WEIGHT)
+    return weight_HM / _row_means(weight_HM)
 
 
 def row_weights(batch: Batch, now: Moment, piece: Piece, columns: Sequence[Tensor]) -> Weights:
@@ -86,7 +107,7 @@ def row_weights(batch: Batch, now: Moment, piece: Piece, columns: Sequence[Tenso
     row_EN = joined(piece.rows)
     if now.step == 1:
         return torch.ones_like(row_EN)
-    mean_E1 = joined(columns)[piece.place.matrices].mean(1, keepdim=True)
+    mean_E1 = _row_means(joined(columns)[piece.place.matrices])
     return (row_EN / mean_E1).clamp(min=LEAST_WEIGHT)
 
 
