@@ -91,7 +91,7 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(read_utf8(path), object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}. Correct the text.") from error
     if not isinstance(tree, dict):
         raise ValueError(  # noqa: TRY004 - the user's mistake: one type for all config errors

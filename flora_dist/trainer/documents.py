@@ -212,7 +212,7 @@ def _fault_of_lines(file: Path) -> str | None:
                 seen += 1
                 if line.strip():
                     json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         return f"line {seen}: {error}"
     return None
 

@@ -38,7 +38,7 @@ def read_model(path: Path, *, vocabulary: int | None = None) -> Model:
     file = path / CONFIG if path.is_dir() else path
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"--model must be a transformers config in JSON, or a folder with a {CONFIG}; "
             f"{str(path)!r} gave: {error}. See configs/model for examples."
