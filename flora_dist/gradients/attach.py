@@ -240,7 +240,8 @@ class Handle:
         self._sizes = sizes
         engines = [_hooks_of_engine(flow.source) for flow in flows]
         self._hooks = [
-            _hook(flow.source.tensor, partial(self.gradients.arrived, flow)) for flow in flows
+            _hook(flow.source.tensor, partial(_arrived, ref(self.gradients), flow.part.name))
+            for flow in flows
         ]
         # Hooks stay beside fused layers: other modules may use the same weights.
         everything = zip(flows, engines, self._hooks, strict=True)
@@ -289,6 +290,12 @@ class Handle:
         self._hooks.clear()
         self._fused.remove()
         self._adapter.restore()
+
+
+def _arrived(gradients: ref[Gradients], name: str, tensor: Tensor) -> None:
+    """Weak, for DDP and FSDP2 hold weights where the collector of cycles does not look."""
+    if (alive := gradients()) is not None:
+        alive.arrived(alive.flows[name], tensor)
 
 
 def _hook(tensor: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:

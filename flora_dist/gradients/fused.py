@@ -17,8 +17,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +142,9 @@ class _Carrier:
 
     def __init__(self, gradients: Gradients, weight: FusedWeight) -> None:
         accumulator = weight.flow.accumulator
-        self._gradients, self._weight = gradients, weight
+        # Weak, as the hook: torch holds modules and leaves where the collector does not look.
+        self._gradients, self._weight = ref(gradients, partial(_end, ref(self))), weight
+        self._has_ended = False
         zero = torch.zeros((), dtype=accumulator.dtype, device=accumulator.device)
         self.zeros_NKR = zero.expand(accumulator.sums_shape[1:]).requires_grad_()  # no memory
         # Scaled by a power of two, so that raw sketches are as large as the gradient in fp16 too.
@@ -151,7 +155,7 @@ class _Carrier:
         self._step = 0
         self.refresh()
         leaf: Any = self.zeros_NKR  # torch's method has no types
-        self._hook = leaf.register_post_accumulate_grad_hook(self._hand_over)
+        self._hook = leaf.register_post_accumulate_grad_hook(partial(_hand_over, ref(self)))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -167,10 +171,8 @@ class _Carrier:
         self._step = accumulator.next_step
 
     @torch.no_grad()
-    def _hand_over(self, zeros_NKR: Tensor) -> None:
-        """The hook: a sketch has arrived in ``grad``."""
-        sketched_NKR, zeros_NKR.grad = zeros_NKR.grad, None
-        assert sketched_NKR is not None
+    def take(self, sketched_NKR: Tensor) -> None:
+        """Give a sketch that has arrived to the gradients."""
         flow = self._weight.flow
         if self._weight.is_watched:  # since forward, or since it was compiled
             raise RuntimeError(
@@ -178,15 +180,37 @@ class _Carrier:
                 f"before it is compiled; {flow.part.name!r} has one that got None. Register it "
                 'earlier, or attach with gradients="compressed".'
             )
-        self._gradients.take_sketch(flow, sketched_NKR, self._step)
+        if (gradients := self._gradients()) is not None:
+            gradients.take_sketch(flow, sketched_NKR, self._step)
 
     def serves(self, weight: Tensor) -> bool:
-        """Whether a gradient of ``weight`` is the attached parameter's, and nobody waits for it."""
-        return weight is self._weight.tensor and not self._weight.is_watched
+        """Whether a gradient of ``weight`` is the attached parameter's, and nobody waits for it.
+
+        Not once the optimizer is gone: nobody would take it.
+        """
+        is_attached = weight is self._weight.tensor and not self._has_ended
+        return is_attached and not self._weight.is_watched
+
+    def end(self) -> None:
+        """The gradients are gone, with their optimizer."""
+        self._has_ended = True
 
     def close(self) -> None:
         """Take nothing more."""
         self._hook.remove()
+
+
+def _end(carrier: ref[_Carrier], _: object) -> None:
+    if (alive := carrier()) is not None:
+        alive.end()
+
+
+def _hand_over(carrier: ref[_Carrier], zeros_NKR: Tensor) -> None:
+    """The hook: a sketch has arrived in ``grad``."""
+    sketched_NKR, zeros_NKR.grad = zeros_NKR.grad, None
+    assert sketched_NKR is not None
+    if (alive := carrier()) is not None:
+        alive.take(sketched_NKR)
 
 
 class _Forward:

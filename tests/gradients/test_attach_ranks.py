@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attach`` on two ranks: what is refused, and what ``remove`` restores."""
+"""``attach`` on two ranks: what is refused, what ``remove`` restores, and what is let go."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -72,3 +74,38 @@ def removed(host: str) -> bool:
 @pytest.mark.parametrize("host", small.HOSTS)
 def test_remove_restores_the_framework(host: str) -> None:
     assert pool_of(2)(removed, host) == [True, True]
+
+
+def let_go(host: str, level: str) -> list[bool]:
+    """Whether a model and what holds its sums end with the last name for the model."""
+    wrapped, model = small.HOSTS[host]()
+    optimizer, handle = attached(wrapped, level)
+    wrapped(small.my_inputs(0)).backward()
+    optimizer.step()
+    seen = [ref(model), ref(wrapped), ref(optimizer), ref(handle.gradients)]
+    del wrapped, model, optimizer, handle
+    gc.collect()
+    return [each() is None for each in seen]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("level", ["compressed", "fused"])
+@pytest.mark.parametrize("host", small.HOSTS)
+def test_a_model_that_is_dropped_ends_with_its_gradients(host: str, level: str) -> None:
+    for found in pool_of(2)(let_go, host, level):
+        assert found == [True] * 4
+
+
+def test_a_model_learns_on_by_another_optimizer_when_its_own_is_dropped() -> None:
+    model, x = small.Small(), small.inputs(0)
+    optimizer, handle = attached(model, "fused")
+    model(x).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    del optimizer, handle
+    gc.collect()
+    model(x).backward()
+    expected = small.Small()
+    expected.load_state_dict(model.state_dict())
+    expected(x).backward()
+    assert torch.equal(torch.as_tensor(model.first.weight.grad), expected.first.weight.grad)
