@@ -62,7 +62,7 @@ MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 """Name -> (where, attribute, from the right one to the wrong one)."""
 
 WEIGHT_MUTATIONS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "what rows weigh": (plan, "summing", _unsummed("weights")),
+    "what rows weigh": (plan, "summing", _unsummed("row_weights")),
 }
 """That of matrices whose rows and columns weigh each other."""
 
