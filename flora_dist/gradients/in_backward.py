@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -186,14 +187,18 @@ class InBackward:
 
 def _hook(tensor: Any, handle: InBackward, unit: _Unit) -> RemovableHandle:
     """On the complete gradient of a tensor; torch's method has no types."""
-
-    @torch.no_grad()
-    def arrived(which: Tensor) -> None:
-        if not handle.is_accumulating:
-            unit.arrived(which)
-
-    registered: RemovableHandle = tensor.register_post_accumulate_grad_hook(arrived)
+    registered: RemovableHandle = tensor.register_post_accumulate_grad_hook(
+        partial(_arrived, ref(handle), ref(unit))
+    )
     return registered
+
+
+@torch.no_grad()
+def _arrived(handle: ref[InBackward], unit: ref[_Unit], tensor: Tensor) -> None:
+    """Weak, for FSDP2 holds weights where the collector of cycles does not look."""
+    alive, own = handle(), unit()
+    if alive is not None and own is not None and not alive.is_accumulating:
+        own.arrived(tensor)
 
 
 def _together(model: nn.Module, own: dict[int, Tensor]) -> Iterator[list[Tensor]]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from flora_dist import Flora
+from flora_dist.gradients.in_backward import step_in_backward
 from tests.conftest import pool_of
 from tests.gradients import small
 from tests.gradients.small import attached, refused
@@ -94,6 +95,24 @@ def let_go(host: str, level: str) -> list[bool]:
 def test_a_model_that_is_dropped_ends_with_its_gradients(host: str, level: str) -> None:
     for found in pool_of(2)(let_go, host, level):
         assert found == [True] * 4
+
+
+def let_go_stepped_in_backward() -> list[bool]:
+    wrapped, _ = small.on_fsdp2()
+    optimizer = Flora(wrapped.named_parameters(), **small.SETTINGS)
+    handle = step_in_backward(wrapped, optimizer)
+    wrapped(small.my_inputs(0)).backward()
+    optimizer.step()
+    seen = [ref(wrapped), ref(optimizer), ref(handle)]
+    del wrapped, _, optimizer, handle
+    gc.collect()
+    return [each() is None for each in seen]
+
+
+@pytest.mark.ranks(2)
+def test_a_model_that_is_dropped_ends_with_its_steps_in_backward() -> None:
+    for found in pool_of(2)(let_go_stepped_in_backward):
+        assert found == [True] * 3
 
 
 def test_a_model_learns_on_by_another_optimizer_when_its_own_is_dropped() -> None:

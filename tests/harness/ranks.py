@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import multiprocessing
+import sys
 import tempfile
 import traceback
 import warnings
@@ -136,9 +137,23 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
                 # DTensor remembers results by meshes that compare equal, and hands out the mesh of
                 # an earlier call with names of groups that are gone, or another's (torch 2.13).
                 _clear_sharding_prop_cache()
+                _forget_meshes()
                 # Models, hooks and groups refer to each other in circles. Each group of gloo's that
                 # is left to the collector keeps three threads that wake all the time: hundreds of
                 # them, in every idle worker, had taken the machine from the tests that ran.
                 gc.collect()
                 # What stays is torch's and ours: looking at it again takes longer than most bodies.
                 gc.freeze()
+
+
+def _forget_meshes() -> None:
+    """Empty what DTensor remembers of redistributions: its keys hold meshes and their groups."""
+    redistribute = sys.modules["torch.distributed.tensor._redistribute"]
+    topology = sys.modules["torch.distributed.tensor._collective_utils"].MeshTopoInfo
+    for cache in (
+        redistribute._gen_transform_infos.cache_clear,
+        topology.build_from_mesh.cache_clear,
+        # Not in torch 2.11.
+        getattr(redistribute, "clear_redistribute_planner_cache", lambda: None),
+    ):
+        cache()
