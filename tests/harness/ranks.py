@@ -150,10 +150,8 @@ def _forget_meshes() -> None:
     """Empty what DTensor remembers of redistributions: its keys hold meshes and their groups."""
     redistribute = sys.modules["torch.distributed.tensor._redistribute"]
     topology = sys.modules["torch.distributed.tensor._collective_utils"].MeshTopoInfo
-    for cache in (
-        redistribute._gen_transform_infos.cache_clear,
-        topology.build_from_mesh.cache_clear,
-        # Not in torch 2.11.
-        getattr(redistribute, "clear_redistribute_planner_cache", lambda: None),
-    ):
-        cache()
+    # Names of torch 2.13; the oldest and the newest supported one need not have all of them.
+    for owner, name in ((redistribute, "_gen_transform_infos"), (topology, "build_from_mesh")):
+        if (cached := getattr(owner, name, None)) is not None:
+            cached.cache_clear()
+    getattr(redistribute, "clear_redistribute_planner_cache", lambda: None)()
