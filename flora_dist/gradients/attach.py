@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -148,8 +148,7 @@ def _check_free(slots: Sequence[Trainable], sources: Sequence[Source]) -> None:
     for slot, source in zip(slots, sources, strict=True):
         tensor: Any = source.tensor
         hooks = (tensor._post_accumulate_grad_hooks or {}).values()
-        owners = [getattr(getattr(hook, "func", None), "__self__", None) for hook in hooks]
-        if any(isinstance(owner, Gradients) for owner in owners):
+        if any(getattr(hook, "func", None) is _arrived and hook.args[0]() for hook in hooks):
             raise ValueError(
                 "a gradient can be kept as sketches by one optimizer at a time; that of "
                 f"{slot.part.name!r} is kept by an earlier attach() to another. Call remove() on "
@@ -243,6 +242,8 @@ class Handle:
             _hook(flow.source.tensor, partial(_arrived, ref(self.gradients), flow.part.name))
             for flow in flows
         ]
+        # They hold no weights. What the optimizer leaves behind, its successor would not be given.
+        finalize(self.gradients, _remove_all, tuple(self._hooks)).atexit = False
         # Hooks stay beside fused layers: other modules may use the same weights.
         everything = zip(flows, engines, self._hooks, strict=True)
         weights = {
@@ -285,8 +286,7 @@ class Handle:
             optimizer.attach_gradients(DenseGradients())
             del _attached[optimizer]
         self.gradients.forget()
-        for hook in self._hooks:
-            hook.remove()
+        _remove_all(self._hooks)
         self._hooks.clear()
         self._fused.remove()
         self._adapter.restore()
@@ -296,6 +296,11 @@ def _arrived(gradients: ref[Gradients], name: str, tensor: Tensor) -> None:
     """Weak, for DDP and FSDP2 hold weights where the collector of cycles does not look."""
     if (alive := gradients()) is not None:
         alive.arrived(alive.flows[name], tensor)
+
+
+def _remove_all(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _hook(tensor: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:

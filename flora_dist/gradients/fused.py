@@ -68,6 +68,9 @@ def fuse(model: nn.Module, gradients: Gradients, weights: Mapping[int, FusedWeig
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) not in weights:
                 continue
+            earlier = module.__dict__.get("forward")
+            if isinstance(earlier, _Forward) and earlier.has_ended:
+                earlier.remove()
             weight = weights[id(parameter)]
             of = weight.flow.part.name
             because = _misfit(module, name, weight)
@@ -144,7 +147,8 @@ class _Carrier:
         accumulator = weight.flow.accumulator
         # Weak, as the hook: torch holds modules and leaves where the collector does not look.
         self._gradients, self._weight = ref(gradients, partial(_end, ref(self))), weight
-        self._has_ended = False
+        self.has_ended = False
+        """Whether the gradients are gone, with their optimizer."""
         zero = torch.zeros((), dtype=accumulator.dtype, device=accumulator.device)
         self.zeros_NKR = zero.expand(accumulator.sums_shape[1:]).requires_grad_()  # no memory
         # Scaled by a power of two, so that raw sketches are as large as the gradient in fp16 too.
@@ -188,12 +192,12 @@ class _Carrier:
 
         Not once the optimizer is gone: nobody would take it.
         """
-        is_attached = weight is self._weight.tensor and not self._has_ended
+        is_attached = weight is self._weight.tensor and not self.has_ended
         return is_attached and not self._weight.is_watched
 
     def end(self) -> None:
-        """The gradients are gone, with their optimizer."""
-        self._has_ended = True
+        """Leave weights to their modules."""
+        self.has_ended = True
 
     def close(self) -> None:
         """Take nothing more."""
@@ -241,6 +245,11 @@ class _Forward:
             return self._function.apply(
                 x, weight, module.bias, carrier.zeros_NKR, carrier.unit_RB, carrier.scale
             )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody would take a sketch any more."""
+        return self._carrier is None or self._carrier.has_ended
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles, which know nothing of the optimizer."""

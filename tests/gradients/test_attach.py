@@ -149,13 +149,23 @@ def test_a_second_attach_is_the_same_one() -> None:
 
 def test_a_gradient_that_another_handle_takes_is_refused() -> None:
     model = Small()
-    _, handle = attached(model)  # whose optimizer is gone: its hooks are not
-    gc.collect()
+    _earlier, handle = attached(model)
     optimizer = Flora(model.named_parameters(), **small.SETTINGS)
     with pytest.raises(ValueError, match=r"an earlier attach\(\) to another. Call remove\(\)"):
         flora_dist.attach(model, optimizer, "compressed")
     handle.remove()
     flora_dist.attach(model, optimizer, "compressed")
+
+
+@pytest.mark.parametrize("level", ["compressed", "fused"])
+def test_an_optimizer_that_is_gone_keeps_no_gradient_from_the_next(level: str) -> None:
+    model = Small()
+    attached(model, level)
+    gc.collect()
+    optimizer, handle = attached(model, level)
+    assert sum(row.how.startswith(level) for row in handle.report().rows) == 3
+    model(inputs(0)).backward()
+    optimizer.step()
 
 
 def test_remove_restores_dense_gradients() -> None:

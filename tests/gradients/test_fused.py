@@ -188,7 +188,7 @@ def memory_of_a_weight() -> list[int]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model.first, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     gathered: list[Tensor] = []
     sizes: list[int] = []
 

@@ -52,7 +52,7 @@ def test_a_hook_after_accumulation_finds_what_it_does_under_compressed(is_late: 
 
         if not is_late:
             model.a.weight.register_post_accumulate_grad_hook(look)
-        attached(model, level)
+        _optimizer, _ = attached(model, level)
         if is_late:
             model.a.weight.register_post_accumulate_grad_hook(look)
         model(X).backward()
@@ -64,7 +64,7 @@ def test_a_hook_after_accumulation_finds_what_it_does_under_compressed(is_late: 
 
 def test_a_hook_that_is_gone_costs_nothing() -> None:
     model = Stack().double()
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     hook = model.a.weight.register_hook(lambda gradient: gradient)
     with formed() as names:
         model(X).backward()
@@ -76,7 +76,7 @@ def test_a_hook_that_is_gone_costs_nothing() -> None:
 
 def test_a_hook_that_comes_between_forward_and_backward_is_refused() -> None:
     model = Stack().double()
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     loss = model(X)
     model.a.weight.register_hook(lambda gradient: gradient)
     with pytest.raises(RuntimeError, match=r"'a\.weight' has one that got None.*\"compressed\""):
@@ -86,7 +86,7 @@ def test_a_hook_that_comes_between_forward_and_backward_is_refused() -> None:
 def test_a_hook_that_comes_after_compilation_is_refused() -> None:
     # torch.compile looks at hooks once, when it compiles.
     model = Stack().double()
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     call = torch.compile(model, backend="aot_eager")
     call(X).backward()
     seen: list[Tensor] = []

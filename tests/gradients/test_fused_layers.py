@@ -184,7 +184,7 @@ def test_a_step_between_forward_and_backward_is_noticed() -> None:
 
 def test_second_derivatives_are_refused() -> None:
     model = Small()
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     x = inputs(0).requires_grad_()
     (gradient,) = torch.autograd.grad(model(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -221,7 +221,7 @@ def test_weights_frozen_later_have_no_sketch() -> None:
 
 def test_dtypes_that_a_module_refuses_are_refused() -> None:
     model = Small()
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     with pytest.raises(RuntimeError, match="dtype"):
         model(inputs(0).double())
 
@@ -300,7 +300,7 @@ def test_copies_and_pickles_of_a_model_have_their_own_forward() -> None:
 
 def test_keywords_of_the_modules_work() -> None:
     model = Layers()
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     x = torch.randn(2, 24)
     assert torch.equal(model.again(input=x), model.again(x))
     assert torch.equal(model.conv1d(x=x), model.conv1d(x))

@@ -49,7 +49,7 @@ def test_a_layer_keeps_the_sketch_of_its_input_instead_of_the_input() -> None:
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
     dense = saved_bytes(model, x)
     assert dense == 100 * (64 + 32) * 4
-    attached(model, "fused", {"rank": 1})
+    _optimizer, _ = attached(model, "fused", {"rank": 1})
     # One number per block of 8, and A of both.
     assert saved_bytes(model, x) == dense // 8 + 2 * 8 * 4
 

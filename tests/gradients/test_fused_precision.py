@@ -73,7 +73,7 @@ def test_autocast_does_not_lose_the_gradient_of_who_else_casts_the_weight() -> N
 
 def test_gradients_outside_of_autocast_are_those_of_the_module() -> None:
     model, dense = Layers(), Layers()
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     inputs = [data(0).float().requires_grad_() for _ in range(2)]
     for module, x in zip((model, dense), inputs, strict=True):
         module(x).backward()

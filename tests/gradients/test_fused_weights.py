@@ -274,7 +274,7 @@ def test_functional_call_trains_what_it_is_given() -> None:
 
 def test_layers_that_have_their_own_weight_again_are_fused_again() -> None:
     model = Stack().double()
-    attached(model, "fused")
+    _optimizer, _ = attached(model, "fused")
     with formed() as names:
         substituted(model, ())
         swapped(model)
