@@ -108,18 +108,18 @@ def unscaled(ctx: Any, rows_TN: Tensor, sketched_TS: Tensor) -> Tensor:
     return (rows_TN.t() @ sketched_TS).view(ctx.like[0])
 
 
-def lost(self: fused._Carrier, zeros_NKR: Tensor) -> None:
+def lost(self: fused._Carrier, sketched_NKR: Tensor) -> None:
     """Every second sketch."""
     self._turn = 1 - getattr(self, "_turn", 0)  # type: ignore[attr-defined]
-    if self._turn:
-        self._gradients.take_sketch(self._weight.flow, zeros_NKR.grad, self._step)
-    zeros_NKR.grad = None
+    gradients = self._gradients()
+    if self._turn and gradients is not None:
+        gradients.take_sketch(self._weight.flow, sketched_NKR, self._step)
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "basis": (fused._Carrier, "refresh", wrong_basis),
     "scale": (linear, "_sketch", unscaled),
-    "micro-batches": (fused._Carrier, "_hand_over", lost),
+    "micro-batches": (fused._Carrier, "take", lost),
 }
 
 
