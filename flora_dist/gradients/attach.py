@@ -22,7 +22,7 @@ from flora_dist.core.parameters.source import DenseGradients
 from flora_dist.core.parameters.trainable import Trainable
 from flora_dist.core.state.spec import Geometry
 from flora_dist.flora import Flora
-from flora_dist.gradients.cycle import Gradients
+from flora_dist.gradients.cycle import Gradients, arrived
 from flora_dist.gradients.flow import (
     Adapter,
     Source,
@@ -148,7 +148,7 @@ def _check_free(slots: Sequence[Trainable], sources: Sequence[Source]) -> None:
     for slot, source in zip(slots, sources, strict=True):
         tensor: Any = source.tensor
         hooks = (tensor._post_accumulate_grad_hooks or {}).values()
-        if any(getattr(hook, "func", None) is _arrived and hook.args[0]() for hook in hooks):
+        if any(getattr(hook, "func", None) is arrived and hook.args[0]() for hook in hooks):
             raise ValueError(
                 "a gradient can be kept as sketches by one optimizer at a time; that of "
                 f"{slot.part.name!r} is kept by an earlier attach() to another. Call remove() on "
@@ -239,7 +239,7 @@ class Handle:
         self._sizes = sizes
         engines = [_hooks_of_engine(flow.source) for flow in flows]
         self._hooks = [
-            _hook(flow.source.tensor, partial(_arrived, ref(self.gradients), flow.part.name))
+            _hook(flow.source.tensor, partial(arrived, ref(self.gradients), flow.part.name))
             for flow in flows
         ]
         # They hold no weights. What the optimizer leaves behind, its successor would not be given.
@@ -290,12 +290,6 @@ class Handle:
         self._hooks.clear()
         self._fused.remove()
         self._adapter.restore()
-
-
-def _arrived(gradients: ref[Gradients], name: str, tensor: Tensor) -> None:
-    """Weak, for DDP and FSDP2 hold weights where the collector of cycles does not look."""
-    if (alive := gradients()) is not None:
-        alive.arrived(alive.flows[name], tensor)
 
 
 def _remove_all(hooks: Sequence[RemovableHandle]) -> None:

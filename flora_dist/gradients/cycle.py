@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -341,6 +342,12 @@ class Gradients:
             alike.setdefault(place, []).append(flow.accumulator.basis)
         for (dtype, device), wanted in alike.items():
             draw_together(wanted, dtype=dtype, device=device)
+
+
+def arrived(gradients: ref[Gradients], name: str, tensor: Tensor) -> None:
+    """A hook that keeps nothing alive: DDP and FSDP2 hold weights where no collector looks."""
+    if (alive := gradients()) is not None:
+        alive.arrived(alive.flows[name], tensor)
 
 
 def _full_gradient(slot: Trainable, flow: Flow | None) -> Tensor | None:
