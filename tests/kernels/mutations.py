@@ -37,8 +37,8 @@ MUTATIONS = {
     ),
     "measure, old momentum": Mutation(
         file="measure.h",
-        old="squares += own * own;",
-        new="squares += own;",
+        old="squares += e[v] * e[v];",
+        new="squares += e[v];",
         test=FIXED,
         select="flora",
     ),
@@ -89,8 +89,8 @@ MUTATIONS = {
     ),
     "finish, whole blocks": Mutation(
         file="whole.h",
-        old="keep * load_long(x + j) + e[b][v];",
-        new="keep * load_long(x + j) - e[b][v];",
+        old="keep * load_long(x + j) + e[v];",
+        new="keep * load_long(x + j) - e[v];",
         test=FIXED,
     ),
     "finish, a block that a row's end cuts": Mutation(

@@ -57,7 +57,8 @@ struct Hadamard {
   int64_t block;
   int64_t padded;                         // rows, up to a multiple of 8
   alignas(64) float sign[kMostBlock];
-  alignas(64) float lanes[kMostRows * kWidth];        // s H[i % L]
+  alignas(64) float lanes[kMostRows * kWidth];        // H[i % L]; 0 beyond the rank
+  float scale;                            // s
   int32_t vector_of[kMostRows];           // i / L, times L
   int32_t order[kMostRows];               // rows by i / L
   int32_t first[kMostBlock / kWidth + 1]; // where in `order` those of each i / L begin
@@ -67,6 +68,7 @@ struct Hadamard {
     const int64_t vectors = block / kWidth;
     h.block = block;
     h.padded = up(rank, 8);
+    h.scale = sketch_RB[0] < 0 ? -sketch_RB[0] : sketch_RB[0];
     for (int64_t b = 0; b < block; b++) h.sign[b] = sketch_RB[b] < 0 ? -1.0f : 1.0f;
     for (int64_t r = 0; r < h.padded; r++) {
       int32_t high = 0;
@@ -74,7 +76,7 @@ struct Hadamard {
         if (sketch_RB[r * block + v * kWidth] * h.sign[v * kWidth] < 0) high += static_cast<int32_t>(v);
       h.vector_of[r] = high * static_cast<int32_t>(kWidth);
       for (int64_t l = 0; l < kWidth; l++)
-        h.lanes[r * kWidth + l] = r < rank ? sketch_RB[r * block + l] * h.sign[l] : 0.0f;
+        h.lanes[r * kWidth + l] = r >= rank ? 0.0f : sketch_RB[r * block + l] * h.sign[l] < 0 ? -1.0f : 1.0f;
     }
     int32_t at = 0;
     for (int64_t v = 0; v < vectors; v++) {
@@ -99,37 +101,40 @@ FLORA_INLINE void transform(Long* y) {
     }
 }
 
-// The sums over the lanes of eight vectors.
+// The sums over the lanes of eight vectors: first within 128 bits, where shuffles are cheap, then across.
 FLORA_INLINE Eight lane_sums(const Long* t) {
 #if FLORA_WIDTH == 16
-  // Rows i and i + 4 in halves, then i and i + 2 in quarters, then i and i + 1: so they come out in order.
-  Long half[4], pairs[2];
-  for (int i = 0; i < 4; i++)
-    half[i] = FLORA_SHUFFLE(LongLanes, t[i], t[i + 4], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-              FLORA_SHUFFLE(LongLanes, t[i], t[i + 4], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  for (int i = 0; i < 2; i++)
-    pairs[i] =
-        FLORA_SHUFFLE(LongLanes, half[i], half[i + 2], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-        FLORA_SHUFFLE(LongLanes, half[i], half[i + 2], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  const Long last =
-      FLORA_SHUFFLE(LongLanes, pairs[0], pairs[1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-      FLORA_SHUFFLE(LongLanes, pairs[0], pairs[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  const Long sums = FLORA_SHUFFLE(LongLanes, last, last, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14) +
-                    FLORA_SHUFFLE(LongLanes, last, last, 1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
+  Long pairs[4], fours[2];
+  for (int i = 0; i < 4; i++) {
+    const Long a = t[2 * i], b = t[2 * i + 1];
+    pairs[i] = FLORA_SHUFFLE(LongLanes, a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               FLORA_SHUFFLE(LongLanes, a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 2; i++) {
+    const Long a = pairs[2 * i], b = pairs[2 * i + 1];
+    fours[i] = FLORA_SHUFFLE(LongLanes, a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+               FLORA_SHUFFLE(LongLanes, a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+  }
+  const Long halves =
+      FLORA_SHUFFLE(LongLanes, fours[0], fours[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+      FLORA_SHUFFLE(LongLanes, fours[0], fours[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  const Long sums = FLORA_SHUFFLE(LongLanes, halves, halves, 0, 1, 2, 3, 8, 9, 10, 11, 0, 1, 2, 3, 8, 9, 10, 11) +
+                    FLORA_SHUFFLE(LongLanes, halves, halves, 4, 5, 6, 7, 12, 13, 14, 15, 4, 5, 6, 7, 12, 13, 14, 15);
   Eight out;
   memcpy(&out, &sums, sizeof out);
   return out;
 #elif FLORA_WIDTH == 8
-  // Rows i and i + 4 side by side, so that they come out in order.
-  Long half[4], pairs[2];
+  Long pairs[4], fours[2];
   for (int i = 0; i < 4; i++)
-    half[i] = FLORA_SHUFFLE(LongLanes, t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
-              FLORA_SHUFFLE(LongLanes, t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  for (int i = 0; i < 2; i++)
-    pairs[i] = FLORA_SHUFFLE(LongLanes, half[2 * i], half[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               FLORA_SHUFFLE(LongLanes, half[2 * i], half[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-  return FLORA_SHUFFLE(LongLanes, pairs[0], pairs[1], 0, 2, 8, 10, 4, 6, 12, 14) +
-         FLORA_SHUFFLE(LongLanes, pairs[0], pairs[1], 1, 3, 9, 11, 5, 7, 13, 15);
+    pairs[i] = FLORA_SHUFFLE(LongLanes, t[2 * i], t[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               FLORA_SHUFFLE(LongLanes, t[2 * i], t[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  for (int i = 0; i < 2; i++) {
+    const Long a = pairs[2 * i], b = pairs[2 * i + 1];
+    fours[i] = FLORA_SHUFFLE(LongLanes, a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+               FLORA_SHUFFLE(LongLanes, a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+  }
+  return FLORA_SHUFFLE(LongLanes, fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         FLORA_SHUFFLE(LongLanes, fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
 #else
   Long sums[2];
   for (int i = 0; i < 2; i++) {
@@ -144,62 +149,101 @@ FLORA_INLINE Eight lane_sums(const Long* t) {
 #endif
 }
 
-// y A^T of one block that is in registers, without its signs: eight of its numbers are handed to `take` at a time.
-template <int kBlock, class Take>
-FLORA_INLINE void compress_signed(Long* y, const Hadamard& h, const Take& take) {
+// y A^T comes in two steps, some blocks at a time. What the first one stores the second one reads at places that only A
+// knows, and such a load waits where the store is still under way. Here, the transform of a block.
+template <int kBlock>
+FLORA_INLINE void store_transform(float* to, Long* y) {
   constexpr int kVectors = kBlock / kWidth;
-  alignas(64) float buffer[kBlock];
   transform<kVectors>(y);
-  for (int v = 0; v < kVectors; v++) store_long(buffer + v * kWidth, y[v]);
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; v++) store_long(to + v * kWidth, y[v]);
+}
+
+// And the sums over lanes of some transformed blocks: eight numbers of a block are handed to `take` at a time. They are
+// scaled last, so that what cancels leaves nothing: rules with two moments divide by such numbers.
+template <int kBlock, class Take>
+FLORA_INLINE void sum_rows(const float* transformed, int64_t blocks, const Hadamard& h, const Take& take) {
   for (int64_t r = 0; r < h.padded; r += 8) {
-    Long t[8];
-    for (int i = 0; i < 8; i++) t[i] = load_long(buffer + h.vector_of[r + i]) * load_long(h.lanes + (r + i) * kWidth);
-    take(r, lane_sums(t));
+    int64_t at[8];
+    for (int i = 0; i < 8; i++) at[i] = h.vector_of[r + i];
+    const float* lanes = h.lanes + r * kWidth;
+    for (int64_t b = 0; b < blocks; b++) {
+      Long t[8];
+      for (int i = 0; i < 8; i++) t[i] = load_long(transformed + b * kBlock + at[i]) * load_long(lanes + i * kWidth);
+      take(b, r, h.scale * lane_sums(t));
+    }
   }
 }
+
+// Blocks that go through these steps together: their numbers stay in the first-level cache.
+template <int kBlock>
+constexpr int64_t kGroup = kChunk / kBlock;
 
 // c = x A^T of some blocks.
 template <int kBlock>
 FLORA_CALLED void compress_fast(float* c, const float* x, int64_t blocks, const Hadamard& h) {
-  for (int64_t k = 0; k < blocks; k++, x += kBlock, c += h.padded) {
-    Long y[kBlock / kWidth];
-    for (int v = 0; v < kBlock / kWidth; v++) y[v] = load_long(x + v * kWidth) * load_long(h.sign + v * kWidth);
-    compress_signed<kBlock>(y, h, [&](int64_t r, Eight sums) { store8(c + r, sums); });
+  alignas(64) float transformed[kChunk];
+  for (int64_t start = 0; start < blocks; start += kGroup<kBlock>) {
+    const int64_t count = smaller(kGroup<kBlock>, blocks - start);
+    for (int64_t k = 0; k < count; k++, x += kBlock) {
+      Long y[kBlock / kWidth];
+      for (int v = 0; v < kBlock / kWidth; v++) y[v] = load_long(x + v * kWidth) * load_long(h.sign + v * kWidth);
+      store_transform<kBlock>(transformed + k * kBlock, y);
+    }
+    float* to = c + start * h.padded;
+    sum_rows<kBlock>(transformed, count, h, [&](int64_t k, int64_t r, Eight sums) {
+      store8(to + k * h.padded + r, sums);
+    });
   }
 }
 
-// Blocks that are expanded together: they share what is read of A and the loops over its rows, which cost more than
-// the sums. Sixteen vectors are in work then.
-template <int kBlock>
-constexpr int kTogether = 16 * kWidth < kBlock ? 1 : 16 * kWidth > 4 * kBlock ? 4 : 16 * kWidth / kBlock;
-
-// d A of some blocks, in registers and without its signs.
+// d A comes in two steps too. Here each row's number times its lanes, added at its place; blocks side by side share
+// what is read of A and the loops over its rows, which cost more than the sums.
 template <int kBlock, int kBlocks>
-FLORA_INLINE void expand_signed(Long (*e)[kBlock / kWidth], const float* d, const Hadamard& h) {
-#pragma GCC unroll 16
+FLORA_INLINE void place_some(float* to, const float* d, const Hadamard& h) {
   for (int v = 0; v < kBlock / kWidth; v++) {
     Long sums[kBlocks] = {};
     for (int32_t i = h.first[v]; i < h.first[v + 1]; i++) {
       const int32_t r = h.order[i];
       const Long lanes = load_long(h.lanes + r * kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int b = 0; b < kBlocks; b++) sums[b] += d[b * h.padded + r] * lanes;
     }
-#pragma GCC unroll 4
-    for (int b = 0; b < kBlocks; b++) e[b][v] = sums[b];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; b++) store_long(to + b * kBlock + v * kWidth, h.scale * sums[b]);
   }
-#pragma GCC unroll 4
-  for (int b = 0; b < kBlocks; b++) transform<kBlock / kWidth>(e[b]);
+}
+
+template <int kBlock>
+FLORA_INLINE void place_rows(float* to, const float* d, int64_t blocks, const Hadamard& h) {
+  constexpr int kMany = kGroup<kBlock> < 8 ? kGroup<kBlock> : 8;
+  int64_t b = 0;
+  for (; b + kMany <= blocks; b += kMany) place_some<kBlock, kMany>(to + b * kBlock, d + b * h.padded, h);
+  for (; b + 2 <= blocks; b += 2) place_some<kBlock, 2>(to + b * kBlock, d + b * h.padded, h);
+  for (; b < blocks; b++) place_some<kBlock, 1>(to + b * kBlock, d + b * h.padded, h);
+}
+
+// And a block's transform, which leaves it without its signs.
+template <int kBlock>
+FLORA_INLINE void load_transform(Long* e, const float* placed) {
+#pragma GCC unroll 16
+  for (int v = 0; v < kBlock / kWidth; v++) e[v] = load_long(placed + v * kWidth);
+  transform<kBlock / kWidth>(e);
 }
 
 // x <- keep x + d A of some blocks.
 template <int kBlock>
 FLORA_CALLED void add_expanded_fast(float* x, float keep, const float* d, int64_t blocks, const Hadamard& h) {
-  for (int64_t k = 0; k < blocks; k++, x += kBlock, d += h.padded) {
-    Long e[1][kBlock / kWidth];
-    expand_signed<kBlock, 1>(e, d, h);
-    for (int v = 0; v < kBlock / kWidth; v++)
-      store_long(x + v * kWidth, keep * load_long(x + v * kWidth) + e[0][v] * load_long(h.sign + v * kWidth));
+  alignas(64) float placed[kChunk];
+  for (int64_t start = 0; start < blocks; start += kGroup<kBlock>) {
+    const int64_t count = smaller(kGroup<kBlock>, blocks - start);
+    place_rows<kBlock>(placed, d + start * h.padded, count, h);
+    for (int64_t k = 0; k < count; k++, x += kBlock) {
+      Long e[kBlock / kWidth];
+      load_transform<kBlock>(e, placed + k * kBlock);
+      for (int v = 0; v < kBlock / kWidth; v++)
+        store_long(x + v * kWidth, keep * load_long(x + v * kWidth) + e[v] * load_long(h.sign + v * kWidth));
+    }
   }
 }
 

@@ -103,21 +103,18 @@ FLORA_INLINE void add_products(float* to, float scale, const float* x, const flo
   for (; j < count; j++) to[j] += scale * x[j] * y[j];
 }
 
-// The same of some blocks by fast products, in registers; the last may be one that a row's end cuts.
-template <int kBlock, int kBlocks>
-FLORA_INLINE void add_history_some(Long& squares, float* cross, const float* momentum, const float* g, float scale,
-                                   int64_t columns, const Hadamard& h) {
-  constexpr int kVectors = kBlock / kWidth;
-  Long e[kBlocks][kVectors];
-  expand_signed<kBlock, kBlocks>(e, momentum, h);
+// The same of a block by fast products; it may be one that a row's end cuts.
+template <int kBlock>
+FLORA_INLINE void add_history_block(Long& squares, float* cross, const float* placed, const float* g, float scale,
+                                    int64_t columns, const Hadamard& h) {
+  Long e[kBlock / kWidth];
+  load_transform<kBlock>(e, placed);
 #pragma GCC unroll 16
-  for (int v = 0; v < kBlocks * kVectors; v++) {
+  for (int v = 0; v < kBlock / kWidth; v++) {
     if (v * kWidth >= columns) break;
-    const Long own = e[v / kVectors][v % kVectors];
-    squares += own * own;
-    const Long signs = load_long(h.sign + v % kVectors * kWidth);
-    const Long scaled = scale * load_long(g + v * kWidth) * signs;
-    store_long(cross + v * kWidth, load_long(cross + v * kWidth) + scaled * own);
+    squares += e[v] * e[v];
+    const Long scaled = scale * load_long(g + v * kWidth) * load_long(h.sign + v * kWidth);
+    store_long(cross + v * kWidth, load_long(cross + v * kWidth) + scaled * e[v]);
   }
 }
 
@@ -125,13 +122,17 @@ FLORA_INLINE void add_history_some(Long& squares, float* cross, const float* mom
 template <int kBlock>
 FLORA_CALLED float add_history_fast(float* cross, const float* momentum, const float* g, float scale, int64_t width,
                                     const Hadamard& h) {
-  constexpr int kMany = kTogether<kBlock>;
+  alignas(64) float placed[kChunk];
   Long squares = {};
-  int64_t j = 0;
-  for (; j + kMany * kBlock <= width; j += kMany * kBlock, momentum += kMany * h.padded)
-    add_history_some<kBlock, kMany>(squares, cross + j, momentum, g + j, scale, kMany * kBlock, h);
-  for (; j < width; j += kBlock, momentum += h.padded)
-    add_history_some<kBlock, 1>(squares, cross + j, momentum, g + j, scale, width - j, h);
+  for (int64_t start = 0; start < width; start += kChunk) {
+    const int64_t stop = smaller(start + kChunk, width), blocks = up(stop - start, kBlock) / kBlock;
+    place_rows<kBlock>(placed, momentum, blocks, h);
+    momentum += blocks * h.padded;
+    int64_t j = start;
+    for (; j + kBlock <= stop; j += kBlock)
+      add_history_block<kBlock>(squares, cross + j, placed + (j - start), g + j, scale, kBlock, h);
+    if (j < stop) add_history_block<kBlock>(squares, cross + j, placed + (j - start), g + j, scale, stop - j, h);
+  }
   float parts[kWidth], sum = 0;
   store_long(parts, squares);
   for (int64_t l = 0; l < kWidth; l++) sum += parts[l];

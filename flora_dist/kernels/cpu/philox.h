@@ -23,7 +23,7 @@ constexpr int kWideLanes = FLORA_LANES / 2;
 typedef uint64_t Wide __attribute__((vector_size(8 * kWideLanes)));
 constexpr int kMostSets = 4;  // so that one's products hide the others' latency
 
-// Of the low words. The only operation that compilers do not make out of the plain product.
+// Of the low words: compilers do not make it out of the plain product.
 FLORA_INLINE Wide low_product(Wide a, Wide b) {
 #if defined(__AVX512F__)
   return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -52,50 +52,68 @@ FLORA_INLINE Wide low_product(Wide a, Wide b) {
 FLORA_INLINE Wide interleaved_low(Wide a, Wide b) { return FLORA_SHUFFLE(Wide, a, b, FLORA_LOW); }
 FLORA_INLINE Wide interleaved_high(Wide a, Wide b) { return FLORA_SHUFFLE(Wide, a, b, FLORA_HIGH); }
 
-// Four words for each of some consecutive counters, counter after counter.
-template <int kSets>
-FLORA_CALLED void philox_some(uint64_t key, uint64_t first, uint32_t stream, uint32_t* words) {
-  const Wide low = Wide{} + 0xFFFFFFFFu, m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
-  Wide x0[kSets], x1[kSets], x2[kSets], x3[kSets];
-#pragma GCC unroll 4
-  for (int s = 0; s < kSets; s++) {
-    x0[s] = Wide{FLORA_PLACES} + (first + s * kWideLanes);
-    x1[s] = x0[s] >> 32;
-    x2[s] = Wide{} + stream;
-    x3[s] = Wide{};
+// The key of each round, in every lane.
+struct RoundKeys {
+  Wide first[10], second[10];
+
+  FLORA_INLINE RoundKeys of(uint64_t key) {
+    RoundKeys keys;
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < 10; round++) {
+      keys.first[round] = Wide{} + static_cast<uint64_t>(k0);
+      keys.second[round] = Wide{} + static_cast<uint64_t>(k1);
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    return keys;
   }
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; round++) {
-    // The upper halves of x0 to x3 hold anything: only a product's low half and what is shifted down are read.
+};
+
+// Four words for each of some consecutive counters, counter after counter, by so many vectors at a time; returns how
+// many it has done.
+template <int kSets>
+FLORA_CALLED int64_t philox_some(const RoundKeys& keys, uint64_t first, int64_t count, uint32_t stream,
+                                 uint32_t* words) {
+  constexpr int64_t kMany = kSets * kWideLanes;
+  const Wide low = Wide{} + 0xFFFFFFFFu, m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
+  int64_t i = 0;
+  for (; i + kMany <= count; i += kMany, words += 4 * kMany) {
+    Wide x0[kSets], x1[kSets], x2[kSets], x3[kSets];
 #pragma GCC unroll 4
     for (int s = 0; s < kSets; s++) {
-      const Wide p0 = low_product(x0[s], m0), p1 = low_product(x2[s], m1);
-      x0[s] = (p1 >> 32) ^ x1[s] ^ static_cast<uint64_t>(k0);
-      x1[s] = p1;
-      x2[s] = (p0 >> 32) ^ x3[s] ^ static_cast<uint64_t>(k1);
-      x3[s] = p0;
+      x0[s] = Wide{FLORA_PLACES} + (first + i + s * kWideLanes);
+      x1[s] = x0[s] >> 32;
+      x2[s] = Wide{} + stream;
+      x3[s] = Wide{};
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; round++)
+      // The upper halves of x0 to x3 hold anything: only a product's low half and what is shifted down are read.
 #pragma GCC unroll 4
-  for (int s = 0; s < kSets; s++) {
-    const Wide head = (x0[s] & low) | (x1[s] << 32), tail = (x2[s] & low) | (x3[s] << 32);
-    const Wide pairs[2] = {interleaved_low(head, tail), interleaved_high(head, tail)};
-    memcpy(words + 4 * s * kWideLanes, pairs, sizeof pairs);
+      for (int s = 0; s < kSets; s++) {
+        const Wide p0 = low_product(x0[s], m0), p1 = low_product(x2[s], m1);
+        x0[s] = (p1 >> 32) ^ (x1[s] ^ keys.first[round]);
+        x1[s] = p1;
+        x2[s] = (p0 >> 32) ^ (x3[s] ^ keys.second[round]);
+        x3[s] = p0;
+      }
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; s++) {
+      const Wide head = (x0[s] & low) | (x1[s] << 32), tail = (x2[s] & low) | (x3[s] << 32);
+      const Wide pairs[2] = {interleaved_low(head, tail), interleaved_high(head, tail)};
+      memcpy(words + 4 * s * kWideLanes, pairs, sizeof pairs);
+    }
   }
+  return i;
 }
 
 FLORA_CALLED void philox(uint64_t key, uint64_t first, int64_t count, uint32_t stream, uint32_t* words) {
-  constexpr int64_t kMany = kMostSets * kWideLanes;
-  int64_t i = 0;
-  for (; i + kMany <= count; i += kMany) philox_some<kMostSets>(key, first + i, stream, words + 4 * i);
-  for (; i + kMany / 2 <= count; i += kMany / 2) philox_some<kMostSets / 2>(key, first + i, stream, words + 4 * i);
-  for (; i + kWideLanes <= count; i += kWideLanes) philox_some<1>(key, first + i, stream, words + 4 * i);
+  const RoundKeys keys = RoundKeys::of(key);
+  int64_t i = philox_some<kMostSets>(keys, first, count, stream, words);
+  i += philox_some<1>(keys, first + i, count - i, stream, words + 4 * i);
   if (i == count) return;
   uint32_t last[4 * kWideLanes];
-  philox_some<1>(key, first + i, stream, last);
+  philox_some<1>(keys, first + i, kWideLanes, stream, last);
   memcpy(words + 4 * i, last, 16 * (count - i));
 }
 

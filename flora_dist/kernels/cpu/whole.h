@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The step of rows that are whole here, by fast products: the common case, and one pass over a tile in registers. A
-// row's last block may be cut by its end. What else there is takes the way of finish.h, with the same formulas.
+// The step of rows that are whole here, by fast products: the common case, and one pass over a tile, whose blocks go in
+// groups through four short loops: X and its transform, the new momentum, what it adds to U, W. A row's last block may
+// be cut by its end. What else there is takes the way of finish.h, with the same formulas.
 //
 // The sketch's signs s stand in two tables, for x A^T = (x s) H^T and d A = s (d H): X is made with them, and what
 // is taken off W is scaled by them.
 #pragma once
+#include "elements.h"
 #include "lines.h"
 
 namespace flora {
@@ -25,44 +27,6 @@ FLORA_INLINE Eight advance_eight(Eight compressed, Eight old, Eight moved, const
 FLORA_INLINE float kept_of(int64_t rule, const Now& now) {
   return rule == kFlora ? 1 - now.beta1 : rule == kStrict ? 0 : 1;
 }
-
-// Elements in memory as vectors of floats, and back.
-struct Single {
-  typedef float Element;
-  static constexpr bool kHasBits = false;
-  FLORA_INLINE Long load(const float* p) { return load_long(p); }
-  FLORA_INLINE void store(float* p, Long v, const uint16_t*) { store_long(p, v); }
-};
-
-typedef uint16_t Halves __attribute__((vector_size(2 * FLORA_WIDTH), aligned(2)));
-typedef uint32_t Words __attribute__((vector_size(4 * FLORA_WIDTH)));
-
-FLORA_INLINE Words words_of(const uint16_t* p) {
-  return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
-}
-FLORA_INLINE void store_upper(uint16_t* p, Long v, Words rounded) {
-  const Words kept = v == v ? rounded >> 16 : Words{} + 0x7FC0u;
-  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(kept, Halves);
-}
-
-struct Nearest {
-  typedef uint16_t Element;
-  static constexpr bool kHasBits = false;
-  FLORA_INLINE Long load(const uint16_t* p) { return (Long)(words_of(p) << 16); }
-  FLORA_INLINE void store(uint16_t* p, Long v, const uint16_t*) {
-    const Words bits = (Words)v;
-    store_upper(p, v, bits + 0x7FFFu + ((bits >> 16) & 1u));
-  }
-};
-
-struct Stochastic {
-  typedef uint16_t Element;
-  static constexpr bool kHasBits = true;
-  FLORA_INLINE Long load(const uint16_t* p) { return (Long)(words_of(p) << 16); }
-  FLORA_INLINE void store(uint16_t* p, Long v, const uint16_t* random) {
-    store_upper(p, v, (Words)v + words_of(random));
-  }
-};
 
 struct Whole {
   const Header& size;
@@ -122,122 +86,164 @@ struct Page {
   }
 };
 
-// Reads one block, of which the row has so many columns, and advances its momentum; x is left with signs.
-template <int kBlock, int kRule, class Kind>
-FLORA_INLINE void take_block(const Whole& w, const typename Kind::Element* g, const float* signed_factor, float row,
-                             int64_t columns, float* momentum, float* x, float* difference) {
+// Reads one block, of which the row has so many columns: X with signs, and its transform.
+template <int kBlock, class Kind>
+FLORA_INLINE void take_block(const typename Kind::Element* g, const float* signed_factor, float row, int64_t columns,
+                             float* x, float* transformed) {
   constexpr int kVectors = kBlock / kWidth;
   Long y[kVectors];
+#pragma GCC unroll 16
   for (int v = 0; v < kVectors; v++) {
     y[v] = Long{};
     if (v * kWidth < columns) y[v] = row * Kind::load(g + v * kWidth) * load_long(signed_factor + v * kWidth);
     store_long(x + v * kWidth, y[v]);
   }
-  compress_signed<kBlock>(y, w.fast, [&](int64_t r, Eight compressed) {
-    const Eight old = load8(momentum + r);
+  store_transform<kBlock>(transformed, y);
+}
+
+// The new momentum of some blocks.
+template <int kBlock, int kRule>
+FLORA_INLINE void advance_blocks(const Whole& w, const float* transformed, int64_t blocks, float* momentum,
+                                 float* difference) {
+  const int64_t rank = w.size.rank;
+  const Now now = w.now;
+  sum_rows<kBlock>(transformed, blocks, w.fast, [&](int64_t b, int64_t r, Eight compressed) {
+    const Eight old = load8(momentum + b * rank + r);
     Eight d;
-    store8(momentum + r, advance_eight<kRule>(compressed, old, old, w.now, d));
-    store8(difference + r, d);
+    store8(momentum + b * rank + r, advance_eight<kRule>(compressed, old, old, now, d));
+    store8(difference + b * rank + r, d);
   });
 }
 
-// W <- (1 - lr wd) W - rate U of some blocks, up to a column.
-template <int kBlock, int kBlocks, class Kind>
-FLORA_INLINE void step_blocks(const Whole& w, typename Kind::Element* weight, const float* x, float keep,
-                              const float* difference, const float* signed_rate, const uint16_t* bits,
-                              int64_t columns) {
-  constexpr int kVectors = kBlock / kWidth;
-  Long e[kBlocks][kVectors];
-  expand_signed<kBlock, kBlocks>(e, difference, w.fast);
-#pragma GCC unroll 4
-  for (int b = 0; b < kBlocks; b++)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; v++) {
-      const int64_t j = b * kBlock + v * kWidth;
-      if (j >= columns) break;
-      const Long update = keep * load_long(x + j) + e[b][v];
-      const Long kept = rounded(w.now.keep * Kind::load(weight + j));
-      Kind::store(weight + j, kept - load_long(signed_rate + v * kWidth) * update, bits + j);
-    }
-}
-
-template <int kBytes>
-FLORA_INLINE void prefetch(const void* from) {
-  for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line);
-}
-
-// The same of a group, whose blocks begin at these elements; it looks so far ahead as `next` for the coming one.
+// W <- (1 - lr wd) W - rate U of one block, of which the row has so many columns.
 template <int kBlock, class Kind>
-FLORA_INLINE void step_group(const Whole& w, typename Kind::Element* weights, const int64_t* at, int64_t count,
-                             float keep, const float* signed_rate, const uint16_t* bits,
-                             const typename Kind::Element* next) {
-  constexpr int kMany = kTogether<kBlock>;
-  for (int64_t b = 0; b < count;) {
-    const float *x = w.room.x + b * kBlock, *difference = w.room.difference + b * w.size.rank;
-    prefetch<kMany * kBlock * sizeof(*next)>(next + at[b]);
-    const bool fills = b + kMany <= count && at[b + kMany] - at[b] == kMany * kBlock;
-    if (fills)
-      step_blocks<kBlock, kMany, Kind>(w, weights + at[b], x, keep, difference, signed_rate, bits + at[b],
-                                       kMany * kBlock);
+FLORA_INLINE void step_block(typename Kind::Element* weight, const float* x, float keep, const float* placed,
+                             const float* signed_rate, float decay, const uint16_t* bits, int64_t columns) {
+  Long e[kBlock / kWidth];
+  load_transform<kBlock>(e, placed);
+#pragma GCC unroll 16
+  for (int v = 0; v < kBlock / kWidth; v++) {
+    const int64_t j = v * kWidth;
+    if (j >= columns) break;
+    const Long update = keep * load_long(x + j) + e[v];
+    const Long kept = rounded(decay * Kind::load(weight + j));
+    Kind::store(weight + j, kept - load_long(signed_rate + j) * update, bits + j);
+  }
+}
+
+// A block that a row's end cuts, apart: what is asked of its columns costs the others nothing.
+template <int kBlock, class Kind>
+FLORA_CALLED void take_rest(const typename Kind::Element* g, const float* signed_factor, float row, int64_t columns,
+                            float* x, float* transformed) {
+  take_block<kBlock, Kind>(g, signed_factor, row, columns, x, transformed);
+}
+template <int kBlock, class Kind>
+FLORA_CALLED void step_rest(typename Kind::Element* weight, const float* x, float keep, const float* placed,
+                            const float* signed_rate, float decay, const uint16_t* bits, int64_t columns) {
+  step_block<kBlock, Kind>(weight, x, keep, placed, signed_rate, decay, bits, columns);
+}
+
+// Into the caches from the second level on, or from the first.
+template <int kBytes, int kLocality>
+FLORA_INLINE void prefetch(const void* from) {
+  for (int line = 0; line < kBytes; line += 64)
+    __builtin_prefetch(static_cast<const char*>(from) + line, 0, kLocality);
+}
+
+// A tile in work, and how far it has come.
+template <class Kind>
+struct Course {
+  typedef typename Kind::Element Element;
+  const Element* g;
+  Element* weight;
+  float* signed_factor;  // of the tile's columns
+  int64_t row, block;    // of the tile; the latter of its row
+  float scale, coming;   // what X of this row is scaled by, and of the next one
+
+  // Of a row ahead: its root and its quotient take as long as some blocks.
+  FLORA_INLINE float scale_of(const Whole& w, int64_t row) {
+    return row < w.tile.num_rows ? w.now.sign * row_scale(w.size, w.rows[row]) * w.input : 0.0f;
+  }
+
+  FLORA_INLINE Course of(const Whole& w) {
+    const int64_t width = w.tile.last - w.tile.first;
+    Course c = {static_cast<const Element*>(w.gradient), reinterpret_cast<Element*>(w.tile.weight), w.room.lines[0],
+                -1, blocks_of_row(w.size), 0, scale_of(w, 0)};
+    for (int64_t j = 0; j < width; j++) c.signed_factor[j] = w.factor[j] * w.fast.sign[j % w.size.block];
+    return c;
+  }
+};
+
+// X of a group, and its transform; `at` is where its blocks begin among its elements.
+template <int kBlock, class Kind>
+FLORA_INLINE void take_group(const Whole& w, Course<Kind>& c, int64_t count, int64_t* at, float* transformed) {
+  const int64_t width = w.tile.last - w.tile.first, per_row = blocks_of_row(w.size);
+  auto* state = reinterpret_cast<float*>(w.tile.row);
+  float* x = w.room.x;
+  for (int64_t b = 0; b < count; b++, x += kBlock, transformed += kBlock, c.block++) {
+    if (c.block == per_row) {
+      c.block = 0;
+      c.row++;
+      state[c.row] = w.rows[c.row];
+      c.scale = c.coming;
+      c.coming = Course<Kind>::scale_of(w, c.row + 1);
+    }
+    const int64_t columns = smaller(kBlock, width - c.block * kBlock);
+    const float* factor = c.signed_factor + c.block * kBlock;
+    prefetch<kBlock * sizeof(*c.weight), 3>(c.weight + at[b]);
+    if (columns == kBlock)
+      take_block<kBlock, Kind>(c.g + at[b], factor, c.scale, kBlock, x, transformed);
     else
-      step_blocks<kBlock, 1, Kind>(w, weights + at[b], x, keep, difference, signed_rate, bits + at[b],
-                                   at[b + 1] - at[b]);
-    b += fills ? kMany : 1;
+      take_rest<kBlock, Kind>(c.g + at[b], factor, c.scale, columns, x, transformed);
+    at[b + 1] = at[b] + columns;
+  }
+}
+
+// W of a group.
+template <int kBlock, class Kind>
+FLORA_INLINE void step_group(const Whole& w, const Course<Kind>& c, int64_t count, const int64_t* at, float keep,
+                             const float* placed, const float* signed_rate, const uint16_t* bits, bool fetches) {
+  const float* x = w.room.x;
+  const float decay = w.now.keep;
+  for (int64_t b = 0; b < count; b++, x += kBlock, placed += kBlock) {
+    const int64_t from = at[b], columns = at[b + 1] - from;
+    if (fetches) prefetch<kBlock * sizeof(*c.g), 2>(c.g + 4 * kChunk + from);
+    if (columns == kBlock)
+      step_block<kBlock, Kind>(c.weight + from, x, keep, placed, signed_rate, decay, bits + from, kBlock);
+    else
+      step_rest<kBlock, Kind>(c.weight + from, x, keep, placed, signed_rate, decay, bits + from, columns);
   }
 }
 
 template <int kBlock, int kRule, class Kind>
 FLORA_CALLED void finish_whole(const Whole& given) {
   const Whole w = given;  // a copy that no store can reach: its numbers may stay in registers
-  typedef typename Kind::Element Element;
-  constexpr int64_t kGroup = kChunk / kBlock;
   const Tile& tile = w.tile;
-  const int64_t width = tile.last - tile.first, per_row = blocks_of_row(w.size), blocks = tile.num_rows * per_row;
-  const int64_t rank = w.size.rank;
+  const int64_t blocks = tile.num_rows * blocks_of_row(w.size);
   const float keep = kept_of(kRule, w.now);
-  const auto* gradient = static_cast<const Element*>(w.gradient);
-  auto* weights = reinterpret_cast<Element*>(tile.weight);
   Page page = Page::of(w, blocks);
-  auto* state = reinterpret_cast<float*>(tile.row);
-  float* signed_factor = w.room.lines[0];
+  Course<Kind> course = Course<Kind>::of(w);
+  // A CPU fetches the gradient ahead by itself, but loses its thread where records are read in between.
+  const bool fetches = page.records != nullptr;
+  float *difference = w.room.difference, *work = w.room.old;
   alignas(64) float signed_rate[kBlock];
   alignas(64) uint16_t bits[kChunk];
-  for (int64_t j = 0; j < width; j++) signed_factor[j] = w.factor[j] * w.fast.sign[j % kBlock];
   for (int64_t j = 0; j < kBlock; j++) signed_rate[j] = w.rate * w.fast.sign[j];
-  const uint64_t counter = static_cast<uint64_t>(tile.line) * width / kIntegersPerCounter;
-  int64_t i = -1, k = per_row, done = 0, at[kGroup + 1];  // where the blocks of a group begin among its elements
-  float row = 0;
-  for (int64_t start = 0; start < blocks; start += kGroup) {
-    const int64_t count = smaller(kGroup, blocks - start);
+  int64_t at[kGroup<kBlock> + 1] = {};
+  uint64_t counter = static_cast<uint64_t>(tile.line) * (tile.last - tile.first) / kIntegersPerCounter;
+  for (int64_t start = 0; start < blocks; start += kGroup<kBlock>) {
+    const int64_t count = smaller(kGroup<kBlock>, blocks - start);
     if (start == page.stop) Page::turn(page);
-    float* momentum = page.numbers + (start - page.first) * rank;
-    const Element* g = gradient + done;
-    Element* own = weights + done;
-    at[0] = 0;
-    for (int64_t b = 0; b < count; b++, k++) {
-      if (k == per_row) {
-        k = 0;
-        i++;
-        state[i] = w.rows[i];
-        row = w.now.sign * row_scale(w.size, w.rows[i]) * w.input;
-      }
-      const int64_t columns = smaller(kBlock, width - k * kBlock);
-      prefetch<kBlock * sizeof(Element)>(own + at[b]);
-      const auto take = [&](int64_t some) {
-        take_block<kBlock, kRule, Kind>(w, g + at[b], signed_factor + k * kBlock, row, some, momentum + b * rank,
-                                        w.room.x + b * kBlock, w.room.difference + b * rank);
-      };
-      if (columns == kBlock)
-        take(kBlock);  // a constant: of a whole block nothing is asked again
-      else
-        take(columns);
-      at[b + 1] = at[b] + columns;
-    }
-    if (Kind::kHasBits)
-      philox(w.key, counter + done / kIntegersPerCounter, at[count] / kIntegersPerCounter, 0,
-             reinterpret_cast<uint32_t*>(bits));
-    done += at[count];
-    step_group<kBlock, Kind>(w, own, at, count, keep, signed_rate, bits, g + kGroup * kBlock);
+    take_group<kBlock, Kind>(w, course, count, at, work);
+    float* momentum = page.numbers + (start - page.first) * w.size.rank;
+    advance_blocks<kBlock, kRule>(w, work, count, momentum, difference);
+    const int64_t elements = at[count], counters = elements / kIntegersPerCounter;
+    if (Kind::kHasBits) philox(w.key, counter, counters, 0, reinterpret_cast<uint32_t*>(bits));
+    counter += static_cast<uint64_t>(counters);
+    place_rows<kBlock>(work, difference, count, w.fast);
+    step_group<kBlock, Kind>(w, course, count, at, keep, work, signed_rate, bits, fetches);
+    course.g += elements;
+    course.weight += elements;
   }
   Page::write(page);
 }
