@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,30 +28,45 @@ from triton.compiler import ASTSource
 
 from tests.kernels.gpu.variants import CAPABILITIES, Variant, everything, quick
 
+# Limits are named by a variant's first words; the longest name counts.
 # Two programs of 256 threads, or four of 128, share an SM's 65,536 registers; three of 128 where a
-# kernel asks for 168.
-LARGEST_REGISTERS = 128
+# kernel asks for 168. Triton 3.6 gives 138 to a measure and 168 to a record where 3.7 gives 128
+# and 128 to 132; a cap of 168 makes 3.7 take them all, and spill on sm_100.
+LARGEST_REGISTERS = {"": 128, "measure": 168, "add_records": 168}
 # Of the loop over a tile. At 28e12 instructions of a lane per second (132 SMs of an H100 at
 # 1.7 GHz) 100 take 3.5 ps, as long as 12 bytes take at its 3.35 TB/s.
 LARGEST_PER_ELEMENT = {
     "measure": 60,
     "measure_rows": 40,
     "finish": 100,
+    # Random rounding to fp16 counts in steps of numbers below 2^-14 too; with two moments beside it
+    # arithmetic takes twice as long as memory on an H100.
+    "finish fp16 rule 5": 110,
+    "finish fp16 rule 6": 190,
     "finish_sketches": 150,
     # ``apollo`` scales a block once its sketch is known: until then the gradient stays, and changes
     # its place among the threads.
-    "finish_sketches_scaled": 250,
+    "finish_sketches_scaled": 260,
     "finish_few_bits": 150,
     "measure_cut": 60,
     # Of cut rows alone; ``flora`` reads the old momentum's elements beside the sketch.
-    "couple_cut": 70,
+    "couple_cut": 75,
     "finish_cut": 110,
-    "measure_sketches": 330,
+    "measure_sketches": 340,
     "accumulate": 60,
     "add_records": 170,
 }
-# Bytes of spilled registers in sm_100's code.
-SPILLED_ON_100 = {"settle": 8, "measure_rows": 8, "finish": 24, "finish_sketches": 24}
+# Bytes of spilled registers: by Triton 3.6 on sm_80, and in sm_100's code.
+LARGEST_SPILLED = {"": 0, "finish fp32 rule 2": 8}
+SPILLED_ON_100 = {
+    "": 0,
+    "settle": 8,
+    "measure_rows": 8,
+    "measure_sketches": 24,
+    "finish": 24,
+    "finish fp16 rule 6": 104,
+    "finish_sketches": 32,
+}
 READ_ELEMENTS = {
     "measure",
     "measure_rows",
@@ -152,19 +168,23 @@ def _in_loops(code: str) -> int:
     return len(inside)
 
 
+def _limit(limits: Mapping[str, int], variant: Variant) -> int:
+    """That of the longest name that the variant's begins with, word by word."""
+    words = f"{variant.name} "
+    return limits[max((name for name in limits if words.startswith(f"{name} ".lstrip())), key=len)]
+
+
 def broken(variant: Variant, found: Made, capability: int) -> list[str]:
     """Which limits it breaks."""
     kind = variant.name.split()[0]
-    registers, spilled = variant.options.get("maxnreg", LARGEST_REGISTERS), 0
-    if capability == 100:
-        spilled = SPILLED_ON_100.get(kind, spilled)
+    registers = variant.options.get("maxnreg", _limit(LARGEST_REGISTERS, variant))
+    spilled = _limit(SPILLED_ON_100 if capability == 100 else LARGEST_SPILLED, variant)
+    instructions = _limit({"": sys.maxsize, **LARGEST_PER_ELEMENT}, variant)
     rules = {
         f"{found.stack} bytes of registers are spilled": found.stack > spilled,
         f"{found.registers} registers are above {registers}": found.registers > registers,
         "no load is 128 bits wide": kind in READ_ELEMENTS and found.wide_loads == 0,
-        f"{found.per_element:.0f} instructions per element": (
-            found.per_element > LARGEST_PER_ELEMENT.get(kind, sys.maxsize)
-        ),
+        f"{found.per_element:.0f} instructions per element": found.per_element > instructions,
     }
     return [rule for rule, is_broken in rules.items() if is_broken]
 
