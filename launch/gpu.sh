@@ -14,8 +14,8 @@
 # Each slice leaves NAME.json in the folder --out, by default runs/gpu with a name that follows from
 # the sources; `python -m tests.bench.gpu_table FOLDER` prints them as tables. 60m and 130m train 16 and
 # 12 times, on text made from the Python files of the machine: a run that has ended is kept, so that the
-# same command after one that ran out of time does the rest. The exit code is 1 where a slice has found a fault or ran out of time, 2 where nothing
-# can run.
+# same command after one that ran out of time does the rest. The exit code is 1 where a slice has found a
+# fault or ran out of time, 2 where nothing can run.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -68,7 +68,8 @@ def test_a_build_has_kernels_here() -> None:
     assert found().name.startswith("native"), found().said
 
 
-@pytest.mark.parametrize("seed", range(60))
+# The last two have sketched numbers that cancel to zero, by which `apollo` divides.
+@pytest.mark.parametrize("seed", [*range(60), 1107, 1896])
 def test_random_runs_are_the_same_by_kernels_and_by_torch(seed: int) -> None:
     assert not difference(case_of(seed))
 
