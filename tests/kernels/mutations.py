@@ -42,6 +42,13 @@ MUTATIONS = {
         test=FIXED,
         select="flora",
     ),
+    "sketch, scaled before its sums": Mutation(
+        file="hadamard.h",
+        old="take(b, r, h.scale * lane_sums(t));",
+        new="for (Long& each : t) each = h.scale * each; take(b, r, lane_sums(t));",
+        test="tests/kernels/test_paths.py::test_random_runs_are_the_same_by_kernels_and_by_torch",
+        select="1107 or 1896",
+    ),
     "settle": Mutation(
         file="settle.cpp", old="root * (1 / std::sqrt", new="root * (0.99f / std::sqrt", test=FIXED
     ),
